@@ -1,0 +1,22 @@
+"""peft-reft: representation finetuning (ReFT) as a tuner type of Hugging Face PEFT.
+
+Importing the package makes REFT known to PEFT: pass a `ReftConfig` wherever you pass a `LoraConfig`.
+"""
+
+from peft_reft import register as _register  # first: the classes below need the peft type
+from peft_reft.collator import ReftDataCollator
+from peft_reft.config import ReftConfig
+from peft_reft.interventions import Intervention, register_intervention
+from peft_reft.model import ReftModel, get_interventions
+
+__version__ = "0.1.0"
+__all__ = [
+    "Intervention",
+    "ReftConfig",
+    "ReftDataCollator",
+    "ReftModel",
+    "get_interventions",
+    "register_intervention",
+]
+
+_register.register()

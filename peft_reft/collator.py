@@ -1,0 +1,122 @@
+"""ReftDataCollator: wraps any collator and adds `intervention_locations` to its batches.
+
+Labels may be taken away between the collator and the model; locations that travel with the batch are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from peft.utils.peft_types import TaskType
+from torch import Tensor
+
+from peft_reft.config import ReftConfig
+from peft_reft.positions import locate, parse_positions
+from peft_reft.prompt import align_shift_labels, document_starts, find_prompts
+
+KEY = "intervention_locations"
+
+
+class ReftDataCollator:
+    """Calls `inner_collator` and adds the columns that a ReFT adapter edits.
+
+    Args:
+        inner_collator: any callable from a list of examples to a batch of tensors, the trainer's own included
+            (`trainer.data_collator = ReftDataCollator(trainer.data_collator, config)`).
+        config: the adapter's config: its `positions`, and its `task_type`, by which labels are next-token targets.
+
+    The batch gets `intervention_locations`, a LongTensor [B, G, P]: per row and position group the columns to edit,
+    left to right, -1 = unused. P is the largest number in `positions` (times the documents of a packed row; the number
+    of columns for "all"). Examples that bring `intervention_locations` of their own ([P] or [G, P]) keep them.
+
+    It passes for an instance of what it wraps, and reads and sets the wrapped collator's attributes.
+    """
+
+    inner_collator: Callable[..., Any]
+    config: ReftConfig
+
+    def __init__(self, inner_collator: Callable[..., Any], config: ReftConfig):
+        if not callable(inner_collator):
+            raise TypeError(f"inner_collator={inner_collator!r} is not callable; pass a collator such as the trainer's.")
+        if not isinstance(config, ReftConfig):
+            raise TypeError(f"config={config!r} is not a ReftConfig; pass the one that the adapter was made with.")
+        self.__dict__.update(inner_collator=inner_collator, config=config)
+
+    def __call__(self, features: list[Any], *args: Any, **kwargs: Any) -> Any:
+        given = [f.get(KEY) if isinstance(f, Mapping) else None for f in features]
+        if any(locations is not None for locations in given):
+            features = [{name: value for name, value in f.items() if name != KEY} for f in features]
+            batch = self.inner_collator(features, *args, **kwargs)
+            batch[KEY] = pad_locations(given)
+            return batch
+        batch = self.inner_collator(features, *args, **kwargs)
+        if KEY not in batch:
+            batch[KEY] = self._locations(batch)
+        return batch
+
+    def _locations(self, batch: Mapping[str, Any]) -> Tensor:
+        ids = batch.get("input_ids")
+        if not isinstance(ids, Tensor) or ids.dim() != 2:
+            raise ValueError(
+                "ReftDataCollator needs a batch with `input_ids` as a tensor [B, S], but the wrapped collator gave "
+                f"{sorted(batch)}{'' if ids is None else f' with input_ids={type(ids).__name__}'}."
+            )
+        mask = batch.get("attention_mask")
+        valid = mask.bool() if isinstance(mask, Tensor) and mask.shape == ids.shape else torch.ones_like(ids).bool()
+        starts, num_documents = document_starts(
+            valid, batch.get("position_ids"), batch.get("seq_idx"), batch.get("cu_seq_lens_q")
+        )
+        if starts is not None:
+            counts = (starts & valid).sum(1)
+            starts, num_documents = (starts, int(counts.max())) if counts.max() > 1 else (None, None)
+        prompts = find_prompts(valid, self._labels(batch), starts, num_documents)
+        return locate(parse_positions(self.config.positions), prompts)
+
+    def _labels(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """Labels that tell where the prompt ends: those of a causal language model."""
+        causal = self.config.task_type in (None, TaskType.CAUSAL_LM)
+        if not causal or getattr(self.inner_collator, "mlm", False) or "decoder_input_ids" in batch:
+            return None
+        labels, shift_labels = batch.get("labels"), batch.get("shift_labels")
+        shape = batch["input_ids"].shape
+        if isinstance(labels, Tensor) and labels.shape == shape:
+            return labels
+        if isinstance(shift_labels, Tensor) and shift_labels.shape == shape:
+            return align_shift_labels(shift_labels)
+        return None
+
+    # Standing in for the wrapped collator.
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        inner = type(self.inner_collator)
+        return inner if isinstance(inner, type) and inner.__module__ != "builtins" else type(self)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("inner_collator", "config") or name.startswith("__"):  # not there yet while unpickling
+            raise AttributeError(name)
+        return getattr(self.inner_collator, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("inner_collator", "config"):
+            self.__dict__[name] = value
+        else:
+            setattr(self.inner_collator, name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return ReftDataCollator, (self.inner_collator, self.config)
+
+    def __repr__(self) -> str:
+        return f"ReftDataCollator({self.inner_collator!r}, positions={self.config.positions!r})"
+
+
+def pad_locations(rows: list[Any]) -> Tensor:
+    """Locations of several examples ([P] or [G, P] each, or None) as a LongTensor [B, G, P] padded with -1."""
+    tensors = [torch.as_tensor([] if row is None else row, dtype=torch.long) for row in rows]
+    tensors = [tensor.reshape(-1, tensor.shape[-1]) if tensor.numel() else tensor.new_empty(0, 0) for tensor in tensors]
+    padded = torch.full((len(rows), max(t.shape[0] for t in tensors), max(t.shape[1] for t in tensors)), -1)
+    for row, tensor in zip(padded, tensors):
+        row[: tensor.shape[0], : tensor.shape[1]] = tensor
+    return padded

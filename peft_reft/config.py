@@ -1,0 +1,116 @@
+"""ReftConfig: the fields of a ReFT adapter, each described once and validated when the config is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.utils.peft_types import PeftType
+from transformers.activations import ACT2FN
+
+from peft_reft.interventions import intervention_names
+from peft_reft.positions import parse_positions
+
+
+@dataclass
+class ReftConfig(PeftConfig):
+    """Configuration of a ReFT adapter (https://arxiv.org/abs/2404.03592).
+
+    Raises:
+        ValueError: on construction, for any value that no model could use.
+
+    >>> ReftConfig(r=4, positions="f7+l7", task_type="CAUSAL_LM").positions
+    'f7+l7'
+    """
+
+    r: int = field(default=4, metadata={"help": "Rank: the number of edited directions per intervention."})
+    intervention: str = field(
+        default="loreft",
+        metadata={
+            "help": "The equation: 'loreft', 'noreft', 'direft', 'odireft', 'consreft', 'lobireft', "
+            "or a name given to `register_intervention`."
+        },
+    )
+    positions: str = field(
+        default="f1+l1",
+        metadata={
+            "help": "Which prompt tokens are edited: 'fN' the first N, 'lM' the last M, 'fN+lM' both, 'all' every one."
+        },
+    )
+    share_weights: bool = field(
+        default=True,
+        metadata={"help": "True: one intervention per block; False: one per position group (per term of `positions`)."},
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None,
+        metadata={"help": "Numbers of the blocks to edit, negative ones counted from the end; None for every block."},
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names (or a regular expression) of the modules whose output is edited, instead of the blocks that "
+            "are found in the model."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names (or a regular expression) of modules that are not edited after all."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules that are trained and saved in full, such as a classification head."}
+    )
+    rank_pattern: dict[str, int] | None = field(
+        default_factory=dict,
+        metadata={"help": "Ranks that differ from `r`, by module name or regular expression: {'layers.3': 8}."},
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Token ids whose embeddings are trained and saved with the adapter."}
+    )
+    dropout: float = field(
+        default=0.0, metadata={"help": "Probability of dropping an entry of an edit, in training; h is never dropped."}
+    )
+    act_fn: str | None = field(
+        default=None, metadata={"help": "Activation of the learned source, by its name in transformers; None: linear."}
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "True: a fresh adapter changes nothing; False: random weights, as in pyreft."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.REFT
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))  # as PEFT's own configs do
+        self._validate()
+
+    def _validate(self) -> None:
+        def is_int(value: Any) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool)
+
+        for name, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in (self.rank_pattern or {}).items()}}.items():
+            if not is_int(rank) or rank < 1:
+                raise ValueError(f"{name}={rank!r} is not a rank; it must be an integer of at least 1.")
+        if self.intervention not in intervention_names():
+            raise ValueError(
+                f"intervention={self.intervention!r} is unknown; use one of {', '.join(intervention_names())}, or call "
+                "peft_reft.register_intervention with your own class first."
+            )
+        parse_positions(self.positions)
+        layers = [self.layers_to_transform] if is_int(self.layers_to_transform) else self.layers_to_transform
+        if layers is not None:
+            if not isinstance(layers, (list, tuple)) or not layers or not all(is_int(layer) for layer in layers):
+                raise ValueError(
+                    f"layers_to_transform={self.layers_to_transform!r} does not name blocks; pass a block number, a list "
+                    "of them (negative ones count from the end), or None for every block."
+                )
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout!r} is not a probability below 1; 0.0 drops nothing.")
+        if self.act_fn is not None and self.act_fn not in ACT2FN:
+            raise ValueError(
+                f"act_fn={self.act_fn!r} is not an activation of transformers; use one of "
+                f"{', '.join(sorted(ACT2FN))}, or None for a linear edit."
+            )
+        for name in ("share_weights", "init_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")

@@ -1,0 +1,320 @@
+"""LoReFT and its relatives: modules that edit hidden states, and the registry of their names.
+
+Every built-in edit has the same shape: a learned r-dimensional value, from which the hidden state's own
+coordinates may be subtracted, written back along r directions:
+
+    h + basisᵀ (act(source h + bias) - basis h)
+
+They differ in three choices: is there a `source` or only a constant, are the coordinates subtracted (the
+subspace is then replaced, otherwise shifted), and is the basis orthonormal (R) or free (W2).
+
+Shape letters: d hidden size, r rank. Positions, adapters and models are known elsewhere.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from peft_reft.orthonormal import orthonormal_rows
+
+
+class Factors(NamedTuple):
+    """What an edit multiplies with, after all that does not depend on h is worked out.
+
+    edit(h) = (act(h downᵀ + bias) - h projectionᵀ) up. A leading dimension, if any, counts position groups.
+
+    Attributes:
+        down: [..., r, d], or None if the edit is the same for every h.
+        bias: [..., r]
+        up: [..., r, d]
+        projection: [..., r, d], or None if it is already part of `down`.
+        act: elementwise function, or None.
+    """
+
+    down: Tensor | None
+    bias: Tensor
+    up: Tensor
+    projection: Tensor | None = None
+    act: Callable[[Tensor], Tensor] | None = None
+
+
+class Basis(nn.Module):
+    """The r directions along which an intervention writes: rows of R (orthonormal) or of W2 (free).
+
+    Only `weight` [r, d] is stored. For R it holds any rows that span the subspace; calling the module gives the
+    orthonormal ones, which therefore stay orthonormal whatever an optimizer, a cast or a reload does to `weight`.
+    """
+
+    def __init__(self, d: int, r: int, orthonormal: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(r, d))
+        self.orthonormal = orthonormal
+
+    def forward(self) -> Tensor:
+        return self.combine(self.weight)
+
+    def combine(self, weight: Tensor) -> Tensor:
+        """The directions from `weight` [..., r, d]: this basis's own, or that of many alike."""
+        return orthonormal_rows(weight) if self.orthonormal else weight
+
+
+class Source(nn.Linear):
+    """The learned value Wh + b [..., r], computed in the precision of h."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return F.linear(h, self.weight.to(h.dtype), self.bias.to(h.dtype))
+
+
+class Constant(nn.Module):
+    """A learned value [r] that does not look at the hidden state."""
+
+    def __init__(self, r: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(r))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.weight.to(h.dtype)
+
+
+class Intervention(nn.Module):
+    """h + basisᵀ (act(source h + bias) - basis h), with the choices made by a subclass.
+
+    Args:
+        d: width of the edited hidden states.
+        r: number of edited directions, 1 <= r <= d.
+        dropout: probability with which an entry of the edit (never of h) is dropped in training.
+        act_fn: name of an activation in `transformers.activations.ACT2FN` for the learned value, or None.
+        init_weights: True: the fresh edit is zero wherever the equation allows it; False: random, as pyreft does.
+
+    Calling it maps [..., d] to [..., d], every vector edited, and returns the dtype it was given.
+    """
+
+    has_source: bool = True  # a function of h (source h + bias), or only a constant
+    replaces: bool = True  # subtract basis h: the subspace's content is replaced instead of shifted
+    orthonormal: bool = True  # R or W2
+
+    def __init__(
+        self,
+        d: int,
+        r: int,
+        *,
+        dropout: float = 0.0,
+        act_fn: str | None = None,
+        init_weights: bool = True,
+    ):
+        super().__init__()
+        self.shape = (r, d)
+        if not 1 <= r <= d:
+            raise ValueError(f"r={r} is not a rank for hidden states of width {d}: it must be between 1 and {d}.")
+        self.source: nn.Module = Source(d, r) if self.has_source else Constant(r)
+        self.basis = Basis(d, r, self.orthonormal)
+        self.dropout = nn.Dropout(dropout)
+        self.act_fn = act_fn
+        self.act = None if act_fn is None else ACT2FN[act_fn]
+        self.reset_parameters(init_weights)
+
+    def reset_parameters(self, identity: bool) -> None:
+        """Draw fresh weights; with `identity` so that the edit is zero wherever the equation allows it."""
+        if self.basis.weight.is_meta:  # low_cpu_mem_usage: the values come from a checkpoint
+            return
+        with torch.no_grad():
+            if isinstance(self.source, Source):
+                self.source.reset_parameters()
+            else:
+                nn.init.uniform_(self.source.weight)  # type: ignore[arg-type]
+            if self.orthonormal:
+                nn.init.orthogonal_(self.basis.weight)
+            else:
+                nn.init.kaiming_uniform_(self.basis.weight, a=5**0.5)
+            if identity:
+                self._start_from_zero()
+
+    def _start_from_zero(self) -> None:
+        if isinstance(self.source, Source) and self.replaces and self.act is None:
+            self.source.weight.copy_(self.basis())  # Wh - Rh = 0, and both W and R get gradients
+            self.source.bias.zero_()
+        elif not self.orthonormal:
+            self.basis.weight.zero_()
+        elif not self.replaces and (self.act is None or self.act(torch.zeros(1)).item() == 0):
+            for parameter in self.source.parameters():
+                parameter.zero_()
+        elif self.has_source:
+            warnings.warn(
+                f"{type(self).__name__} with an activation has no weights for which the edit is zero; it starts from "
+                "random ones. Use act_fn=None for a fresh adapter that changes nothing.",
+                stacklevel=2,
+            )
+
+    def edit(self, h: Tensor) -> Tensor:
+        """What is added to `h` [..., d], in at least single precision.
+
+        The equation as it stands, one module after the other; `combine` and `low_rank_edit` are its fast form.
+        """
+        with torch.autocast(h.device.type, enabled=False):
+            basis = self.basis()
+            h = h.to(torch.promote_types(torch.promote_types(h.dtype, basis.dtype), torch.float32))
+            basis = basis.to(h.dtype)
+            value = self.source(h)
+            if self.act is not None:
+                value = self.act(value)
+            if self.replaces:
+                value = value - h @ basis.mT
+            return self.dropout((value @ basis).expand(h.shape))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.edit(h).to(h.dtype)
+
+    def combine(self, up: Tensor, weight: Tensor | None, bias: Tensor) -> Factors:
+        """Work out what does not depend on h, for this intervention or for many alike at once.
+
+        Args:
+            up: [..., r, d], the basis.
+            weight: [..., r, d] of the source, None if it is a constant.
+            bias: [..., r] of the source, or the constant.
+        """
+        bias = bias.to(up.dtype)
+        if weight is None:
+            return Factors(-up if self.replaces else None, bias if self.act is None else self.act(bias), up)
+        weight = weight.to(up.dtype)
+        if self.act is not None:
+            return Factors(weight, bias, up, up if self.replaces else None, self.act)
+        return Factors(weight - up if self.replaces else weight, bias, up)  # (Wh + b) - Rh = (W - R)h + b
+
+    @property
+    def subspace(self) -> Tensor:
+        """The edited directions [r, d]: R (orthonormal rows) or W2."""
+        return self.basis()
+
+    def extra_repr(self) -> str:
+        r, d = self.shape
+        return f"d={d}, r={r}"
+
+
+def edit_of(intervention: nn.Module, h: Tensor) -> Tensor:
+    """What an intervention, built-in or of the user's own, adds to `h` [..., d]."""
+    return intervention.edit(h) if isinstance(intervention, Intervention) else intervention(h) - h
+
+
+def low_rank_edit(h: Tensor, factors: Factors, keep: Tensor | None = None) -> Tensor:
+    """The edit that `factors` make of `h`, without `h` itself, in at least single precision.
+
+    Args:
+        h: [..., P, d]; with grouped factors [..., G, P, d].
+        factors: of one intervention, or of G of them with a leading dimension.
+        keep: [..., P, 1], a factor for each vector's edit (0 drops it).
+    """
+    down, bias, up, projection, act = factors
+    h = h.to(torch.promote_types(h.dtype, up.dtype))
+    up = up.to(h.dtype)
+    if bias.dim() > 1:
+        bias = bias.unsqueeze(-2)  # one row for all P vectors of a group
+    if down is None:
+        value = bias.to(h.dtype).expand(*h.shape[:-1], bias.shape[-1])
+    elif down.dim() == 2:
+        value = F.linear(h, down.to(h.dtype), bias.to(h.dtype))
+    else:
+        value = h @ down.mT.to(h.dtype) + bias.to(h.dtype)
+    if act is not None:
+        value = act(value)
+    if projection is not None:
+        value = value - h @ projection.mT.to(h.dtype)
+    if keep is not None:
+        value = value * keep
+    return value @ up
+
+
+class LoreftIntervention(Intervention):
+    """LoReFT(h) = h + Rᵀ(Wh + b - Rh): paper eq. 2."""
+
+
+class NoreftIntervention(Intervention):
+    """NoReFT(h) = h + W2ᵀ(W1h + b - W2h): LoReFT without orthonormal rows, the paper's ablation."""
+
+    orthonormal = False
+
+
+class DireftIntervention(Intervention):
+    """DiReFT(h) = h + W2ᵀ(W1h + b): paper eq. 3. pyreft calls it NodireftIntervention."""
+
+    orthonormal = False
+    replaces = False
+
+
+class OdireftIntervention(Intervention):
+    """ODiReFT(h) = h + Rᵀ(Wh + b): what pyreft calls DireftIntervention."""
+
+    replaces = False
+
+
+class ConsreftIntervention(Intervention):
+    """ConsReFT(h) = h + Rᵀ(b - Rh): the subspace is set to a constant, as in pyreft."""
+
+    has_source = False
+
+
+class LobireftIntervention(Intervention):
+    """LobiReFT(h) = h + Rᵀb: a low-rank bias, as in pyreft."""
+
+    has_source = False
+    replaces = False
+
+
+_REGISTRY: dict[str, type[nn.Module]] = {
+    "loreft": LoreftIntervention,
+    "noreft": NoreftIntervention,
+    "direft": DireftIntervention,
+    "odireft": OdireftIntervention,
+    "consreft": ConsreftIntervention,
+    "lobireft": LobireftIntervention,
+}
+_BUILT_IN = frozenset(_REGISTRY)
+
+
+def intervention_names() -> list[str]:
+    """Names that `ReftConfig(intervention=...)` accepts at the moment."""
+    return sorted(_REGISTRY)
+
+
+def register_intervention(name: str, cls: type[nn.Module]) -> None:
+    """Make a module of your own available as `ReftConfig(intervention=name)`.
+
+    Args:
+        name: lower-case identifier that no built-in intervention has. Registering a name again replaces the class.
+        cls: `nn.Module` whose constructor takes `(d, r)` and, if it names them (or takes `**kwargs`), the keywords
+            `dropout`, `act_fn` and `init_weights`; its forward maps [..., d] to [..., d]. Its parameters are
+            what is trained and saved. A subclass of `Intervention` gets the batched fast path, and any module
+            may offer `subspace` [r, d].
+
+    Raises:
+        ValueError: if the name is taken by a built-in or is no lower-case identifier.
+        TypeError: if `cls` is not a class of modules.
+
+    An adapter's config only names its intervention: register the class before loading such an adapter.
+    """
+    if not (isinstance(name, str) and name.isidentifier() and name == name.lower()):
+        raise ValueError(f"{name!r} cannot name an intervention: use a lower-case identifier such as 'my_reft'.")
+    if name in _BUILT_IN:
+        raise ValueError(f"{name!r} is a built-in intervention; register {cls!r} under another name.")
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"{cls!r} is not a subclass of torch.nn.Module; pass the class itself, not an instance.")
+    _REGISTRY[name] = cls
+
+
+def build_intervention(
+    name: str, d: int, r: int, *, dropout: float = 0.0, act_fn: str | None = None, init_weights: bool = True
+) -> nn.Module:
+    """A fresh intervention by its name; the keywords go to the constructors that name them."""
+    cls = _REGISTRY[name]
+    keywords = {"dropout": dropout, "act_fn": act_fn, "init_weights": init_weights}
+    parameters = inspect.signature(cls).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        keywords = {key: value for key, value in keywords.items() if key in parameters}
+    return cls(d, r, **keywords)

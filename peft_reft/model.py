@@ -1,0 +1,215 @@
+"""ReftModel: the PEFT tuner. Puts a ReftLayer beside every chosen block, hooks the modules around them, takes both off again."""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+from peft import PeftModel
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
+from peft.utils.other import get_pattern_key
+from peft.utils.peft_types import TaskType
+from torch import nn
+
+from peft_reft.blocks import block_width, device_and_dtype, find_blocks, group_by_stack, pick_layers
+from peft_reft.config import ReftConfig
+from peft_reft.generation import GenerateEntry
+from peft_reft.layer import CHILD, ReftLayer, attach_layer, batch_factors, detach_layer
+from peft_reft.scope import Host, Root
+
+TOKENS = {"input_ids", "inputs_embeds", "decoder_input_ids"}  # parameters by which a module takes tokens
+
+
+class ReftModel(BaseTuner):
+    """A model with ReFT adapters (https://arxiv.org/abs/2404.03592); made by `get_peft_model(model, ReftConfig(...))`.
+
+    The model stays what it was: every edited block gets a child module `reft` and a forward hook, and the modules
+    around the blocks get hooks that find each row's prompt. `unload()` removes all of it.
+    """
+
+    prefix = "reft_"
+    tuner_layer_cls = ReftLayer
+    target_module_mapping: dict[str, list[str]] = {}  # no table of architectures: see blocks.py
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)  # __call__, so that the hooks run
+
+    # Injection: which modules, and what is created there.
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("state_dict") is not None:
+            # PEFT reads a target's name off each key, as what stands before ".reft_"; there is CHILD in between.
+            middle = f".{CHILD}.{self.prefix}"
+            kwargs["state_dict"] = {k.replace(middle, f".{self.prefix}"): v for k, v in kwargs["state_dict"].items()}
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        attach_hosts(model, is_causal_lm(model, self.peft_config[adapter_name]))
+
+    def _prepare_adapter_config(self, peft_config: ReftConfig, model_config: dict) -> ReftConfig:  # type: ignore[override]
+        return peft_config  # None means the model's own blocks, and is saved as such: it fits models of other depths
+
+    def _prepare_model(self, peft_config: ReftConfig, model: nn.Module) -> None:  # type: ignore[override]
+        self._targets, self._excluded = choose_targets(peft_config, model)
+
+    def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> Any:  # type: ignore[override]
+        return _ExcludedModule() if key in self._excluded else key in self._targets
+
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        peft_config: ReftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        width = block_width(self.model, current_key)
+        pattern = get_pattern_key(list(peft_config.rank_pattern or {}), current_key)
+        r = (peft_config.rank_pattern or {}).get(pattern, peft_config.r)
+        layer = attach_layer(target, width)
+        layer.add_adapter(adapter_name, peft_config, r)
+        if adapter_name not in self.active_adapters:
+            layer.reft_interventions[adapter_name].requires_grad_(False)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Adapters are created in float32 and stay so; without autocast they take the dtype of their block."""
+        if autocast_adapter_dtype:
+            return super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in reft_layers(self.model).values():
+            if adapter_name in layer.reft_interventions:
+                layer.reft_interventions[adapter_name].to(device_and_dtype(layer.block)[1])
+
+    # Taking it off.
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(
+            "A ReFT adapter cannot be merged: it edits hidden states at some positions of the prompt only, which no "
+            "change of the weights can do. Keep it as an adapter (save_pretrained writes a few kilobytes), or call "
+            "unload() to get the base model back."
+        )
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        remove_reft(model)
+        return model
+
+
+def reft_layers(model: nn.Module) -> dict[str, ReftLayer]:
+    """The ReFT layers of a model, by the names of their blocks."""
+    suffix = f".{CHILD}"
+    return {name.removesuffix(suffix): layer for name, layer in model.named_modules() if isinstance(layer, ReftLayer)}
+
+
+def choose_targets(config: ReftConfig, model: nn.Module) -> tuple[set[str], set[str]]:
+    """Names of the modules to edit, and of those that would be if `exclude_modules` did not name them.
+
+    Raises:
+        ValueError: if the model's blocks cannot be found, or `layers_to_transform` names none of them.
+    """
+    names = [name for name, module in model.named_modules() if name and not isinstance(module, BaseTunerLayer)]
+    inside_layers = tuple(f"{name}.{CHILD}." for name in reft_layers(model))
+    names = [name for name in names if not name.startswith(inside_layers)] if inside_layers else names
+    stacks = find_blocks(model) if config.target_modules is None else [names]
+    # PEFT's rules for names, but not for block numbers: it looks for those inside of blocks only.
+    rules = SimpleNamespace(
+        target_modules=".*" if config.target_modules is None else config.target_modules,
+        exclude_modules=config.exclude_modules,
+        modules_to_save=config.modules_to_save,
+        target_parameters=None,
+    )
+    results = {name: check_target_module_exists(rules, name) for stack in stacks for name in stack}
+    excluded = {name for name, result in results.items() if isinstance(result, _ExcludedModule)}
+    matched = [name for name, result in results.items() if result]
+    if not matched:
+        return set(), excluded  # PEFT says so, with the reason
+    if config.target_modules is not None:
+        stacks = group_by_stack(matched)
+    chosen = set(pick_layers(stacks, config.layers_to_transform))
+    return chosen & set(matched), excluded
+
+
+def attach_hosts(model: nn.Module, causal: bool) -> None:
+    """Hook every module around the blocks that takes tokens, and `generate`; what is hooked already stays so."""
+    layers = reft_layers(model)
+    host = Host.of(model)
+    root = host.root if host is not None else Root(causal, [], batch_factors)
+    root.causal = root.causal or causal
+    root.layers[:] = layers.values()
+    around = {""}
+    for name in layers:
+        parts = name.split(".")
+        around.update(".".join(parts[:depth]) for depth in range(1, len(parts)))
+    roles = roles_of(model)
+    for name in sorted(around):
+        module = model.get_submodule(name)
+        if name and not TOKENS & set(inspect.signature(type(module).forward).parameters):
+            continue
+        if Host.of(module) is None:
+            Host(module, root, roles.get(module, "router" if roles else "")).attach(module)
+        if hasattr(type(module), "generate") and not isinstance(module.__dict__.get("generate"), GenerateEntry):
+            module.generate = GenerateEntry(module, root)  # type: ignore[assignment]
+
+
+def roles_of(model: nn.Module) -> dict[nn.Module, str]:
+    """For an encoder-decoder model, which side each module is on; modules above both are left out."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "get_encoder"):
+        return {}
+    sides = {"encoder": model.get_encoder(), "decoder": model.get_decoder()}
+    return {
+        module: side
+        for side, stack in sides.items()
+        if isinstance(stack, nn.Module) and stack is not model
+        for module in stack.modules()
+    }
+
+
+def is_causal_lm(model: nn.Module, config: PeftConfig) -> bool:
+    """Whether labels of the shape of `input_ids` are next-token targets, so that they tell where the prompt ends."""
+    if config.task_type is not None:
+        return config.task_type == TaskType.CAUSAL_LM
+    can_generate = getattr(model, "can_generate", None)
+    return bool(can_generate is not None and can_generate()) and not model.config.is_encoder_decoder  # type: ignore[union-attr]
+
+
+def remove_reft(model: nn.Module) -> None:
+    """Take all layers and hooks off a model."""
+    for name in reft_layers(model):
+        detach_layer(model.get_submodule(name))
+    for module in model.modules():
+        Host.detach(module)
+        if isinstance(module.__dict__.get("generate"), GenerateEntry):
+            del module.__dict__["generate"]
+
+
+def get_interventions(model: nn.Module, adapter_name: str | None = None) -> dict[str, nn.ModuleList]:
+    """The interventions of an adapter.
+
+    Args:
+        model: a `PeftModel`, or a model that adapters were injected into.
+        adapter_name: None for the active adapter.
+
+    Returns:
+        For every edited block, by its module name in the base model, a ModuleList with one intervention per position
+        group, in the order of the terms of `positions` (a single one if the weights are shared).
+
+    Raises:
+        ValueError: if there is no such adapter, or several are active and none is named.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base.model if isinstance(base, BaseTuner) else base
+    layers = reft_layers(base)
+    if adapter_name is None:
+        active = sorted({name for layer in layers.values() for name in layer.active_adapters})
+        if len(active) != 1:
+            raise ValueError(f"The active ReFT adapters are {active}; name the one to look at with adapter_name.")
+        adapter_name = active[0]
+    found = {
+        block: layer.reft_interventions[adapter_name]
+        for block, layer in layers.items()
+        if adapter_name in layer.reft_interventions
+    }
+    if not found:
+        known = sorted({name for layer in layers.values() for name in layer.reft_interventions})
+        raise ValueError(f"The model has no ReFT adapter {adapter_name!r}; its ReFT adapters are {known}.")
+    return found  # type: ignore[return-value]

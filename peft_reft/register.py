@@ -1,0 +1,79 @@
+"""Makes REFT a peft type: the enum member first, then the config, tuner and prefix mappings.
+
+The only file that touches PEFT's tables. PEFT has no entry points: whoever loads a ReFT adapter must import
+`peft_reft` first, in each process.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+from peft.utils import peft_types
+
+NAME = "REFT"
+SUPPORTED_PEFT = SpecifierSet(">=0.21.0,<0.22")  # the same range as in pyproject.toml
+
+
+def check_peft_version(installed: str) -> None:
+    """Raise ImportError, with both versions, if this PEFT is not supported."""
+    if not SUPPORTED_PEFT.contains(Version(installed).base_version):
+        raise ImportError(
+            f"peft_reft supports peft{SUPPORTED_PEFT}, but peft {installed} is installed. "
+            f'Install a supported one: pip install "peft{SUPPORTED_PEFT}"'
+        )
+
+
+def add_peft_type() -> None:
+    """Give the closed enum `PeftType` the member REFT, as its own definition would have made it.
+
+    Raises:
+        ImportError: if this PEFT already has a REFT type that is not ours.
+    """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    enum = peft_types.PeftType
+    if NAME in enum.__members__:
+        config_cls = PEFT_TYPE_TO_CONFIG_MAPPING.get(enum[NAME])
+        if config_cls is not None and config_cls.__module__.split(".")[0] != __package__:
+            raise ImportError(
+                f"The installed peft {version('peft')} already has a {NAME} type, {config_cls.__module__}."
+                f"{config_cls.__qualname__}. Use that one without importing peft_reft, or install a peft without it."
+            )
+        return
+    member = str.__new__(enum, NAME)
+    member._name_ = NAME
+    member._value_ = NAME
+    member._sort_order_ = len(enum.__members__)
+    enum._member_names_.append(NAME)
+    enum._member_map_[NAME] = member
+    enum._value2member_map_[NAME] = member
+    type.__setattr__(enum, NAME, member)
+
+
+def register() -> None:
+    """Enter ReFT's classes into PEFT's mappings; replaces our own entries, should the package be reloaded."""
+    from peft.mapping import (
+        PEFT_TYPE_TO_CONFIG_MAPPING,
+        PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+        PEFT_TYPE_TO_PREFIX_MAPPING,
+        PEFT_TYPE_TO_TUNER_MAPPING,
+    )
+
+    from peft_reft.config import ReftConfig
+    from peft_reft.model import ReftModel
+
+    tables: tuple[dict, ...] = (
+        PEFT_TYPE_TO_CONFIG_MAPPING,
+        PEFT_TYPE_TO_TUNER_MAPPING,
+        PEFT_TYPE_TO_PREFIX_MAPPING,
+        PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    )
+    for table in tables:
+        table.pop(peft_types.PeftType[NAME], None)
+    peft_types.register_peft_method(name=NAME.lower(), config_cls=ReftConfig, model_cls=ReftModel)
+
+
+check_peft_version(version("peft"))
+add_peft_type()

@@ -1,0 +1,461 @@
+"""What one forward call knows about its positions, and how the edited blocks get to know it.
+
+Blocks see hidden states only. The modules around them see tokens, masks, labels and caches: a `Host` hooks each
+ancestor of the blocks that takes tokens, works out where the prompts lie when the call enters, and lends the
+result to the blocks until the call ends, however it ends. State is per call and per thread: nested calls,
+calls from other threads and other models do not see each other's.
+
+    model(...)  ->  Host.enter: Frame  ->  blocks ask frame.sites(spec)  ->  Host.leave
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from peft_reft.positions import PositionSpec
+from peft_reft.prompt import Prompts, align_shift_labels, document_starts, find_prompts
+from peft_reft.sites import Sites, sites_at, sites_of
+
+OWN_ARGUMENTS = ("intervention_locations",)  # taken out of the call: the model does not know them
+
+
+class _ThreadState(threading.local):
+    def __init__(self) -> None:
+        self.frames: list[Frame] = []
+        self.generations: list[Generation] = []
+
+
+_state = _ThreadState()
+
+
+@contextmanager
+def generation_scope(generation: Generation) -> Iterator[None]:
+    """Make the forwards of this thread part of a `generate` call, for as long as it runs."""
+    _state.generations.append(generation)
+    try:
+        yield
+    finally:
+        _state.generations.remove(generation)
+
+
+def current_frame() -> Frame | None:
+    """The innermost running call that knows about tokens, in this thread."""
+    return _state.frames[-1] if _state.frames else None
+
+
+# Frames by the address of a block's input, for as long as something else keeps the frame alive.
+_frames_by_input: WeakValueDictionary[int, Frame] = WeakValueDictionary()
+
+
+def frame_of_block(inputs: tuple[Any, ...]) -> Frame | None:
+    """The frame of the call that a block runs in, given the block's inputs.
+
+    torch's CheckpointWrapper runs a block, hooks included, once more in the backward pass, when its call has ended and
+    another may have begun. So the frame is tied to the block's input, which the checkpoint keeps: to the tensor
+    object, and to its memory, since a reentrant checkpoint recomputes from a detached alias.
+    """
+    if torch.compiler.is_compiling():
+        return current_frame()
+    h = next((value for value in inputs if isinstance(value, Tensor) and value.is_floating_point()), None)
+    frame = current_frame()
+    if h is None or h.is_meta:
+        return frame
+    if frame is None or torch._C._current_graph_task_id() != -1:  # outside of a call, or within a backward pass
+        return getattr(h, "_reft_frame", None) or _frames_by_input.get(h.data_ptr()) or frame
+    if torch.is_grad_enabled():
+        h._reft_frame = frame  # type: ignore[attr-defined]
+        _frames_by_input[h.data_ptr()] = frame
+    return frame
+
+
+@dataclass
+class Root:
+    """What all hosts of one model share: what kind of model it is, and what was already said about it.
+
+    Attributes:
+        causal: a causal language model, whose labels tell where the prompt ends.
+        layers: the layers beside its blocks.
+        batch_factors: works out what the layers' interventions multiply with, for all of them together.
+        warned: the warnings given so far; each is given once.
+    """
+
+    causal: bool
+    layers: list[Any]
+    batch_factors: Callable[[list[Any]], dict[tuple[int, str], Any]]
+    warned: set[str] = field(default_factory=set)
+
+    def warn_once(self, message: str) -> None:
+        if message not in self.warned and not torch.compiler.is_compiling():
+            self.warned.add(message)
+            warnings.warn(message, stacklevel=2)
+
+
+@dataclass
+class Generation:
+    """One call of `generate`: its prompt, in columns of the whole row, however the prompt is then run.
+
+    Attributes:
+        prompts: the prompt of each row given to `generate`; None until an encoder-decoder's decoder has started.
+        locations: what the caller passed as `intervention_locations`, [B, G, P], or None.
+        decoder_columns: length of the decoder's prompt where its first forward may hold more than that (guessed tokens).
+        seen: columns that went through the model in the forwards that have ended.
+        prefilled: the whole prompt is in a cache; nothing is left to edit.
+    """
+
+    root: Root
+    prompts: Prompts | None
+    locations: Tensor | None = None
+    decoder_columns: int | None = None
+    seen: int = 0
+    prefilled: bool = False
+    _running: tuple[int, bool] = (0, False)  # what `seen` and `prefilled` will be when the running forward has ended
+
+    def frame(self, host: Host, call: Call, arguments: dict[str, Any], rows: int, columns: int) -> Frame:
+        """The frame of one forward within this generation."""
+        if self.prefilled:
+            return Frame(host, call, rows, columns, edits=False)
+        past = past_length(arguments, columns, self.seen)
+        past = self.seen if isinstance(past, Tensor) and self.seen else int(past)
+        if self.prompts is None:
+            valid = valid_columns(arguments.get("attention_mask"), rows, columns, token_device(arguments))
+            self.prompts = find_prompts(valid[:, : self.decoder_columns])
+        total = self.prompts.inside.shape[1]
+        self._running = (max(self.seen, past + columns), past + columns >= total and keeps_a_cache(arguments))
+        if past >= total:
+            return Frame(host, call, rows, columns, edits=False)
+        times, rest = divmod(rows, self.prompts.inside.shape[0])
+        if rest:
+            raise ValueError(
+                f"generate was given {self.prompts.inside.shape[0]} prompts but runs a batch of {rows} rows, which "
+                "is no multiple of it; the rows' prompts cannot be told."
+            )
+        locations = None if host.role == "decoder" else self.locations
+        if locations is not None:
+            locations = locations.repeat_interleave(times, dim=0) - past
+            locations = torch.where((locations >= 0) & (locations < columns), locations, -1)
+        prompts = self.prompts.repeat(times).window(past, columns)
+        return Frame(host, call, rows, columns, prompts=prompts, locations=locations)
+
+    def forward_ended(self) -> None:
+        if not self.prefilled:
+            self.seen, self.prefilled = self._running
+
+
+@dataclass
+class Call:
+    """One call of the outermost host.
+
+    Attributes:
+        host: that host.
+        labels, shift_labels: what it was given of these.
+        locations: `intervention_locations` as [B, G, P], or None.
+        generation: the `generate` this call is part of, if any.
+        factors: what the interventions multiply with, by layer and adapter; None until a stack with edits is entered.
+    """
+
+    host: Host
+    labels: Tensor | None
+    shift_labels: Tensor | None
+    locations: Tensor | None
+    generation: Generation | None
+    factors: dict[tuple[int, str], Any] | None = None
+
+
+@dataclass
+class Frame:
+    """One sequence of tokens on its way through a stack of blocks.
+
+    Attributes:
+        rows, columns: the shape of the batch of tokens; None if the call has no tokens (images, plain tensors).
+        edits: False if nothing in this forward is to be edited.
+        prompts: where the prompts lie; None if the shape of the hidden state has to tell.
+        locations: columns to edit, [B, G, P]; they win over `prompts`.
+    """
+
+    host: Host
+    call: Call
+    rows: int | None = None
+    columns: int | None = None
+    edits: bool = True
+    prompts: Prompts | None = None
+    locations: Tensor | None = None
+    _sites: dict[tuple[Any, ...], Sites] = field(default_factory=dict)
+
+    def sites(self, spec: PositionSpec, grouped: bool, h: Tensor) -> Sites | None:
+        """Where to edit the hidden state `h` [B, S, d] (or [..., d] without tokens); None for nowhere.
+
+        Worked out once per call for all blocks and adapters that share a spec.
+        """
+        if not self.edits:
+            return None
+        if self.columns is not None and h.shape[:2] != (self.rows, self.columns):
+            raise ValueError(
+                f"A block put out hidden states of shape {tuple(h.shape)} for a batch of {self.rows} rows and "
+                f"{self.columns} columns of tokens, so that positions={str(spec)!r} cannot be placed in them. Exclude "
+                "that block (exclude_modules=...), or target modules that keep one vector per token."
+            )
+        key = (spec, grouped, h.device, h.shape[:2] if self.columns is None else None)
+        if key not in self._sites:
+            self._sites[key] = self._find_sites(spec, grouped, h)
+        return self._sites[key]
+
+    def factors(self, layer: Any, name: str) -> Any:
+        """What the interventions of an adapter beside one block multiply with; None if only they themselves know."""
+        return None if self.call.factors is None else self.call.factors.get((id(layer), name))
+
+    def _find_sites(self, spec: PositionSpec, grouped: bool, h: Tensor) -> Sites:
+        if self.locations is not None:
+            locations = self.locations.to(h.device)
+            if not grouped:
+                return sites_at(locations.flatten(1).unsqueeze(1))
+            groups = len(spec.terms)
+            if locations.shape[1] != groups:
+                raise ValueError(
+                    f"intervention_locations of shape {tuple(locations.shape)} cannot be split over the {groups} "
+                    f"position groups of positions={str(spec)!r} with share_weights=False; pass [B, {groups}, P]."
+                )
+            return sites_at(locations)
+        prompts = self.prompts
+        if prompts is None:
+            prompts = find_prompts(torch.ones(h.shape[:2], dtype=torch.bool, device=h.device))
+        sites = sites_of(spec, prompts, grouped)
+        return Sites(*(None if tensor is None else tensor.to(h.device) for tensor in sites))
+
+
+class Host:
+    """The hooks on a module that takes tokens and has blocks below it.
+
+    Args:
+        module: the module; its forward's parameter names are read once.
+        root: shared by all hosts of a model.
+        role: "encoder" or "decoder" in an encoder-decoder model, "router" for the module above both, else "".
+    """
+
+    def __init__(self, module: nn.Module, root: Root, role: str = ""):
+        parameters = inspect.signature(type(module).forward).parameters.values()
+        self.names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+        self.root = root
+        self.role = role
+
+    def attach(self, module: nn.Module) -> None:
+        module.register_forward_pre_hook(self.enter, prepend=True, with_kwargs=True)
+        module.register_forward_hook(self.leave, always_call=True)
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Host | None:
+        """The host attached to a module, if any."""
+        for hook in module._forward_pre_hooks.values():
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, cls):
+                return owner
+        return None
+
+    @classmethod
+    def detach(cls, module: nn.Module) -> None:
+        """Take the hooks off again."""
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), cls):
+                    del hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+                    module._forward_hooks_always_called.pop(key, None)
+
+    def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Forward pre-hook: find the prompts of this call's tokens."""
+        own = {name: kwargs[name] for name in OWN_ARGUMENTS if kwargs.get(name) is not None}
+        kwargs = {name: value for name, value in kwargs.items() if name not in OWN_ARGUMENTS}
+        arguments = {**dict(zip(self.names, args)), **kwargs}
+        outer = current_frame()
+        if outer is not None and outer.host.root is not self.root:
+            outer = None
+        frame = self._frame(module, outer, arguments, own)
+        if frame.call.factors is None and frame.edits and self.role != "router":
+            frame.call.factors = self.root.batch_factors(self._layers(module))
+        _state.frames.append(frame)
+        return args, kwargs
+
+    def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Forward hook, called even if the forward failed (or never began, when `enter` itself raised)."""
+        if _state.frames and _state.frames[-1].host is self:
+            call = _state.frames.pop().call
+            if call.host is self and call.generation is not None:
+                call.generation.forward_ended()
+
+    def _layers(self, module: nn.Module) -> list[Any]:
+        if getattr(module, "_is_replica", False):  # nn.DataParallel: replicas have layers of their own
+            kinds = tuple({type(layer) for layer in self.root.layers})
+            return [part for part in module.modules() if isinstance(part, kinds)]
+        return self.root.layers
+
+    def _frame(self, module: nn.Module, outer: Frame | None, arguments: dict[str, Any], own: dict[str, Any]) -> Frame:
+        shape = token_shape(arguments)
+        if outer is not None and outer.host.role == self.role and shape in (None, (outer.rows, outer.columns)):
+            # The same tokens one level further in, where labels and masks may be gone or have changed their form.
+            return Frame(self, outer.call, outer.rows, outer.columns, outer.edits, outer.prompts, outer.locations, outer._sites)
+        call = outer.call if outer is not None else self._call(module, arguments, own, shape)
+        if self.role == "router" or shape is None:
+            return Frame(self, call, locations=call.locations)
+        rows, columns = shape
+        if self.role == "encoder" or call.generation is None:
+            return self._plain_frame(call, arguments, rows, columns)
+        return call.generation.frame(self, call, arguments, rows, columns)
+
+    def _call(self, module: nn.Module, arguments: dict[str, Any], own: dict[str, Any], shape: tuple[int, int] | None) -> Call:
+        generation = next((g for g in reversed(_state.generations) if g.root is self.root), None)
+        locations = own.get("intervention_locations")
+        if locations is None and generation is not None and self.role != "decoder":
+            locations = generation.locations
+        elif locations is not None:
+            locations = check_locations(locations, shape, past_length(arguments, shape[1] if shape else 0, 0))
+        labelled = any(arguments.get(name) is not None for name in ("labels", "shift_labels"))
+        if (
+            self.root.causal
+            and module.training
+            and torch.is_grad_enabled()
+            and generation is None
+            and locations is None
+            and not labelled
+        ):
+            self.root.warn_once(UNLABELLED_TRAINING)
+        return Call(self, arguments.get("labels"), arguments.get("shift_labels"), locations, generation)
+
+    def _plain_frame(self, call: Call, arguments: dict[str, Any], rows: int, columns: int) -> Frame:
+        """The frame of a forward outside `generate` (or of an encoder, which `generate` runs like any other)."""
+        past: int | Tensor = 0 if self.role == "encoder" else past_length(arguments, columns, 0)
+        locations = None if self.role == "decoder" else call.locations
+        if locations is not None:
+            locations = locations - past
+            locations = torch.where((locations >= 0) & (locations < columns), locations, -1)
+            return Frame(self, call, rows, columns, locations=locations)
+        if not isinstance(past, Tensor) and past > 0:
+            return Frame(self, call, rows, columns, edits=False)
+        device = token_device(arguments)
+        valid = valid_columns(arguments.get("attention_mask"), rows, columns, device)
+        starts, num_documents = None, None
+        if self.role == "":
+            starts, num_documents = document_starts(
+                valid, arguments.get("position_ids"), arguments.get("seq_idx"), arguments.get("cu_seq_lens_q")
+            )
+        prompts = find_prompts(valid, self._labels(call, rows, columns), starts, num_documents)
+        if isinstance(past, Tensor):  # a static cache's length, which to read would mean to wait for the device
+            prompts = Prompts(prompts.inside & (past == 0), prompts.order, prompts.length, prompts.document, num_documents)
+        return Frame(self, call, rows, columns, prompts=prompts)
+
+    def _labels(self, call: Call, rows: int, columns: int) -> Tensor | None:
+        """The call's labels, aligned with the tokens, where they tell the end of a prompt."""
+        labels, shift_labels = call.labels, call.shift_labels
+        if self.role == "decoder":  # decoder inputs are the labels moved by one
+            labels, shift_labels = shift_labels, labels
+        elif self.role == "encoder" or not self.root.causal:
+            return None
+        if isinstance(labels, Tensor) and labels.shape == (rows, columns):
+            return labels
+        if isinstance(shift_labels, Tensor) and shift_labels.shape == (rows, columns):
+            return align_shift_labels(shift_labels)
+        return None
+
+
+UNLABELLED_TRAINING = (
+    "A training forward of a ReFT model got neither `labels` nor `intervention_locations`, so the whole row counts as "
+    "the prompt and the last prompt token is the end of the answer. That is right for a bare forward, but wrong for a "
+    "trainer that took the labels away (label smoothing, compute_loss_func): wrap its collator, "
+    "data_collator=peft_reft.ReftDataCollator(collator, config), and the positions travel with the batch."
+)
+
+
+def token_shape(arguments: dict[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of a call's tokens; None if it has none, or not as one row per sequence."""
+    for name, dims in (("inputs_embeds", 3), ("input_ids", 2)):
+        value = arguments.get(name)
+        if isinstance(value, Tensor) and value.dim() == dims:
+            return value.shape[0], value.shape[1]
+    return None
+
+
+def token_device(arguments: dict[str, Any]) -> torch.device:
+    """Where a call's tokens are."""
+    value = arguments.get("inputs_embeds")
+    return (arguments["input_ids"] if value is None else value).device
+
+
+def is_mask(mask: Any, rows: int, columns: int) -> bool:
+    """Whether this is a padding mask of at least these columns."""
+    return isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == rows and mask.shape[1] >= columns
+
+
+def valid_columns(mask: Any, rows: int, columns: int, device: torch.device) -> Tensor:
+    """Bool [B, S]: which columns of this forward are no padding, by a 2-D or 4-D attention mask or none."""
+    if is_mask(mask, rows, columns):
+        return mask[:, -columns:].to(device=device, dtype=torch.bool)
+    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[0] == rows and mask.shape[-1] == mask.shape[-2] == columns:
+        # A token that may look at itself is no padding; additive masks hold 0 where one may look.
+        diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1).to(device)
+        return diagonal if diagonal.dtype == torch.bool else diagonal == 0
+    return torch.ones(rows, columns, dtype=torch.bool, device=device)
+
+
+def past_length(arguments: dict[str, Any], columns: int, seen: int) -> int | Tensor:
+    """How many columns are in the call's cache already.
+
+    Args:
+        seen: what is known from earlier forwards, for caches that do not tell.
+
+    Returns:
+        An int, or a tensor on the device if the cache counts there.
+    """
+    cache = arguments.get("past_key_values")
+    if hasattr(cache, "get_seq_length"):
+        try:
+            return cache.get_seq_length()  # type: ignore[union-attr,no-any-return]
+        except ValueError:  # a cache of linear-attention layers only
+            return seen
+    if isinstance(cache, (tuple, list)) and cache:  # the old format: (key, value) [B, H, S, d] of each layer
+        return int(cache[0][0].shape[-2])
+    if any(arguments.get(name) is not None for name in ("cache_params", "state", "mems")):
+        return seen
+    return 0
+
+
+def keeps_a_cache(arguments: dict[str, Any]) -> bool:
+    """Whether the forward leaves its columns in a cache, so that they will not be run again."""
+    if any(arguments.get(name) is not None for name in ("past_key_values", "cache_params", "state", "mems")):
+        return True
+    return bool(arguments.get("use_cache"))
+
+
+def check_locations(locations: Any, shape: tuple[int, int] | None, past: int | Tensor) -> Tensor:
+    """`intervention_locations` as a long tensor [B, G, P].
+
+    Raises:
+        ValueError: if they are no columns of this batch. (What the values are is looked at on the CPU only:
+            elsewhere that would make the device wait.)
+    """
+    rule = "Pass a LongTensor [B, P] or [B, G, P] of columns of the padded row, -1 = unused."
+    if not isinstance(locations, Tensor) or locations.dim() not in (2, 3) or locations.is_floating_point():
+        what = f"a {locations.dtype} tensor of shape {tuple(locations.shape)}" if isinstance(locations, Tensor) else f"{locations!r}"
+        raise ValueError(f"intervention_locations is {what}. {rule}")
+    if shape is not None:
+        rows, columns = shape
+        if locations.shape[0] != rows:
+            raise ValueError(
+                f"intervention_locations has {locations.shape[0]} rows, but the batch has {rows}; it belongs to another batch. {rule}"
+            )
+        if locations.device.type == "cpu" and not torch.compiler.is_compiling() and locations.numel():
+            least, most = int(locations.min()), int(locations.max())
+            if least < -1 or most >= columns + int(past):
+                wrong = least if least < -1 else most
+                raise ValueError(
+                    f"intervention_locations holds {wrong}, but the rows have the columns 0 to {columns + int(past) - 1}. {rule}"
+                )
+    locations = locations.long()
+    return locations if locations.dim() == 3 else locations.unsqueeze(1)

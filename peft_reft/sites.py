@@ -1,0 +1,78 @@
+"""The places of a hidden state that are edited: gather the vectors, put the edits back.
+
+Shape letters: B rows, S columns, G position groups, P places per group, d hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from peft_reft.positions import PositionSpec, locate, select
+from peft_reft.prompt import Prompts
+
+
+class Sites(NamedTuple):
+    """Where a forward edits one hidden state [B, S, d].
+
+    Attributes:
+        columns: long [B, G * P], every entry a column that exists; None if all S columns are looked at (P = S).
+        keep: [B, G, P, 1], 1 where the place is edited and 0 where it only fills up the shape.
+    """
+
+    columns: Tensor | None
+    keep: Tensor
+
+
+def sites_at(locations: Tensor) -> Sites:
+    """Sites from columns [B, G, P], -1 = unused.
+
+    An unused place looks at the row's last used column instead: at a token that is edited anyway, not at
+    padding, whose vector may hold anything, NaN included.
+    """
+    used = locations >= 0
+    spare = locations.flatten(1).amax(1).clamp(min=0)
+    columns = torch.where(used, locations, spare[:, None, None])
+    return Sites(columns.flatten(1), used.unsqueeze(-1).to(torch.float32))
+
+
+def sites_of(spec: PositionSpec, prompts: Prompts, grouped: bool) -> Sites:
+    """Sites that a spec names in a batch.
+
+    Args:
+        spec: parsed notation.
+        prompts: where the prompts lie.
+        grouped: keep the spec's groups apart (each has an intervention of its own), or make one of all.
+    """
+    if spec.widths is not None and (prompts.document is None or prompts.num_documents is not None):
+        locations = locate(spec, prompts)
+        return sites_at(locations if grouped else locations.flatten(1).unsqueeze(1))
+    # No bound on the number of places that could be known without looking at the data: mark them among all columns.
+    members = torch.stack([member for member, _ in select(spec, prompts)], dim=1)
+    if not grouped:
+        members = members.any(1, keepdim=True)
+    return Sites(None, members.unsqueeze(-1).to(torch.float32))
+
+
+def add_edit(out: Tensor, h: Tensor, sites: Sites, edit: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Add the edits of `h` at `sites` to `out`; every other vector of `out` is returned bit for bit.
+
+    Args:
+        out: [B, S, d], `h` or `h` with the edits of other adapters; not changed in place, since autograd may have
+            saved it and a caller may hold it too.
+        h: [B, S, d], what the edit is computed from.
+        sites: where.
+        edit: maps vectors [B, G, P, d] and `sites.keep` to their edits [B, G, P, d], zero where not kept.
+    """
+    rows, columns, d = h.shape
+    groups = sites.keep.shape[1]
+    if sites.columns is None:
+        delta = edit(h.unsqueeze(1).expand(-1, groups, -1, -1), sites.keep)
+        delta = delta.squeeze(1) if groups == 1 else delta.sum(1)
+        return out + delta.to(h.dtype)
+    index = sites.columns.unsqueeze(-1).expand(-1, -1, d)
+    delta = edit(h.gather(1, index).view(rows, groups, -1, d), sites.keep)
+    return out.scatter_add(1, index, delta.view(rows, -1, d).to(h.dtype))
