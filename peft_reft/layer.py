@@ -33,13 +33,14 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("reft_interventions",)
-    other_param_names = ("position_specs",)
+    other_param_names = ("position_specs", "never_ran")
 
     def __init__(self, block: nn.Module, width: int):
         super().__init__()
         self.width = width
         self.reft_interventions = nn.ModuleDict()  # adapter name -> ModuleList, one intervention per position group
         self.position_specs: dict[str, PositionSpec] = {}
+        self.never_ran: dict[str, bool] = {}  # adapters that exist but have edited nothing yet
         self._block = (block,)  # in a tuple, so that it is no submodule
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
@@ -66,6 +67,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         )
         self.reft_interventions[name] = interventions
         self.position_specs[name] = spec
+        self.never_ran[name] = True
         self._move_adapter_to_device_of_base_layer(name)
 
     def edit(self, h: Tensor, frame: Frame | None) -> Tensor:
@@ -83,6 +85,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         return out
 
     def _add_edit(self, out: Tensor, h: Tensor, name: str, frame: Frame | None) -> Tensor:
+        self.never_ran.pop(name, None)
         interventions, spec = self.reft_interventions[name], self.position_specs[name]
         if (frame is None or frame.columns is None) and spec.widths is None:  # nothing to count: every vector
             vectors = h.reshape(1, 1, -1, self.width)

@@ -11,14 +11,16 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import TaskType
-from torch import nn
+from torch import Tensor, nn
 
 from peft_reft.blocks import block_width, device_and_dtype, find_blocks, group_by_stack, pick_layers
+from peft_reft.checkpoint import intervention_shapes, mismatch
 from peft_reft.config import ReftConfig
 from peft_reft.generation import GenerateEntry
 from peft_reft.layer import CHILD, ReftLayer, attach_layer, batch_factors, detach_layer
 from peft_reft.scope import Host, Root
 
+INTERVENTIONS = f".{CHILD}.reft_interventions."  # what stands between a block's name and the adapter's in a key
 TOKENS = {"input_ids", "inputs_embeds", "decoder_input_ids"}  # parameters by which a module takes tokens
 
 
@@ -79,6 +81,37 @@ class ReftModel(BaseTuner):
         for layer in reft_layers(self.model).values():
             if adapter_name in layer.reft_interventions:
                 layer.reft_interventions[adapter_name].to(device_and_dtype(layer.block)[1])
+
+    # Checkpoints.
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """`...reft_interventions.<adapter>.0.basis.weight` -> `...reft_interventions.0.basis.weight`."""
+        return key.replace(f"{INTERVENTIONS}{adapter_name}.", INTERVENTIONS)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """PEFT's remapping of names, after a check that the adapter fits the model as a whole.
+
+        Raises:
+            ValueError: naming the mismatch. An adapter that was only created to be loaded into is removed again.
+        """
+        wanted = {
+            cls._remove_adapter_name_from_key(name, adapter_name): tensor
+            for name, tensor in model.state_dict().items()
+            if f"{INTERVENTIONS}{adapter_name}." in name
+        }
+        reason = mismatch(intervention_shapes(state_dict), intervention_shapes(wanted))
+        if reason is not None:
+            remove_if_created_by_load(model, adapter_name)
+            base = model.get_base_model() if isinstance(model, PeftModel) else model
+            raise ValueError(
+                f"This ReFT adapter does not fit {type(base).__name__}: {reason}. Load it into the model it was trained "
+                f"on (base_model_name_or_path={config.base_model_name_or_path!r})."
+            )
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)  # type: ignore[no-any-return]
 
     # Taking it off.
 
@@ -170,6 +203,24 @@ def is_causal_lm(model: nn.Module, config: PeftConfig) -> bool:
         return config.task_type == TaskType.CAUSAL_LM
     can_generate = getattr(model, "can_generate", None)
     return bool(can_generate is not None and can_generate()) and not model.config.is_encoder_decoder  # type: ignore[union-attr]
+
+
+def remove_if_created_by_load(model: nn.Module, adapter_name: str) -> None:
+    """Undo what a failing `PeftModel.load_adapter` (or `from_pretrained`) created, so that the model is as before.
+
+    An adapter that has already run, or that was there before without PEFT loading anything, is left alone.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not PeftModel.load_adapter.__code__:
+        frame = frame.f_back
+    layers = [layer for layer in reft_layers(model).values() if adapter_name in layer.reft_interventions]
+    if frame is None or not all(adapter_name in layer.never_ran for layer in layers):
+        return
+    tuner = model.base_model
+    if list(tuner.peft_config) == [adapter_name]:
+        tuner.unload()
+    else:
+        model.delete_adapter(adapter_name)
 
 
 def remove_reft(model: nn.Module) -> None:

@@ -1,0 +1,52 @@
+"""Checking an adapter's tensors against the model before any of them is loaded.
+
+PEFT loads what fits and reports the rest as missing keys; an adapter that fits half a model would then run, with
+some blocks edited and others not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+
+def mismatch(saved: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str | None:
+    """What keeps saved tensors from fitting a model, in words; None if all of them fit.
+
+    Args:
+        saved: shapes in the checkpoint, by parameter name without the adapter's.
+        wanted: shapes that the model has for this adapter, by the same names.
+    """
+    saved_blocks, wanted_blocks = blocks_of(saved), blocks_of(wanted)
+    unknown = [block for block in saved_blocks if block not in wanted_blocks]
+    absent = [block for block in wanted_blocks if block not in saved_blocks]
+    if unknown or absent:
+        parts = [f"the adapter has {len(saved_blocks)} edited blocks, this model {len(wanted_blocks)}"]
+        parts += [f"the model lacks {_some(unknown)}"] if unknown else []
+        parts += [f"the adapter lacks {_some(absent)}"] if absent else []
+        return "; ".join(parts)
+    for name, shape in wanted.items():
+        if name not in saved:
+            return f"the adapter lacks {name}; it was made with another intervention or share_weights"
+        if saved[name] != shape:
+            what = "hidden size or rank" if len(shape) > 1 else "rank"
+            return f"{name} is {list(saved[name])} in the adapter and {list(shape)} in this model: another {what}"
+    surplus = [name for name in saved if name not in wanted]
+    if surplus:
+        return f"the adapter has {_some(surplus)} on top; it was made with another intervention or share_weights"
+    return None
+
+
+def blocks_of(names: Mapping[str, object]) -> list[str]:
+    """Names of the edited blocks, from the names of their interventions' parameters."""
+    return list(dict.fromkeys(name.split(".reft.reft_interventions.")[0] for name in names))
+
+
+def intervention_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that belong to interventions."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items() if ".reft.reft_interventions." in name}
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
