@@ -6,7 +6,7 @@ some blocks edited and others not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
@@ -38,7 +38,7 @@ def mismatch(saved: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[in
     return None
 
 
-def blocks_of(names: Mapping[str, object]) -> list[str]:
+def blocks_of(names: Iterable[str]) -> list[str]:
     """Names of the edited blocks, from the names of their interventions' parameters."""
     return list(dict.fromkeys(name.split(".reft.reft_interventions.")[0] for name in names))
 

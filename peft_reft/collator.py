@@ -6,15 +6,16 @@ Labels may be taken away between the collator and the model; locations that trav
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from peft.utils.peft_types import TaskType
 from torch import Tensor
 
-from peft_reft.config import ReftConfig
+from peft_reft.config import ReftConfig, prompt_end_ids
 from peft_reft.positions import locate, parse_positions
-from peft_reft.prompt import align_shift_labels, document_starts, find_prompts
+from peft_reft.prompt import Tokens, align_shift_labels, document_starts
 
 KEY = "intervention_locations"
 
@@ -71,8 +72,13 @@ class ReftDataCollator:
         if starts is not None:
             counts = (starts & valid).sum(1)
             starts, num_documents = (starts, int(counts.max())) if counts.max() > 1 else (None, None)
-        prompts = find_prompts(valid, self._labels(batch), starts, num_documents)
-        return locate(parse_positions(self.config.positions), prompts)
+        tokens = Tokens(valid, self._labels(batch), starts, num_documents, ids)
+        tokenizer = getattr(self.inner_collator, "tokenizer", None)
+        marker = prompt_end_ids(self.config, tokenizer) if tokens.labels is None else ()
+        prompts = tokens.prompts(self.config.turns, marker)
+        if prompts.document is not None and prompts.num_documents is None:  # several turns of one document
+            prompts = replace(prompts, num_documents=int(prompts.document.max()) + 1)
+        return locate(parse_positions(self.config.positions), prompts, self.config.share_weights)
 
     def _labels(self, batch: Mapping[str, Any]) -> Tensor | None:
         """Labels that tell where the prompt ends: those of a causal language model."""

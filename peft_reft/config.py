@@ -7,6 +7,7 @@ from typing import Any
 
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
+from transformers import AutoTokenizer
 from transformers.activations import ACT2FN
 
 from peft_reft.interventions import intervention_names
@@ -35,12 +36,33 @@ class ReftConfig(PeftConfig):
     positions: str = field(
         default="f1+l1",
         metadata={
-            "help": "Which prompt tokens are edited: 'fN' the first N, 'lM' the last M, 'fN+lM' both, 'all' every one."
+            "help": "Which tokens are edited: 'fN' the first N of the prompt, 'lM' the last M, 'fN+lM' both, 'all' every "
+            "one; further terms: 'mK' K in its middle, 'eK' every K-th, 'd' or 'dK' every, or every K-th, generated token."
         },
     )
-    share_weights: bool = field(
+    share_weights: bool | str = field(
         default=True,
-        metadata={"help": "True: one intervention per block; False: one per position group (per term of `positions`)."},
+        metadata={
+            "help": "True: one intervention per block; False: one per position group (per term of `positions`); "
+            "'position': one per position, for the terms fN, lM and mK."
+        },
+    )
+    share_layers: bool = field(
+        default=False, metadata={"help": "True: the same interventions for all blocks, stored once."}
+    )
+    prompt_end: list[int] | str | None = field(
+        default=None,
+        metadata={
+            "help": "What ends a prompt, as token ids or as a string that the model's tokenizer encodes, for callers that "
+            "pass neither labels nor intervention_locations. Its last occurrence counts, unless `turns` says otherwise."
+        },
+    )
+    turns: str | None = field(
+        default=None,
+        metadata={
+            "help": "Whose prompt is edited where labels or `prompt_end` show several answers in one sequence: that of "
+            "the 'first', of the 'last', or of 'all' turns. None: the first by labels, the last by `prompt_end`."
+        },
     )
     layers_to_transform: list[int] | int | None = field(
         default=None,
@@ -96,7 +118,30 @@ class ReftConfig(PeftConfig):
                 f"intervention={self.intervention!r} is unknown; use one of {', '.join(intervention_names())}, or call "
                 "peft_reft.register_intervention with your own class first."
             )
-        parse_positions(self.positions)
+        spec = parse_positions(self.positions)
+        if self.share_weights not in (True, False, "position") or isinstance(self.share_weights, int) and not isinstance(
+            self.share_weights, bool
+        ):
+            raise ValueError(f"share_weights={self.share_weights!r} must be True, False or 'position'.")
+        if self.share_weights == "position" and any(term.width is None for term in spec.terms):
+            raise ValueError(
+                f"share_weights='position' needs a fixed number of positions, which positions={self.positions!r} does not "
+                "have. Use fN, lM and mK only, or share_weights=False for one intervention per term."
+            )
+        if self.share_layers and self.rank_pattern:
+            raise ValueError(
+                f"share_layers=True has one intervention for all blocks, which cannot have the ranks of "
+                f"rank_pattern={self.rank_pattern!r}. Leave one of the two out."
+            )
+        if self.turns not in (None, "first", "last", "all"):
+            raise ValueError(f"turns={self.turns!r} must be 'first', 'last', 'all' or None.")
+        if self.prompt_end is not None:
+            ids = [0] if isinstance(self.prompt_end, str) else self.prompt_end
+            if not self.prompt_end or not isinstance(ids, (list, tuple)) or not all(is_int(token) for token in ids):
+                raise ValueError(
+                    f"prompt_end={self.prompt_end!r} marks nothing; pass the text that ends a prompt, such as "
+                    "'<|assistant|>\\n', or its token ids."
+                )
         layers = [self.layers_to_transform] if is_int(self.layers_to_transform) else self.layers_to_transform
         if layers is not None:
             if not isinstance(layers, (list, tuple)) or not layers or not all(is_int(layer) for layer in layers):
@@ -111,6 +156,32 @@ class ReftConfig(PeftConfig):
                 f"act_fn={self.act_fn!r} is not an activation of transformers; use one of "
                 f"{', '.join(sorted(ACT2FN))}, or None for a linear edit."
             )
-        for name in ("share_weights", "init_weights"):
+        for name in ("share_layers", "init_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
+
+
+def prompt_end_ids(config: ReftConfig, tokenizer: Any = None, model_name_or_path: str | None = None) -> tuple[int, ...]:
+    """`config.prompt_end` as token ids; () if there is none.
+
+    Args:
+        tokenizer: encodes a string; None for the base model's own.
+        model_name_or_path: where that is, if the config does not say.
+
+    Raises:
+        ValueError: if a string cannot be encoded.
+    """
+    if config.prompt_end is None:
+        return ()
+    if not isinstance(config.prompt_end, str):
+        return tuple(config.prompt_end)
+    if tokenizer is None:
+        name = config.base_model_name_or_path or model_name_or_path
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except Exception as error:
+            raise ValueError(
+                f"prompt_end={config.prompt_end!r} needs the tokenizer of {name!r}, which cannot be loaded. Pass token "
+                "ids instead: prompt_end=tokenizer.encode(text, add_special_tokens=False)."
+            ) from error
+    return tuple(tokenizer.encode(config.prompt_end, add_special_tokens=False))

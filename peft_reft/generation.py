@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_reft.prompt import find_prompts
+from peft_reft.prompt import Tokens
 from peft_reft.scope import Generation, Root, check_locations, generation_scope
 
 
@@ -47,14 +47,15 @@ class GenerateEntry:
         if locations is not None:
             locations = check_locations(locations, None if valid is None else (valid.shape[0], valid.shape[1]), 0)
         if valid is None or is_encoder_decoder:  # the decoder's prompt is known when the decoder starts
-            return Generation(self.root, None, locations, self._decoder_columns(arguments))
-        return Generation(self.root, find_prompts(valid), locations)
+            return Generation(self.root, None, locations, self._decoder_columns(arguments), self.root.edits_answers())
+        ids = self._ids(arguments) if arguments.get("inputs_embeds") is None else None
+        tokens = Tokens(valid, ids=ids if ids is not None and ids.shape == valid.shape else None, given=True)
+        return Generation(self.root, tokens, locations, edits_answers=self.root.edits_answers())
 
     def _valid_columns(self, arguments: dict[str, Any]) -> Tensor | None:
         """Bool [B, S]: the columns of the prompts that are no padding, as transformers' `generate` sees them."""
         mask, embeds = arguments.get("attention_mask"), arguments.get("inputs_embeds")
-        ids = next((v for k in ("inputs", "input_ids") if isinstance(v := arguments.get(k), Tensor) and v.dim() == 2), None)
-        tokens = ids if embeds is None else embeds
+        tokens = self._ids(arguments) if embeds is None else embeds
         if isinstance(mask, Tensor) and mask.dim() == 2:
             return mask.bool()
         if tokens is None:
@@ -64,6 +65,10 @@ class GenerateEntry:
             if pad is not None and pad not in (eos if isinstance(eos, list) else [eos]):
                 return tokens != pad  # transformers infers the mask by the same rule
         return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+
+    def _ids(self, arguments: dict[str, Any]) -> Tensor | None:
+        candidates = (arguments.get(name) for name in ("inputs", "input_ids"))
+        return next((ids for ids in candidates if isinstance(ids, Tensor) and ids.dim() == 2), None)
 
     def _setting(self, name: str, arguments: dict[str, Any]) -> Any:
         """A generation setting: from the call, its generation config, or the model's."""

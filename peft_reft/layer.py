@@ -33,13 +33,14 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("reft_interventions",)
-    other_param_names = ("position_specs", "never_ran")
+    other_param_names = ("position_specs", "share_weights", "never_ran")
 
     def __init__(self, block: nn.Module, width: int):
         super().__init__()
         self.width = width
         self.reft_interventions = nn.ModuleDict()  # adapter name -> ModuleList, one intervention per position group
         self.position_specs: dict[str, PositionSpec] = {}
+        self.share_weights: dict[str, bool | str] = {}
         self.never_ran: dict[str, bool] = {}  # adapters that exist but have edited nothing yet
         self._block = (block,)  # in a tuple, so that it is no submodule
         self._disable_adapters = False
@@ -50,25 +51,42 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     def block(self) -> nn.Module:
         return self._block[0]
 
-    def add_adapter(self, name: str, config: ReftConfig, r: int) -> None:
-        """Create the interventions of an adapter; an existing one of that name is replaced."""
-        spec = parse_positions(config.positions)
-        groups = 1 if config.share_weights else len(spec.terms)
-        interventions = nn.ModuleList(
-            build_intervention(
-                config.intervention,
-                self.width,
-                r,
-                dropout=config.dropout,
-                act_fn=config.act_fn,
-                init_weights=config.init_weights,
+    def add_adapter(
+        self, name: str, config: ReftConfig, r: int, prompt_end: Sequence[int] = (), shared: ReftLayer | None = None
+    ) -> None:
+        """Create the interventions of an adapter; an existing one of that name is replaced.
+
+        Args:
+            r: rank in this block.
+            prompt_end: `config.prompt_end` as token ids.
+            shared: a layer whose interventions are to be used here too.
+        """
+        spec = parse_positions(config.positions, config.turns, prompt_end)
+        if shared is None:
+            interventions = nn.ModuleList(
+                build_intervention(
+                    config.intervention,
+                    self.width,
+                    r,
+                    dropout=config.dropout,
+                    act_fn=config.act_fn,
+                    init_weights=config.init_weights,
+                )
+                for _ in range(spec.num_interventions(config.share_weights))
             )
-            for _ in range(groups)
-        )
+        elif shared.width == self.width:
+            interventions = shared.reft_interventions[name]  # type: ignore[assignment]
+        else:
+            raise ValueError(
+                f"share_layers=True needs blocks of one width, but found {shared.width} and {self.width}. "
+                "Choose blocks of one width with layers_to_transform or target_modules, or do not share."
+            )
         self.reft_interventions[name] = interventions
         self.position_specs[name] = spec
+        self.share_weights[name] = config.share_weights
         self.never_ran[name] = True
-        self._move_adapter_to_device_of_base_layer(name)
+        if shared is None:
+            self._move_adapter_to_device_of_base_layer(name)
 
     def edit(self, h: Tensor, frame: Frame | None) -> Tensor:
         """`h` with the edits of all active adapters, each computed on `h` itself and summed."""
@@ -86,8 +104,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def _add_edit(self, out: Tensor, h: Tensor, name: str, frame: Frame | None) -> Tensor:
         self.never_ran.pop(name, None)
-        interventions, spec = self.reft_interventions[name], self.position_specs[name]
-        if (frame is None or frame.columns is None) and spec.widths is None:  # nothing to count: every vector
+        spec = self.position_specs[name]
+        if (frame is None or frame.columns is None) and str(spec) == "all":  # nothing to count: every vector
             vectors = h.reshape(1, 1, -1, self.width)
             edit = self._edit_of(name, None)(vectors, torch.ones((), device=h.device))
             return out + edit.view(h.shape).to(h.dtype)
@@ -96,7 +114,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 f"positions={str(spec)!r} counts tokens, but the block of a ReFT adapter ran outside of its model's "
                 "forward, where there are none. Call the model as a whole, or use positions='all'."
             )
-        sites = frame.sites(spec, len(interventions) > 1, h)
+        sites = frame.sites(spec, self.share_weights[name], h)
         if sites is None:
             return out
         return add_edit(out, h, sites, self._edit_of(name, frame.factors(self, name)))

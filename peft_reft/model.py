@@ -14,8 +14,8 @@ from peft.utils.peft_types import TaskType
 from torch import Tensor, nn
 
 from peft_reft.blocks import block_width, device_and_dtype, find_blocks, group_by_stack, pick_layers
-from peft_reft.checkpoint import intervention_shapes, mismatch
-from peft_reft.config import ReftConfig
+from peft_reft.checkpoint import blocks_of, intervention_shapes, mismatch
+from peft_reft.config import ReftConfig, prompt_end_ids
 from peft_reft.generation import GenerateEntry
 from peft_reft.layer import CHILD, ReftLayer, attach_layer, batch_factors, detach_layer
 from peft_reft.scope import Host, Root
@@ -53,6 +53,8 @@ class ReftModel(BaseTuner):
 
     def _prepare_model(self, peft_config: ReftConfig, model: nn.Module) -> None:  # type: ignore[override]
         self._targets, self._excluded = choose_targets(peft_config, model)
+        self._prompt_end = prompt_end_ids(peft_config, None, getattr(getattr(model, "config", None), "_name_or_path", None))
+        self._shared: ReftLayer | None = None  # the layer whose interventions the others share
 
     def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> Any:  # type: ignore[override]
         return _ExcludedModule() if key in self._excluded else key in self._targets
@@ -70,7 +72,9 @@ class ReftModel(BaseTuner):
         pattern = get_pattern_key(list(peft_config.rank_pattern or {}), current_key)
         r = (peft_config.rank_pattern or {}).get(pattern, peft_config.r)
         layer = attach_layer(target, width)
-        layer.add_adapter(adapter_name, peft_config, r)
+        layer.add_adapter(adapter_name, peft_config, r, self._prompt_end, self._shared)
+        if peft_config.share_layers:
+            self._shared = layer
         if adapter_name not in self.active_adapters:
             layer.reft_interventions[adapter_name].requires_grad_(False)
 
@@ -90,6 +94,22 @@ class ReftModel(BaseTuner):
         return key.replace(f"{INTERVENTIONS}{adapter_name}.", INTERVENTIONS)
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if config.share_layers:
+            own = [name for name in selected if f"{INTERVENTIONS}{adapter_name}." in name]
+            repeated = {name for name in own if blocks_of([name]) != blocks_of(own)[:1]}
+            selected = {name: tensor for name, tensor in selected.items() if name not in repeated}
+        return selected  # type: ignore[no-any-return]
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
@@ -103,6 +123,12 @@ class ReftModel(BaseTuner):
             for name, tensor in model.state_dict().items()
             if f"{INTERVENTIONS}{adapter_name}." in name
         }
+        if config.share_layers and wanted and state_dict:  # stored once, for the first of the blocks
+            first = blocks_of(wanted)[0]
+            stored = {name: tensor for name, tensor in state_dict.items() if name.startswith(first + INTERVENTIONS)}
+            for block in blocks_of(wanted)[1:]:
+                repeated = {name.replace(first, block, 1): tensor for name, tensor in stored.items()}
+                state_dict = {**repeated, **state_dict}
         reason = mismatch(intervention_shapes(state_dict), intervention_shapes(wanted))
         if reason is not None:
             remove_if_created_by_load(model, adapter_name)

@@ -9,7 +9,8 @@ Shape letters: B rows, S columns of the batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +25,12 @@ class Prompts:
 
     Attributes:
         inside: bool [B, S], True for tokens of a prompt.
-        order: long [B, S], number of the token within its prompt, from 0 (meaningful where `inside`).
-        length: long [B, 1], or [B, S] for packed rows: tokens in the prompt of the column's document.
-        document: long [B, S], number of the column's document within its row; None if no row packs several.
+        order: long [B, S], number of the token within its document, from 0 (meaningful for tokens).
+        length: long [B, 1], or [B, S] where it differs within a row: tokens in the prompt that the column belongs to.
+        document: long [B, S], number of the column's document within its row; None if no row holds several.
         num_documents: the most documents a row can hold, None if that is not known without looking at the data.
+        answer: bool [B, S], True for tokens of an answer; None if there are none.
+        answer_order: long [B, S], number of the token among the answer tokens of its document, from 0.
     """
 
     inside: Tensor
@@ -35,27 +38,41 @@ class Prompts:
     length: Tensor
     document: Tensor | None = None
     num_documents: int | None = None
+    answer: Tensor | None = None
+    answer_order: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Prompts:
+        """The same function applied to every tensor."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return Prompts(*(function(value) if isinstance(value, Tensor) else value for value in values))
 
     def repeat(self, times: int) -> Prompts:
         """Each row `times` times in a row, as beam search and `num_return_sequences` expand a batch."""
-        if times == 1:
-            return self
-        return self._map(lambda tensor: tensor.repeat_interleave(times, dim=0))
+        return self if times == 1 else self.map(lambda tensor: tensor.repeat_interleave(times, dim=0))
 
     def window(self, start: int, columns: int) -> Prompts:
-        """The columns `start ... start + columns - 1`, as a forward that continues a cache sees them."""
-        stop, total = start + columns, self.inside.shape[1]
+        """The columns `start ... start + columns - 1` of a row that goes on with generated tokens."""
+        rows, total = self.inside.shape
+        behind = max(0, start + columns - max(start, total))  # columns behind the prompt's row
 
         def cut(tensor: Tensor) -> Tensor:
-            if tensor.shape[1] != total:  # length [B, 1] holds for every column
+            if tensor is self.length and tensor.shape[1] == 1:  # holds for every column
                 return tensor
-            return F.pad(tensor[:, start:stop], (0, max(0, columns - max(0, total - start))))
+            return F.pad(tensor[:, start : start + columns], (0, behind))
 
-        return self._map(cut)
+        prompts = self.map(cut)
+        if not behind:
+            return prompts
+        column = torch.arange(start, start + columns, device=self.inside.device).expand(rows, columns)
+        return replace(prompts, answer=column >= total, answer_order=column - total)
 
-    def _map(self, function) -> Prompts:
-        document = None if self.document is None else function(self.document)
-        return Prompts(function(self.inside), function(self.order), function(self.length), document, self.num_documents)
+
+def generated(rows: int, columns: int, order: int | Tensor, device: torch.device) -> Prompts:
+    """A forward of generated tokens only, the first of which is the `order`-th of its answer (from 0)."""
+    nothing = torch.zeros(rows, columns, dtype=torch.bool, device=device)
+    counted = (torch.arange(columns, device=device) + order).expand(rows, columns)
+    zero = torch.zeros(rows, 1, dtype=torch.long, device=device)
+    return Prompts(nothing, counted, zero, answer=~nothing, answer_order=counted)
 
 
 def find_prompts(
@@ -63,16 +80,21 @@ def find_prompts(
     labels: Tensor | None = None,
     starts: Tensor | None = None,
     num_documents: int | None = None,
+    turns: str = "first",
+    closing: Tensor | None = None,
 ) -> Prompts:
     """Find the prompt of every document.
 
     Args:
         valid: bool [B, S], False for padding.
         labels: long [B, S] aligned with the tokens, -100 = not predicted; a document's prompt ends before its
-            first label, at or after its second token (a first token is never predicted). None: every valid
-            token is prompt. A document without any label is all prompt.
+            first label, at or after its second token (a first token is never predicted). A document without any
+            label is all prompt.
         starts: bool [B, S], True where a document begins, for rows that pack several; None: a row is one document.
         num_documents: the most documents a row can hold, if known.
+        turns: where a document shows several answers, take the prompt of the "first", the "last", or of "all" (what
+            stands before each answer; tokens of earlier answers are left out).
+        closing: bool [B, S], True for the last token of a prompt, where labels do not tell (see `marker_ends`).
     """
     order = valid.long().cumsum(1) - 1  # counts over tokens, never over padding
     document = None
@@ -80,17 +102,100 @@ def find_prompts(
         starts = starts & valid
         document = (starts.long().cumsum(1) - 1).clamp(min=0)
         order = order - torch.where(starts, order, 0).cummax(1).values
+
+    def counted(flags: Tensor) -> Tensor:
+        """How many flags the document has up to each column, that column included."""
+        total = flags.long().cumsum(1)
+        if starts is None:
+            return total
+        return total - torch.where(starts, total - flags.long(), 0).cummax(1).values
+
+    def over_document(flags: Tensor) -> Tensor:
+        """How many flags the whole document has: [B, 1], or [B, S] in packed rows."""
+        if document is None:
+            return flags.long().sum(1, keepdim=True)
+        return torch.zeros_like(order).scatter_add(1, document, flags.long()).gather(1, document)
+
+    answer = answer_order = None
     inside = valid
     if labels is not None:
-        predicted = valid & (labels != IGNORED) & (order > 0)
-        answered = predicted.long().cumsum(1)
-        if starts is not None:  # count within the document: take off what earlier documents hold
-            answered = answered - torch.where(starts, answered, 0).cummax(1).values
-        inside = valid & (answered == 0)
-    if document is None:
-        return Prompts(inside, order, inside.long().sum(1, keepdim=True))
-    per_document = torch.zeros_like(order).scatter_add(1, document, inside.long())
-    return Prompts(inside, order, per_document.gather(1, document), document, num_documents)
+        answer = valid & (labels != IGNORED) & (order > 0)
+        answer_order = counted(answer) - 1
+        if turns == "first":
+            inside = valid & (answer_order < 0)
+        else:
+            closing = F.pad(answer[:, 1:], (0, 1)) & ~answer & valid
+    if closing is not None and (labels is None or turns != "first"):
+        number = counted(closing) - closing.long()  # prompts that ended before the column
+        total = over_document(closing)
+        limit = total.clamp(max=1) if turns == "first" else total
+        inside = valid & ((number < limit) | (total == 0))
+        if turns == "all":  # turns count like packed documents, but each prompt reaches back to the first token
+            inside = inside if answer is None else inside & ~answer
+            length = torch.where(total == 0, over_document(valid), _length_at_next(order, closing))
+            turn = closing.long().cumsum(1) - closing.long() + (0 if document is None else document)
+            return Prompts(inside, order, length, turn, None, answer, answer_order)
+    return Prompts(inside, order, over_document(inside), document, num_documents, answer, answer_order)
+
+
+def _length_at_next(order: Tensor, closing: Tensor) -> Tensor:
+    """For each column, the length of the prompt that the next `closing` column ends."""
+    columns = order.shape[1]
+    column = torch.arange(columns, device=order.device).expand_as(order)
+    upcoming = torch.where(closing, column, columns - 1).flip(1).cummin(1).values.flip(1)
+    return order.gather(1, upcoming) + 1
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A batch of tokens, and all that tells where the prompts in it end.
+
+    Attributes:
+        valid: bool [B, S], False for padding.
+        labels: long [B, S] aligned with the tokens, or None.
+        starts, num_documents: where packed documents begin, as from `document_starts`.
+        ids: long [B, S], in which to look for a marker; None if there are only embeddings.
+        given: the rows are what `generate` was given: each of them ends a prompt.
+    """
+
+    valid: Tensor
+    labels: Tensor | None = None
+    starts: Tensor | None = None
+    num_documents: int | None = None
+    ids: Tensor | None = None
+    given: bool = False
+
+    def prompts(self, turns: str | None = None, prompt_end: Sequence[int] = ()) -> Prompts:
+        """The prompts in the batch.
+
+        Args:
+            turns: "first", "last" or "all"; None for the first by labels, and the last by a marker.
+            prompt_end: token ids that end a prompt, where neither labels nor `generate` tell.
+        """
+        closing = None
+        if prompt_end and self.labels is None and self.ids is not None:
+            closing = self.marked(prompt_end)
+            if self.given:
+                if turns is None:
+                    closing = None
+                else:
+                    order = self.valid.long().cumsum(1)
+                    closing = closing | (self.valid & (order == order[:, -1:]))
+        turns = turns or ("first" if closing is None else "last")
+        return find_prompts(self.valid, self.labels, self.starts, self.num_documents, turns, closing)
+
+    def marked(self, prompt_end: Sequence[int]) -> Tensor:
+        """Bool [B, S]: where the marker ends."""
+        assert self.ids is not None
+        return marker_ends(self.ids, prompt_end) & self.valid
+
+
+def marker_ends(ids: Tensor, marker: Sequence[int]) -> Tensor:
+    """Bool [B, S]: True for the last token of each occurrence of `marker` in the token ids [B, S]."""
+    matches = torch.ones_like(ids, dtype=torch.bool)
+    for back, token in enumerate(reversed(marker)):
+        matches = matches & (F.pad(ids, (back, 0), value=-1)[:, : ids.shape[1]] == token)
+    return matches
 
 
 def document_starts(

@@ -16,14 +16,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
-from weakref import WeakValueDictionary
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from peft_reft.positions import PositionSpec
-from peft_reft.prompt import Prompts, align_shift_labels, document_starts, find_prompts
+from peft_reft.prompt import Prompts, Tokens, align_shift_labels, document_starts, find_prompts, generated
 from peft_reft.sites import Sites, sites_at, sites_of
 
 OWN_ARGUMENTS = ("intervention_locations",)  # taken out of the call: the model does not know them
@@ -53,8 +53,8 @@ def current_frame() -> Frame | None:
     return _state.frames[-1] if _state.frames else None
 
 
-# Frames by the address of a block's input, for as long as something else keeps the frame alive.
-_frames_by_input: WeakValueDictionary[int, Frame] = WeakValueDictionary()
+# Frames by the hidden state that a block was given, for as long as that tensor lives.
+_frames_by_input: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def frame_of_block(inputs: tuple[Any, ...]) -> Frame | None:
@@ -64,18 +64,19 @@ def frame_of_block(inputs: tuple[Any, ...]) -> Frame | None:
     another may have begun. So the frame is tied to the block's input, which the checkpoint keeps: to the tensor
     object, and to its memory, since a reentrant checkpoint recomputes from a detached alias.
     """
-    if torch.compiler.is_compiling():
-        return current_frame()
-    h = next((value for value in inputs if isinstance(value, Tensor) and value.is_floating_point()), None)
     frame = current_frame()
+    if torch.compiler.is_compiling() or (frame is not None and not frame.edits):
+        return frame
+    h = next((value for value in inputs if isinstance(value, Tensor) and value.is_floating_point()), None)
     if h is None or h.is_meta:
         return frame
-    if frame is None or torch._C._current_graph_task_id() != -1:  # outside of a call, or within a backward pass
-        return getattr(h, "_reft_frame", None) or _frames_by_input.get(h.data_ptr()) or frame
-    if torch.is_grad_enabled():
-        h._reft_frame = frame  # type: ignore[attr-defined]
-        _frames_by_input[h.data_ptr()] = frame
-    return frame
+    if frame is not None and torch._C._current_graph_task_id() == -1:  # not within a backward pass
+        _frames_by_input[h] = frame
+        return frame
+    if h in _frames_by_input:
+        return cast("Frame", _frames_by_input[h])
+    aliases = (bound for other, bound in _frames_by_input.items() if other.data_ptr() == h.data_ptr())
+    return next(aliases, frame)
 
 
 @dataclass
@@ -94,6 +95,15 @@ class Root:
     batch_factors: Callable[[list[Any]], dict[tuple[int, str], Any]]
     warned: set[str] = field(default_factory=set)
 
+    def edits_answers(self) -> bool:
+        """Whether an active adapter edits generated tokens."""
+        return any(
+            layer.position_specs[name].edits_answers
+            for layer in self.layers
+            for name in layer.active_adapters
+            if name in layer.position_specs and not layer.disable_adapters
+        )
+
     def warn_once(self, message: str) -> None:
         if message not in self.warned and not torch.compiler.is_compiling():
             self.warned.add(message)
@@ -105,46 +115,65 @@ class Generation:
     """One call of `generate`: its prompt, in columns of the whole row, however the prompt is then run.
 
     Attributes:
-        prompts: the prompt of each row given to `generate`; None until an encoder-decoder's decoder has started.
+        tokens: the rows given to `generate`; None until an encoder-decoder's decoder has started.
         locations: what the caller passed as `intervention_locations`, [B, G, P], or None.
         decoder_columns: length of the decoder's prompt where its first forward may hold more than that (guessed tokens).
+        edits_answers: some adapter edits generated tokens too.
         seen: columns that went through the model in the forwards that have ended.
-        prefilled: the whole prompt is in a cache; nothing is left to edit.
+        prefilled: the whole prompt is in a cache; of it, nothing is left to edit.
     """
 
     root: Root
-    prompts: Prompts | None
+    tokens: Tokens | None
     locations: Tensor | None = None
     decoder_columns: int | None = None
+    edits_answers: bool = False
     seen: int = 0
     prefilled: bool = False
     _running: tuple[int, bool] = (0, False)  # what `seen` and `prefilled` will be when the running forward has ended
+    _prompts: dict[Any, Prompts] = field(default_factory=dict)
 
     def frame(self, host: Host, call: Call, arguments: dict[str, Any], rows: int, columns: int) -> Frame:
         """The frame of one forward within this generation."""
         if self.prefilled:
-            return Frame(host, call, rows, columns, edits=False)
+            return self._answer_frame(host, call, arguments, rows, columns)
         past = past_length(arguments, columns, self.seen)
         past = self.seen if isinstance(past, Tensor) and self.seen else int(past)
-        if self.prompts is None:
+        if self.tokens is None:
             valid = valid_columns(arguments.get("attention_mask"), rows, columns, token_device(arguments))
-            self.prompts = find_prompts(valid[:, : self.decoder_columns])
-        total = self.prompts.inside.shape[1]
+            self.tokens = Tokens(valid[:, : self.decoder_columns], given=True)
+        given, total = self.tokens.valid.shape
         self._running = (max(self.seen, past + columns), past + columns >= total and keeps_a_cache(arguments))
         if past >= total:
-            return Frame(host, call, rows, columns, edits=False)
-        times, rest = divmod(rows, self.prompts.inside.shape[0])
+            return self._answer_frame(host, call, arguments, rows, columns)
+        times, rest = divmod(rows, given)
         if rest:
             raise ValueError(
-                f"generate was given {self.prompts.inside.shape[0]} prompts but runs a batch of {rows} rows, which "
-                "is no multiple of it; the rows' prompts cannot be told."
+                f"generate was given {given} prompts but runs a batch of {rows} rows, which is no multiple of it; "
+                "the rows' prompts cannot be told."
             )
         locations = None if host.role == "decoder" else self.locations
         if locations is not None:
-            locations = locations.repeat_interleave(times, dim=0) - past
-            locations = torch.where((locations >= 0) & (locations < columns), locations, -1)
-        prompts = self.prompts.repeat(times).window(past, columns)
-        return Frame(host, call, rows, columns, prompts=prompts, locations=locations)
+            return Frame(host, call, rows, columns, locations=window_of(locations.repeat_interleave(times, 0), past, columns))
+        return Frame(
+            host, call, rows, columns, find=lambda spec: self._prompts_of(spec).repeat(times).window(past, columns)
+        )
+
+    def _prompts_of(self, spec: PositionSpec) -> Prompts:
+        """The prompts in columns of the whole row, worked out once."""
+        key = (spec.turns, spec.prompt_end)
+        if key not in self._prompts:
+            assert self.tokens is not None
+            self._prompts[key] = self.tokens.prompts(*key)
+        return self._prompts[key]
+
+    def _answer_frame(self, host: Host, call: Call, arguments: dict[str, Any], rows: int, columns: int) -> Frame:
+        """The frame of a forward that holds generated tokens only."""
+        if not self.edits_answers or self.locations is not None or self.tokens is None:
+            return Frame(host, call, rows, columns, edits=False)
+        first = past_length(arguments, columns, self.seen) - self.tokens.valid.shape[1]
+        device = token_device(arguments)
+        return Frame(host, call, rows, columns, find=lambda spec: generated(rows, columns, first, device), answers_only=True)
 
     def forward_ended(self) -> None:
         if not self.prefilled:
@@ -178,8 +207,9 @@ class Frame:
     Attributes:
         rows, columns: the shape of the batch of tokens; None if the call has no tokens (images, plain tensors).
         edits: False if nothing in this forward is to be edited.
-        prompts: where the prompts lie; None if the shape of the hidden state has to tell.
-        locations: columns to edit, [B, G, P]; they win over `prompts`.
+        find: where the prompts lie, by what a spec takes for a prompt; None if the hidden state's shape has to tell.
+        locations: columns to edit, [B, G, P]; they win.
+        answers_only: there are generated tokens only.
     """
 
     host: Host
@@ -187,16 +217,17 @@ class Frame:
     rows: int | None = None
     columns: int | None = None
     edits: bool = True
-    prompts: Prompts | None = None
+    find: Callable[[PositionSpec], Prompts] | None = None
     locations: Tensor | None = None
-    _sites: dict[tuple[Any, ...], Sites] = field(default_factory=dict)
+    answers_only: bool = False
+    _sites: dict[tuple[Any, ...], Sites | None] = field(default_factory=dict)
 
-    def sites(self, spec: PositionSpec, grouped: bool, h: Tensor) -> Sites | None:
-        """Where to edit the hidden state `h` [B, S, d] (or [..., d] without tokens); None for nowhere.
+    def sites(self, spec: PositionSpec, share_weights: bool | str, h: Tensor) -> Sites | None:
+        """Where to edit the hidden state `h` [B, S, d]; None for nowhere.
 
         Worked out once per call for all blocks and adapters that share a spec.
         """
-        if not self.edits:
+        if not self.edits or (self.answers_only and not spec.edits_answers):
             return None
         if self.columns is not None and h.shape[:2] != (self.rows, self.columns):
             raise ValueError(
@@ -204,32 +235,35 @@ class Frame:
                 f"{self.columns} columns of tokens, so that positions={str(spec)!r} cannot be placed in them. Exclude "
                 "that block (exclude_modules=...), or target modules that keep one vector per token."
             )
-        key = (spec, grouped, h.device, h.shape[:2] if self.columns is None else None)
+        key = (spec, share_weights, h.device, h.shape[0], h.shape[1])
         if key not in self._sites:
-            self._sites[key] = self._find_sites(spec, grouped, h)
+            self._sites[key] = self._find_sites(spec, share_weights, h)
         return self._sites[key]
 
     def factors(self, layer: Any, name: str) -> Any:
         """What the interventions of an adapter beside one block multiply with; None if only they themselves know."""
         return None if self.call.factors is None else self.call.factors.get((id(layer), name))
 
-    def _find_sites(self, spec: PositionSpec, grouped: bool, h: Tensor) -> Sites:
+    def _find_sites(self, spec: PositionSpec, share_weights: bool | str, h: Tensor) -> Sites | None:
         if self.locations is not None:
             locations = self.locations.to(h.device)
-            if not grouped:
+            if share_weights is True:
                 return sites_at(locations.flatten(1).unsqueeze(1))
-            groups = len(spec.terms)
+            groups = spec.num_interventions(share_weights)
             if locations.shape[1] != groups:
                 raise ValueError(
-                    f"intervention_locations of shape {tuple(locations.shape)} cannot be split over the {groups} "
-                    f"position groups of positions={str(spec)!r} with share_weights=False; pass [B, {groups}, P]."
+                    f"intervention_locations of shape {tuple(locations.shape)} cannot be split over the {groups} groups "
+                    f"of positions={str(spec)!r} with share_weights={share_weights!r}; pass [B, {groups}, P]."
                 )
             return sites_at(locations)
-        prompts = self.prompts
-        if prompts is None:
+        if self.find is None:
             prompts = find_prompts(torch.ones(h.shape[:2], dtype=torch.bool, device=h.device))
-        sites = sites_of(spec, prompts, grouped)
-        return Sites(*(None if tensor is None else tensor.to(h.device) for tensor in sites))
+        else:
+            prompts = self.find(spec)
+        sites = sites_of(spec, prompts, share_weights)
+        if sites is None:
+            return None
+        return Sites(None if sites.columns is None else sites.columns.to(h.device), sites.keep.to(h.device))
 
 
 class Host:
@@ -301,7 +335,7 @@ class Host:
         shape = token_shape(arguments)
         if outer is not None and outer.host.role == self.role and shape in (None, (outer.rows, outer.columns)):
             # The same tokens one level further in, where labels and masks may be gone or have changed their form.
-            return Frame(self, outer.call, outer.rows, outer.columns, outer.edits, outer.prompts, outer.locations, outer._sites)
+            return Frame(self, outer.call, outer.rows, outer.columns, outer.edits, outer.find, outer.locations, outer.answers_only, outer._sites)
         call = outer.call if outer is not None else self._call(module, arguments, own, shape)
         if self.role == "router" or shape is None:
             return Frame(self, call, locations=call.locations)
@@ -334,22 +368,27 @@ class Host:
         past: int | Tensor = 0 if self.role == "encoder" else past_length(arguments, columns, 0)
         locations = None if self.role == "decoder" else call.locations
         if locations is not None:
-            locations = locations - past
-            locations = torch.where((locations >= 0) & (locations < columns), locations, -1)
-            return Frame(self, call, rows, columns, locations=locations)
+            return Frame(self, call, rows, columns, locations=window_of(locations, past, columns))
         if not isinstance(past, Tensor) and past > 0:
             return Frame(self, call, rows, columns, edits=False)
-        device = token_device(arguments)
-        valid = valid_columns(arguments.get("attention_mask"), rows, columns, device)
+        valid = valid_columns(arguments.get("attention_mask"), rows, columns, token_device(arguments))
+        if isinstance(past, Tensor):  # a static cache's length, which to read would mean to wait for the device
+            valid = valid & (past == 0)
         starts, num_documents = None, None
         if self.role == "":
             starts, num_documents = document_starts(
                 valid, arguments.get("position_ids"), arguments.get("seq_idx"), arguments.get("cu_seq_lens_q")
             )
-        prompts = find_prompts(valid, self._labels(call, rows, columns), starts, num_documents)
-        if isinstance(past, Tensor):  # a static cache's length, which to read would mean to wait for the device
-            prompts = Prompts(prompts.inside & (past == 0), prompts.order, prompts.length, prompts.document, num_documents)
-        return Frame(self, call, rows, columns, prompts=prompts)
+        ids = arguments.get("input_ids") if arguments.get("inputs_embeds") is None else None
+        tokens = Tokens(valid, self._labels(call, rows, columns), starts, num_documents, ids)
+        return Frame(self, call, rows, columns, find=lambda spec: self._prompts(tokens, spec))
+
+    def _prompts(self, tokens: Tokens, spec: PositionSpec) -> Prompts:
+        if spec.prompt_end and tokens.labels is None and not torch.compiler.is_compiling():
+            unmarked = MARKER_MISSING.format(list(spec.prompt_end))
+            if unmarked not in self.root.warned and (tokens.ids is None or not tokens.marked(spec.prompt_end).any(1).all()):
+                self.root.warn_once(unmarked)
+        return tokens.prompts(spec.turns, spec.prompt_end)
 
     def _labels(self, call: Call, rows: int, columns: int) -> Tensor | None:
         """The call's labels, aligned with the tokens, where they tell the end of a prompt."""
@@ -371,6 +410,18 @@ UNLABELLED_TRAINING = (
     "trainer that took the labels away (label smoothing, compute_loss_func): wrap its collator, "
     "data_collator=peft_reft.ReftDataCollator(collator, config), and the positions travel with the batch."
 )
+
+
+MARKER_MISSING = (
+    "A row without the marker prompt_end={} was given to a ReFT model, without labels or intervention_locations: the "
+    "whole row counts as its prompt."
+)
+
+
+def window_of(locations: Tensor, past: int | Tensor, columns: int) -> Tensor:
+    """Columns of the whole row as columns of a forward that starts behind `past` of them; -1 for those outside."""
+    locations = locations - past
+    return torch.where((locations >= 0) & (locations < columns), locations, -1)
 
 
 def token_shape(arguments: dict[str, Any]) -> tuple[int, int] | None:

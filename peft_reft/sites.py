@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peft_reft.positions import PositionSpec, locate, select
+from peft_reft.positions import PositionSpec, locate, mark
 from peft_reft.prompt import Prompts
 
 
@@ -27,34 +27,37 @@ class Sites(NamedTuple):
     keep: Tensor
 
 
-def sites_at(locations: Tensor) -> Sites:
-    """Sites from columns [B, G, P], -1 = unused.
+def sites_at(locations: Tensor) -> Sites | None:
+    """Sites from columns [B, G, P], -1 = unused; None if there is no place at all (P = 0).
 
     An unused place looks at the row's last used column instead: at a token that is edited anyway, not at
     padding, whose vector may hold anything, NaN included.
     """
+    if not locations.numel():
+        return None
     used = locations >= 0
     spare = locations.flatten(1).amax(1).clamp(min=0)
     columns = torch.where(used, locations, spare[:, None, None])
     return Sites(columns.flatten(1), used.unsqueeze(-1).to(torch.float32))
 
 
-def sites_of(spec: PositionSpec, prompts: Prompts, grouped: bool) -> Sites:
+def sites_of(spec: PositionSpec, prompts: Prompts, share_weights: bool | str) -> Sites | None:
     """Sites that a spec names in a batch.
 
     Args:
         spec: parsed notation.
         prompts: where the prompts lie.
-        grouped: keep the spec's groups apart (each has an intervention of its own), or make one of all.
+        share_weights: True puts all places into one group; False gives a group per term, "position" one per position.
     """
-    if spec.widths is not None and (prompts.document is None or prompts.num_documents is not None):
-        locations = locate(spec, prompts)
-        return sites_at(locations if grouped else locations.flatten(1).unsqueeze(1))
+    bounded = share_weights == "position" or spec.widths(prompts.answer is not None) is not None
+    if bounded and (prompts.document is None or prompts.num_documents is not None):
+        locations = locate(spec, prompts, share_weights)
+        return sites_at(locations.flatten(1).unsqueeze(1) if share_weights is True else locations)
     # No bound on the number of places that could be known without looking at the data: mark them among all columns.
-    members = torch.stack([member for member, _ in select(spec, prompts)], dim=1)
-    if not grouped:
-        members = members.any(1, keepdim=True)
-    return Sites(None, members.unsqueeze(-1).to(torch.float32))
+    marks = mark(spec, prompts, share_weights)
+    if share_weights is True:
+        marks = marks.any(1, keepdim=True)
+    return Sites(None, marks.unsqueeze(-1).to(torch.float32))
 
 
 def add_edit(out: Tensor, h: Tensor, sites: Sites, edit: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
