@@ -7,7 +7,7 @@ from peft_reft import register as _register  # first: the classes below need the
 from peft_reft.collator import ReftDataCollator
 from peft_reft.config import ReftConfig
 from peft_reft.interventions import Intervention, register_intervention
-from peft_reft.model import ReftModel, get_interventions
+from peft_reft.model import ReftModel, get_interventions, set_strength
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "ReftModel",
     "get_interventions",
     "register_intervention",
+    "set_strength",
 ]
 
 _register.register()

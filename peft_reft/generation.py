@@ -35,9 +35,13 @@ class GenerateEntry:
     def __doc__(self) -> str | None:  # type: ignore[override]
         return getattr(type(self.model), "generate").__doc__
 
-    def __call__(self, *args: Any, intervention_locations: Any = None, **kwargs: Any) -> Any:
+    def __call__(
+        self, *args: Any, intervention_locations: Any = None, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> Any:
         names = list(inspect.signature(self.__wrapped__).parameters)
         generation = self._generation({**dict(zip(names, args)), **kwargs}, intervention_locations)
+        if adapter_names is not None:
+            generation.adapter_names = self.root.check_adapter_names(adapter_names)
         with generation_scope(generation):
             return self.__wrapped__(*args, **kwargs)
 
@@ -47,7 +51,7 @@ class GenerateEntry:
         if locations is not None:
             locations = check_locations(locations, None if valid is None else (valid.shape[0], valid.shape[1]), 0)
         if valid is None or is_encoder_decoder:  # the decoder's prompt is known when the decoder starts
-            return Generation(self.root, None, locations, self._decoder_columns(arguments), self.root.edits_answers())
+            return Generation(self.root, None, locations, None, self._decoder_columns(arguments), self.root.edits_answers())
         ids = self._ids(arguments) if arguments.get("inputs_embeds") is None else None
         tokens = Tokens(valid, ids=ids if ids is not None and ids.shape == valid.shape else None, given=True)
         return Generation(self.root, tokens, locations, edits_answers=self.root.edits_answers())

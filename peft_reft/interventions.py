@@ -207,8 +207,8 @@ def low_rank_edit(h: Tensor, factors: Factors, keep: Tensor | None = None) -> Te
     """The edit that `factors` make of `h`, without `h` itself, in at least single precision.
 
     Args:
-        h: [..., P, d]; with grouped factors [..., G, P, d].
-        factors: of one intervention, or of G of them with a leading dimension.
+        h: [..., P, d]; [B, G, P, d] for factors with leading dimensions.
+        factors: of one intervention [r, d], of G of them [G, r, d], or by row as well [B, G, r, d].
         keep: [..., P, 1], a factor for each vector's edit (0 drops it).
     """
     down, bias, up, projection, act = factors
@@ -218,8 +218,8 @@ def low_rank_edit(h: Tensor, factors: Factors, keep: Tensor | None = None) -> Te
         bias = bias.unsqueeze(-2)  # one row for all P vectors of a group
     if down is None:
         value = bias.to(h.dtype).expand(*h.shape[:-1], bias.shape[-1])
-    elif down.dim() == 2:
-        value = F.linear(h, down.to(h.dtype), bias.to(h.dtype))
+    elif down.dim() == 2 or down.shape[:-2] == (1,):
+        value = F.linear(h, down.to(h.dtype).flatten(0, -2), bias.to(h.dtype).flatten())
     else:
         value = h @ down.mT.to(h.dtype) + bias.to(h.dtype)
     if act is not None:
@@ -228,7 +228,7 @@ def low_rank_edit(h: Tensor, factors: Factors, keep: Tensor | None = None) -> Te
         value = value - h @ projection.mT.to(h.dtype)
     if keep is not None:
         value = value * keep
-    return value @ up
+    return value @ (up[0] if up.shape[:-2] == (1,) else up)  # one matrix for all: a single product, not a batched one
 
 
 class LoreftIntervention(Intervention):

@@ -8,7 +8,7 @@ the edited ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from peft_reft.blocks import device_and_dtype, edit_hidden_state
 from peft_reft.config import ReftConfig
-from peft_reft.interventions import Factors, Intervention, Source, build_intervention, edit_of, low_rank_edit
+from peft_reft.factors import batch_factors, fingerprint, stack_factors
+from peft_reft.interventions import Factors, build_intervention, edit_of, low_rank_edit
 from peft_reft.positions import PositionSpec, parse_positions
 from peft_reft.scope import Frame, frame_of_block
-from peft_reft.sites import add_edit
+from peft_reft.sites import Sites, add_edit
 
 CHILD = "reft"  # the layer's name below its block; must not hold the prefix "reft_", by which PEFT skips modules
 
@@ -33,7 +34,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("reft_interventions",)
-    other_param_names = ("position_specs", "share_weights", "never_ran")
+    other_param_names = ("position_specs", "share_weights", "scaling", "never_ran")
 
     def __init__(self, block: nn.Module, width: int):
         super().__init__()
@@ -41,6 +42,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.reft_interventions = nn.ModuleDict()  # adapter name -> ModuleList, one intervention per position group
         self.position_specs: dict[str, PositionSpec] = {}
         self.share_weights: dict[str, bool | str] = {}
+        self.scaling: dict[str, float] = {}  # strength of the edits: 0 none, 1 as trained
         self.never_ran: dict[str, bool] = {}  # adapters that exist but have edited nothing yet
         self._block = (block,)  # in a tuple, so that it is no submodule
         self._disable_adapters = False
@@ -84,30 +86,37 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.reft_interventions[name] = interventions
         self.position_specs[name] = spec
         self.share_weights[name] = config.share_weights
+        self.scaling[name] = 1.0
         self.never_ran[name] = True
         if shared is None:
             self._move_adapter_to_device_of_base_layer(name)
 
     def edit(self, h: Tensor, frame: Frame | None) -> Tensor:
         """`h` with the edits of all active adapters, each computed on `h` itself and summed."""
+        rows = frame.adapters_by_row(h.shape[0]) if frame is not None else None
+        names = self.active_adapters if rows is None else dict.fromkeys(rows)
+        names = [name for name in names if name in self.reft_interventions]  # others belong to other blocks
+        if not names:
+            return h
+        if h.shape[-1] != self.width:
+            raise ValueError(
+                f"A block put out vectors of width {h.shape[-1]}, but adapter {names[0]!r} was made for width "
+                f"{self.width}. Exclude that block with exclude_modules, or target other modules."
+            )
+        for name in names:
+            self.never_ran.pop(name, None)
+        if frame is not None and rows is not None:
+            return self._edit_rows(h, rows, frame)
         out = h
-        for name in self.active_adapters:
-            if name not in self.reft_interventions:
-                continue  # an adapter of other blocks
-            if h.shape[-1] != self.width:
-                raise ValueError(
-                    f"A block put out vectors of width {h.shape[-1]}, but adapter {name!r} was made for width "
-                    f"{self.width}. Exclude that block with exclude_modules, or target other modules."
-                )
+        for name in names:
             out = self._add_edit(out, h, name, frame)
         return out
 
     def _add_edit(self, out: Tensor, h: Tensor, name: str, frame: Frame | None) -> Tensor:
-        self.never_ran.pop(name, None)
-        spec = self.position_specs[name]
+        spec, scale = self.position_specs[name], self.scaling[name]
         if (frame is None or frame.columns is None) and str(spec) == "all":  # nothing to count: every vector
             vectors = h.reshape(1, 1, -1, self.width)
-            edit = self._edit_of(name, None)(vectors, torch.ones((), device=h.device))
+            edit = self._edit_of(name, None)(vectors, torch.full((), float(scale), device=h.device))
             return out + edit.view(h.shape).to(h.dtype)
         if frame is None:
             raise ValueError(
@@ -117,22 +126,55 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         sites = frame.sites(spec, self.share_weights[name], h)
         if sites is None:
             return out
+        if scale != 1:
+            sites = Sites(sites.columns, sites.keep * scale)
         return add_edit(out, h, sites, self._edit_of(name, frame.factors(self, name)))
+
+    def _edit_rows(self, h: Tensor, names: Sequence[str], frame: Frame) -> Tensor:
+        """`h` with each row's edit by its own adapter: one gather, batched products and one scatter for all that
+        multiply with the same kinds of factors."""
+        passes: dict[Any, list[str | None]] = {}
+        for row, name in enumerate(names):
+            if name in self.reft_interventions:
+                passes.setdefault(self._pass_of(name, frame), [None] * len(names))[row] = name
+        out = h
+        for members in passes.values():
+            wanted = [
+                None if name is None else (self.position_specs[name], self.share_weights[name], self.scaling[name])
+                for name in members
+            ]
+            sites = frame.sites_by_row(tuple(wanted), h)
+            if sites is None:
+                continue
+            factors = [None if name is None else frame.factors(self, name) for name in members]
+            some = next(name for name in members if name is not None)
+            together = stack_factors(factors) if any(f is not None for f in factors) else None
+            out = add_edit(out, h, sites, self._edit_of(some, together))
+        return out
+
+    def _pass_of(self, name: str, frame: Frame) -> Any:
+        """Adapters of the same pass can be run together, each on rows of its own."""
+        factors = frame.factors(self, name)
+        first: Any = self.reft_interventions[name][0]  # type: ignore[index]
+        if factors is None or (self.training and first.dropout.p):
+            return name
+        bounded = self.position_specs[name].widths() is not None
+        return first.act_fn, factors.projection is not None, bounded, first.basis.weight.dtype
 
     def _edit_of(self, name: str, factors: Factors | None) -> Callable[[Tensor, Tensor], Tensor]:
         """The function that maps vectors [B, G, P, d] to their edits.
 
         Args:
-            factors: what the call worked out for all layers together, if it could.
+            factors: [G, r, d], or [B, G, r, d] by row; None to call the interventions as modules.
         """
-        interventions = self.reft_interventions[name]
+        interventions: Any = self.reft_interventions[name]
 
         def edit(selected: Tensor, keep: Tensor) -> Tensor:
             if factors is None:
                 groups = zip(interventions, selected.unbind(1))
                 return torch.stack([edit_of(module, h) for module, h in groups], dim=1) * keep
             with torch.autocast(selected.device.type, enabled=False):
-                return interventions[0].dropout(low_rank_edit(selected, factors, keep))
+                return cast("Tensor", interventions[0].dropout(low_rank_edit(selected, factors, keep)))
 
         return edit
 
@@ -186,52 +228,36 @@ def detach_layer(block: nn.Module) -> None:
             block._forward_hooks_with_kwargs.pop(key, None)
 
 
-def batch_factors(layers: Sequence[ReftLayer]) -> dict[tuple[int, str], Factors]:
-    """Work out `Factors` for all layers and active adapters together: one orthonormalisation per kind and shape.
+class FactorCache:
+    """Works out the factors of many layers for one forward; keeps the last ones for as long as nothing changes."""
 
-    Interventions of the user's own, and parameters that are not there to be read before their module runs (sharded,
-    offloaded), are left out; `ReftLayer` then calls the modules themselves.
-    """
-    batches: dict[tuple[Any, ...], list[tuple[tuple[int, str], list[Intervention]]]] = {}
-    for layer in layers:
-        for name in layer.active_adapters:
-            if layer.disable_adapters or name not in layer.reft_interventions:
+    def __init__(self) -> None:
+        self.key: Any = None
+        self.factors: dict[tuple[int, str], Factors] = {}
+
+    def __call__(self, layers: Sequence[ReftLayer], names: Sequence[str] | None) -> dict[tuple[int, str], Factors]:
+        """The factors by layer (its id) and adapter.
+
+        Args:
+            names: the adapters that take part; None for the active ones.
+        """
+        entries: dict[int, tuple[tuple[int, str], Any]] = {}
+        owners = []
+        for layer in layers:
+            if layer.disable_adapters:
                 continue
-            interventions = list(layer.reft_interventions[name])
-            key = _batch_key(interventions)
-            if key is not None:
-                batches.setdefault(key, []).append(((id(layer), name), interventions))
-    factors = {}
-    for (groups, *_), members in batches.items():
-        flat = [intervention for _, interventions in members for intervention in interventions]
-        up = flat[0].basis.combine(torch.stack([i.basis.weight for i in flat]))
-        linear = isinstance(flat[0].source, Source)
-        weight = torch.stack([i.source.weight for i in flat]) if linear else None
-        bias = torch.stack([i.source.bias if linear else i.source.weight for i in flat])
-        batch = flat[0].combine(up, weight, bias)
-        split = [part if not isinstance(part, Tensor) else part.unflatten(0, (-1, groups)).unbind(0) for part in batch]
-        for number, (owner, _) in enumerate(members):
-            parts = [part[number] if isinstance(part, tuple) else part for part in split]
-            if groups == 1:
-                parts = [part.squeeze(0) if isinstance(part, Tensor) else part for part in parts]
-            factors[owner] = Factors(*parts)
-    return factors
+            for name in layer.active_adapters if names is None else names:
+                if name in layer.reft_interventions:
+                    interventions = layer.reft_interventions[name]
+                    owners.append(((id(layer), name), id(interventions)))
+                    entries[id(interventions)] = ((id(layer), name), interventions)  # layers may share them
+        key = None if torch.compiler.is_compiling() else fingerprint(entries.values())
+        if key is not None and key == self.key:
+            return self.factors
+        worked_out = batch_factors((shared, interventions) for shared, (_, interventions) in entries.items())
+        factors = {owner: worked_out[shared] for owner, shared in owners if shared in worked_out}
+        self.key, self.factors = (None, {}) if key is None else (key, factors)
+        return factors
 
-
-def _batch_key(interventions: list[Any]) -> tuple[Any, ...] | None:
-    """What interventions must have in common to be worked out together; None if they cannot be."""
-    first = interventions[0]
-    if not isinstance(first, Intervention) or _own_equation(type(first)):
-        return None
-    r, d = first.shape
-    for intervention in interventions:
-        for parameter in intervention.parameters():
-            if type(parameter) is not nn.Parameter or parameter.is_meta or not parameter.numel():
-                return None
-    weight = first.basis.weight
-    return (len(interventions), first.orthonormal, first.replaces, first.has_source, first.act_fn, r, d, weight.dtype, weight.device)
-
-
-def _own_equation(cls: type[Intervention]) -> bool:
-    """Whether a subclass does more than choose among the built-in equations."""
-    return any(getattr(cls, name) is not getattr(Intervention, name) for name in ("forward", "edit", "combine"))
+    def __reduce__(self) -> Any:
+        return FactorCache, ()  # a copied or pickled model starts without

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 from peft import PeftModel
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
-from peft.utils.other import get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from peft.utils.peft_types import TaskType
 from torch import Tensor, nn
 
@@ -17,8 +21,8 @@ from peft_reft.blocks import block_width, device_and_dtype, find_blocks, group_b
 from peft_reft.checkpoint import blocks_of, intervention_shapes, mismatch
 from peft_reft.config import ReftConfig, prompt_end_ids
 from peft_reft.generation import GenerateEntry
-from peft_reft.layer import CHILD, ReftLayer, attach_layer, batch_factors, detach_layer
-from peft_reft.scope import Host, Root
+from peft_reft.layer import CHILD, FactorCache, ReftLayer, attach_layer, detach_layer
+from peft_reft.scope import Host, Root, adapter_names_scope
 
 INTERVENTIONS = f".{CHILD}.reft_interventions."  # what stands between a block's name and the adapter's in a key
 TOKENS = {"input_ids", "inputs_embeds", "decoder_input_ids"}  # parameters by which a module takes tokens
@@ -37,6 +41,22 @@ class ReftModel(BaseTuner):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)  # __call__, so that the hooks run
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Entered by `PeftModel` around forward and generate, from which it has taken `adapter_names` out."""
+        names = kwargs.get("adapter_names")
+        host = Host.of(self.model)
+        if names is None or host is None:
+            yield
+            return
+        with ExitStack() as stack:
+            stack.enter_context(adapter_names_scope(host.root, names))
+            for module in self.model.modules():
+                if isinstance(module, AuxiliaryTrainingWrapper):
+                    hook = partial(pass_adapter_names, names=names)
+                    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            yield
 
     # Injection: which modules, and what is created there.
 
@@ -154,6 +174,35 @@ class ReftModel(BaseTuner):
         return model
 
 
+def pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict[str, Any], names: list[str]) -> tuple[tuple, dict]:
+    """Forward pre-hook of a module that was trained in full: each row's own copy of it is to be used."""
+    times = args[0].shape[0] // len(names) if args else 1
+    return args, {**kwargs, "adapter_names": [name for name in names for _ in range(times)]}
+
+
+def set_strength(model: nn.Module, strength: float, adapter_name: str | None = None) -> None:
+    """Scale an adapter's edits: 0 leaves the base model, 1 is as trained; negative and larger values work too.
+
+    Args:
+        model: a `PeftModel`, or a model that adapters were injected into.
+        strength: the factor of every edit, until it is set again; not saved with the adapter.
+        adapter_name: None for the active adapters.
+
+    Raises:
+        ValueError: if there is no such adapter, or the strength is no finite number.
+    """
+    if not isinstance(strength, (int, float)) or not math.isfinite(strength):
+        raise ValueError(f"strength={strength!r} is not a finite number; 0 is the base model, 1 the adapter as trained.")
+    layers = reft_layers(model).values()
+    known = {name for layer in layers for name in layer.scaling}
+    if adapter_name is not None and adapter_name not in known:
+        raise ValueError(f"The model has no ReFT adapter {adapter_name!r}; its ReFT adapters are {sorted(known)}.")
+    for layer in layers:
+        for name in layer.active_adapters if adapter_name is None else [adapter_name]:
+            if name in layer.scaling:
+                layer.scaling[name] = float(strength)
+
+
 def reft_layers(model: nn.Module) -> dict[str, ReftLayer]:
     """The ReFT layers of a model, by the names of their blocks."""
     suffix = f".{CHILD}"
@@ -192,7 +241,7 @@ def attach_hosts(model: nn.Module, causal: bool) -> None:
     """Hook every module around the blocks that takes tokens, and `generate`; what is hooked already stays so."""
     layers = reft_layers(model)
     host = Host.of(model)
-    root = host.root if host is not None else Root(causal, [], batch_factors)
+    root = host.root if host is not None else Root(causal, [], FactorCache())
     root.causal = root.causal or causal
     root.layers[:] = layers.values()
     around = {""}

@@ -24,15 +24,17 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from peft_reft.positions import PositionSpec
 from peft_reft.prompt import Prompts, Tokens, align_shift_labels, document_starts, find_prompts, generated
-from peft_reft.sites import Sites, sites_at, sites_of
+from peft_reft.sites import Sites, overlay, sites_at, sites_of
 
-OWN_ARGUMENTS = ("intervention_locations",)  # taken out of the call: the model does not know them
+BASE = "__base__"  # the adapter name of rows without an edit, as everywhere in PEFT
+OWN_ARGUMENTS = ("intervention_locations", "adapter_names")  # taken out of the call: the model does not know them
 
 
 class _ThreadState(threading.local):
     def __init__(self) -> None:
         self.frames: list[Frame] = []
         self.generations: list[Generation] = []
+        self.adapter_names: list[tuple[Root, list[str]]] = []
 
 
 _state = _ThreadState()
@@ -46,6 +48,17 @@ def generation_scope(generation: Generation) -> Iterator[None]:
         yield
     finally:
         _state.generations.remove(generation)
+
+
+@contextmanager
+def adapter_names_scope(root: Root, names: list[str]) -> Iterator[None]:
+    """Give each row of this thread's forwards an adapter of its own, for as long as the scope is open."""
+    entry = (root, root.check_adapter_names(names))
+    _state.adapter_names.append(entry)
+    try:
+        yield
+    finally:
+        _state.adapter_names.remove(entry)
 
 
 def current_frame() -> Frame | None:
@@ -92,16 +105,31 @@ class Root:
 
     causal: bool
     layers: list[Any]
-    batch_factors: Callable[[list[Any]], dict[tuple[int, str], Any]]
+    batch_factors: Callable[[list[Any], list[str] | None], dict[tuple[int, str], Any]]
     warned: set[str] = field(default_factory=set)
 
+    def check_adapter_names(self, names: Any) -> list[str]:
+        """The adapters of a batch's rows, "__base__" for none.
+
+        Raises:
+            ValueError: for a name that is no ReFT adapter of this model.
+        """
+        known = sorted({name for layer in self.layers for name in layer.reft_interventions})
+        unknown = sorted({str(name) for name in names} - {*known, BASE})
+        if unknown:
+            raise ValueError(
+                f"adapter_names holds {unknown}, but the ReFT adapters of this model are {known}. Pass one name per row of "
+                f"the batch, {BASE!r} for rows without an edit."
+            )
+        return list(names)
+
     def edits_answers(self) -> bool:
-        """Whether an active adapter edits generated tokens."""
+        """Whether some adapter edits generated tokens."""
         return any(
             layer.position_specs[name].edits_answers
             for layer in self.layers
-            for name in layer.active_adapters
-            if name in layer.position_specs and not layer.disable_adapters
+            for name in layer.position_specs
+            if not layer.disable_adapters
         )
 
     def warn_once(self, message: str) -> None:
@@ -117,6 +145,7 @@ class Generation:
     Attributes:
         tokens: the rows given to `generate`; None until an encoder-decoder's decoder has started.
         locations: what the caller passed as `intervention_locations`, [B, G, P], or None.
+        adapter_names: the adapter of each row given, or None.
         decoder_columns: length of the decoder's prompt where its first forward may hold more than that (guessed tokens).
         edits_answers: some adapter edits generated tokens too.
         seen: columns that went through the model in the forwards that have ended.
@@ -126,6 +155,7 @@ class Generation:
     root: Root
     tokens: Tokens | None
     locations: Tensor | None = None
+    adapter_names: list[str] | None = None
     decoder_columns: int | None = None
     edits_answers: bool = False
     seen: int = 0
@@ -188,6 +218,7 @@ class Call:
         host: that host.
         labels, shift_labels: what it was given of these.
         locations: `intervention_locations` as [B, G, P], or None.
+        adapter_names: the adapter of each row, or None for the active ones in every row.
         generation: the `generate` this call is part of, if any.
         factors: what the interventions multiply with, by layer and adapter; None until a stack with edits is entered.
     """
@@ -196,6 +227,7 @@ class Call:
     labels: Tensor | None
     shift_labels: Tensor | None
     locations: Tensor | None
+    adapter_names: list[str] | None
     generation: Generation | None
     factors: dict[tuple[int, str], Any] | None = None
 
@@ -239,6 +271,34 @@ class Frame:
         if key not in self._sites:
             self._sites[key] = self._find_sites(spec, share_weights, h)
         return self._sites[key]
+
+    def adapters_by_row(self, rows: int) -> list[str] | None:
+        """The adapter of each of `rows` rows, which may be the given ones each several times; None if not by row."""
+        names = self.call.adapter_names
+        if names is None or len(names) == rows:
+            return names
+        times, rest = divmod(rows, len(names))
+        if rest or self.call.generation is None:
+            raise ValueError(f"adapter_names has {len(names)} names, but the batch has {rows} rows; pass one name per row.")
+        return [name for name in names for _ in range(times)]
+
+    def sites_by_row(self, wanted: tuple[tuple[PositionSpec, bool | str, float] | None, ...], h: Tensor) -> Sites | None:
+        """Where to edit the rows of `h` [B, S, d], by the spec and strength of each row's adapter; None for nowhere.
+
+        Either all specs are bounded in their number of places, or none is.
+        """
+        if wanted not in self._sites:
+            self._sites[wanted] = self._find_sites_by_row(wanted, h)
+        return self._sites[wanted]
+
+    def _find_sites_by_row(self, wanted: tuple[Any, ...], h: Tensor) -> Sites | None:
+        parts = []
+        for spec, share in dict.fromkeys(entry[:2] for entry in wanted if entry is not None):
+            sites = self.sites(spec, share, h)
+            strength = [entry[2] if entry is not None and entry[:2] == (spec, share) else 0.0 for entry in wanted]
+            if sites is not None:
+                parts.append((sites, torch.tensor(strength, device=h.device)))
+        return overlay(parts) if parts else None
 
     def factors(self, layer: Any, name: str) -> Any:
         """What the interventions of an adapter beside one block multiply with; None if only they themselves know."""
@@ -313,8 +373,9 @@ class Host:
         if outer is not None and outer.host.root is not self.root:
             outer = None
         frame = self._frame(module, outer, arguments, own)
+        names = frame.call.adapter_names
         if frame.call.factors is None and frame.edits and self.role != "router":
-            frame.call.factors = self.root.batch_factors(self._layers(module))
+            frame.call.factors = self.root.batch_factors(self._layers(module), names and sorted({*names} - {BASE}))
         _state.frames.append(frame)
         return args, kwargs
 
@@ -351,6 +412,13 @@ class Host:
             locations = generation.locations
         elif locations is not None:
             locations = check_locations(locations, shape, past_length(arguments, shape[1] if shape else 0, 0))
+        names = own.get("adapter_names")
+        if names is not None:
+            names = self.root.check_adapter_names(names)
+        elif generation is not None and generation.adapter_names is not None:
+            names = generation.adapter_names
+        else:
+            names = next((names for root, names in reversed(_state.adapter_names) if root is self.root), None)
         labelled = any(arguments.get(name) is not None for name in ("labels", "shift_labels"))
         if (
             self.root.causal
@@ -361,7 +429,7 @@ class Host:
             and not labelled
         ):
             self.root.warn_once(UNLABELLED_TRAINING)
-        return Call(self, arguments.get("labels"), arguments.get("shift_labels"), locations, generation)
+        return Call(self, arguments.get("labels"), arguments.get("shift_labels"), locations, names, generation)
 
     def _plain_frame(self, call: Call, arguments: dict[str, Any], rows: int, columns: int) -> Frame:
         """The frame of a forward outside `generate` (or of an encoder, which `generate` runs like any other)."""

@@ -5,10 +5,11 @@ Shape letters: B rows, S columns, G position groups, P places per group, d hidde
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from peft_reft.positions import PositionSpec, locate, mark
@@ -58,6 +59,31 @@ def sites_of(spec: PositionSpec, prompts: Prompts, share_weights: bool | str) ->
     if share_weights is True:
         marks = marks.any(1, keepdim=True)
     return Sites(None, marks.unsqueeze(-1).to(torch.float32))
+
+
+def overlay(parts: Sequence[tuple[Sites, Tensor]]) -> Sites:
+    """Sites of a batch in which each row takes part in one of several.
+
+    Args:
+        parts: sites for all rows, and the strength [B] with which each row takes part in them (0: not at all).
+            Either all have columns, or none.
+    """
+    groups, places = (max(sites.keep.shape[dim] for sites, _ in parts) for dim in (1, 2))
+    columns: Tensor | None = None
+    keep: Tensor | None = None
+    for sites, strength in parts:
+        size = sites.keep.shape[1:3]
+        more = (0, 0, 0, places - size[1], 0, groups - size[0])
+        kept = F.pad(sites.keep, more) * strength[:, None, None, None]
+        keep = kept if keep is None else keep + kept
+        if sites.columns is not None:
+            # Filled up by repeating a column that is looked at anyway.
+            own = sites.columns.unflatten(1, size)
+            own = own[:, :, torch.arange(places, device=own.device).clamp(max=size[1] - 1)]
+            own = own[:, torch.arange(groups, device=own.device).clamp(max=size[0] - 1)].flatten(1)
+            columns = own if columns is None else torch.where(strength[:, None] != 0, own, columns)
+    assert keep is not None
+    return Sites(columns, keep)
 
 
 def add_edit(out: Tensor, h: Tensor, sites: Sites, edit: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
