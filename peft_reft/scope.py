@@ -15,7 +15,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -88,8 +88,11 @@ def frame_of_block(inputs: tuple[Any, ...]) -> Frame | None:
         return frame
     if h in _frames_by_input:
         return cast("Frame", _frames_by_input[h])
-    aliases = (bound for other, bound in _frames_by_input.items() if other.data_ptr() == h.data_ptr())
-    return next(aliases, frame)
+    bound = next((bound for other, bound in _frames_by_input.items() if other.data_ptr() == h.data_ptr()), None)
+    if bound is None:
+        return frame
+    # A reentrant checkpoint runs a backward of its own, which must not run into the graph that made the factors.
+    return replace(bound, call=replace(bound.call, factors={}))
 
 
 @dataclass
