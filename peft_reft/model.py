@@ -17,6 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from peft.utils.peft_types import TaskType
 from torch import Tensor, nn
 
+from peft_reft.batching import BatchingEntry
 from peft_reft.blocks import block_width, device_and_dtype, find_blocks, group_by_stack, pick_layers
 from peft_reft.checkpoint import blocks_of, intervention_shapes, mismatch
 from peft_reft.config import ReftConfig, prompt_end_ids
@@ -257,6 +258,9 @@ def attach_hosts(model: nn.Module, causal: bool) -> None:
             Host(module, root, roles.get(module, "router" if roles else "")).attach(module)
         if hasattr(type(module), "generate") and not isinstance(module.__dict__.get("generate"), GenerateEntry):
             module.generate = GenerateEntry(module, root)  # type: ignore[assignment]
+            if hasattr(type(module), "init_continuous_batching"):
+                module.init_continuous_batching = entry = BatchingEntry(module)  # type: ignore[assignment]
+                root.batching = entry.requests
 
 
 def roles_of(model: nn.Module) -> dict[nn.Module, str]:
@@ -304,8 +308,9 @@ def remove_reft(model: nn.Module) -> None:
         detach_layer(model.get_submodule(name))
     for module in model.modules():
         Host.detach(module)
-        if isinstance(module.__dict__.get("generate"), GenerateEntry):
-            del module.__dict__["generate"]
+        for name, entry in list(module.__dict__.items()):
+            if isinstance(entry, (GenerateEntry, BatchingEntry)):
+                del module.__dict__[name]
 
 
 def get_interventions(model: nn.Module, adapter_name: str | None = None) -> dict[str, nn.ModuleList]:

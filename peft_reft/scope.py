@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from peft_reft.batching import paged_prompts
 from peft_reft.positions import PositionSpec
 from peft_reft.prompt import Prompts, Tokens, align_shift_labels, document_starts, find_prompts, generated
 from peft_reft.sites import Sites, overlay, sites_at, sites_of
@@ -103,12 +104,14 @@ class Root:
         causal: a causal language model, whose labels tell where the prompt ends.
         layers: the layers beside its blocks.
         batch_factors: works out what the layers' interventions multiply with, for all of them together.
+        batching: asks the manager of continuous batching what the running forward holds.
         warned: the warnings given so far; each is given once.
     """
 
     causal: bool
     layers: list[Any]
     batch_factors: Callable[[list[Any], list[str] | None], dict[tuple[int, str], Any]]
+    batching: Callable[[], list[tuple[int, int, int]] | None] | None = None
     warned: set[str] = field(default_factory=set)
 
     def check_adapter_names(self, names: Any) -> list[str]:
@@ -404,6 +407,8 @@ class Host:
         if self.role == "router" or shape is None:
             return Frame(self, call, locations=call.locations)
         rows, columns = shape
+        if arguments.get("cache") is not None and arguments.get("logits_indices") is not None:
+            return self._paged_frame(call, arguments, rows, columns)
         if self.role == "encoder" or call.generation is None:
             return self._plain_frame(call, arguments, rows, columns)
         return call.generation.frame(self, call, arguments, rows, columns)
@@ -453,6 +458,26 @@ class Host:
         ids = arguments.get("input_ids") if arguments.get("inputs_embeds") is None else None
         tokens = Tokens(valid, self._labels(call, rows, columns), starts, num_documents, ids)
         return Frame(self, call, rows, columns, find=lambda spec: self._prompts(tokens, spec))
+
+    def _paged_frame(self, call: Call, arguments: dict[str, Any], rows: int, columns: int) -> Frame:
+        """The frame of a forward of transformers' continuous batching."""
+        requests = None if self.root.batching is None else self.root.batching()
+        if requests is None:
+            raise ValueError(
+                "A ReFT model was run by a continuous batching manager that it does not know, so the prompts of the requests "
+                "cannot be told. Start it with model.generate_batch or model.init_continuous_batching."
+            )
+        answers_only = all(past >= prompt for _, past, prompt in requests)
+        if not answers_only and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "A CUDA graph of a forward with prompt tokens would edit the same places in every replay. Pass "
+                "ContinuousBatchingConfig(use_cuda_graph=False)."
+            )
+        if answers_only and not self.root.edits_answers():
+            return Frame(self, call, rows, columns, edits=False)
+        device = token_device(arguments)
+        prompts = paged_prompts(requests, columns, device)
+        return Frame(self, call, rows, columns, find=lambda spec: prompts, answers_only=answers_only)
 
     def _prompts(self, tokens: Tokens, spec: PositionSpec) -> Prompts:
         if spec.prompt_end and tokens.labels is None and not torch.compiler.is_compiling():

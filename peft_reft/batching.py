@@ -1,0 +1,88 @@
+"""transformers' continuous batching: packed rows with pieces of many requests, run in a thread of its own.
+
+Neither the tensors of such a forward nor `generate` tell how long a request's prompt is (long ones come in chunks), but
+the manager that scheduled it does. So the manager is noted where it is made, and asked in every forward.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import ContinuousBatchingConfig
+
+from peft_reft.prompt import Prompts
+
+
+class BatchingEntry:
+    """Stands in for a model's `init_continuous_batching`; set as an attribute of the instance, removed on `unload`."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.manager: Any = None
+
+    @property
+    def __wrapped__(self) -> Any:  # for inspect.signature, help and the like
+        return getattr(type(self.model), "init_continuous_batching").__get__(self.model)
+
+    def __call__(
+        self, generation_config: Any = None, continuous_batching_config: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        if continuous_batching_config is None:
+            settings = generation_config or getattr(self.model, "generation_config", None)
+            continuous_batching_config = getattr(settings, "continuous_batching_config", None) or ContinuousBatchingConfig()
+        # Requests that begin alike would share cached blocks, but the last tokens of one prompt, which are edited, may
+        # stand in the middle of another.
+        continuous_batching_config = copy.copy(continuous_batching_config)
+        continuous_batching_config.allow_block_sharing = False
+        manager = self.__wrapped__(generation_config, continuous_batching_config, *args, **kwargs)
+        self.manager = weakref.ref(manager)
+        return manager
+
+    def __reduce__(self) -> Any:
+        return BatchingEntry, (self.model,)
+
+    def requests(self) -> list[tuple[int, int, int]] | None:
+        """The pieces of the running forward's row, in their order: columns, columns before it, prompt length.
+
+        None if there is no manager.
+        """
+        manager = None if self.manager is None else self.manager()
+        processor = getattr(manager, "batch_processor", None)
+        if processor is None:
+            return None
+        batch = processor.inputs_and_outputs
+        if hasattr(batch, "io_pairs"):  # asynchronous scheduling prepares one batch while another runs
+            batch = batch.io_pairs[batch.current_pair].host_io
+        return [
+            (
+                request.query_length,
+                request.state.position_offset - request.query_length,
+                request.state._true_initial_tokens or len(request.state.initial_tokens),
+            )
+            for request in batch.requests_in_batch
+        ]
+
+
+def paged_prompts(requests: Sequence[tuple[int, int, int]], columns: int, device: torch.device) -> Prompts:
+    """Where the prompts lie in one packed row [1, S] of pieces of requests.
+
+    Args:
+        requests: of each piece, as from `BatchingEntry.requests`. What follows behind the last piece is padding.
+    """
+    order = torch.zeros(1, columns, dtype=torch.long)
+    length, document = torch.zeros_like(order), torch.zeros_like(order)
+    at = 0
+    for number, (size, past, prompt) in enumerate(requests):
+        order[0, at : at + size] = torch.arange(past, past + size)
+        length[0, at : at + size] = prompt
+        document[0, at : at + size] = number
+        at += size
+    token = torch.arange(columns)[None] < at
+    answer = token & (order >= length)
+    prompts = Prompts(token & ~answer, order, length, document, max(1, len(requests)), answer, order - length)
+    return prompts.map(lambda tensor: tensor.to(device))
