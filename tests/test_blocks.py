@@ -1,0 +1,313 @@
+"""Finding a model's blocks, choosing among modules, and reading the hidden state out of what a block returns."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+
+import pytest
+import reference
+import torch
+from conftest import BLOCKS, HIDDEN, inputs_of, logits, randomize, tiny_model
+from peft import get_peft_model
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
+
+from peft_reft import ReftConfig, get_interventions
+from peft_reft.blocks import block_width, edit_hidden_state, find_blocks
+
+STACKS = {
+    "llama": ["model.layers"],
+    "qwen2": ["model.layers"],
+    "mistral": ["model.layers"],
+    "gpt2": ["transformer.h"],
+    "opt": ["model.decoder.layers"],
+    "bert": ["bert.encoder.layer"],
+    "roberta": ["roberta.encoder.layer"],
+    "t5": ["encoder.block", "decoder.block"],
+}
+
+
+def numbered(*stacks, blocks=range(BLOCKS)):
+    return [[f"{stack}.{number}" for number in blocks] for stack in stacks]
+
+
+def targets(model, **settings):
+    return list(get_interventions(get_peft_model(model, ReftConfig(**settings))))
+
+
+# The model's own blocks.
+
+
+@pytest.mark.parametrize("family", STACKS)
+def test_the_blocks_of_a_model_are_found(family):
+    model = tiny_model(family)
+    assert find_blocks(model) == numbered(*STACKS[family])
+    assert targets(model) == [name for stack in numbered(*STACKS[family]) for name in stack]
+
+
+@pytest.mark.parametrize("family", STACKS)
+def test_the_blocks_of_a_model_without_a_head_are_found(family):
+    stacks = [stack.removeprefix(stack.split(".")[0] + ".") if family != "t5" else stack for stack in STACKS[family]]
+    assert find_blocks(tiny_model(family, head="base")) == numbered(*stacks)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "roberta", "gpt2", "opt"])
+def test_the_blocks_of_a_classifier_are_found(family):
+    assert find_blocks(tiny_model(family, head="classifier")) == numbered(*STACKS[family])
+
+
+def test_the_blocks_are_found_whatever_their_number():
+    assert find_blocks(tiny_model("llama", num_hidden_layers=1)) == [["model.layers.0"]]
+    assert find_blocks(tiny_model("llama", num_hidden_layers=12)) == numbered("model.layers", blocks=range(12))
+
+
+@pytest.mark.parametrize("family", STACKS)
+def test_interventions_apply_to_the_block_output_of_each_block(family):
+    model, base = tiny_model(family), tiny_model(family)
+    config = ReftConfig(positions="f2+l1", share_weights=False)
+    model = randomize(get_peft_model(model, config).eval())
+    inputs = inputs_of(base)
+    with torch.no_grad():
+        expected = reference.forward(base, get_interventions(model), config, inputs).logits
+    torch.testing.assert_close(logits(model, inputs), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(base, inputs), expected, atol=1e-2)
+
+
+# layers_to_transform.
+
+
+@pytest.mark.parametrize("family", [family for family in STACKS if family != "t5"])
+@pytest.mark.parametrize(("layers", "numbers"), [(1, [1]), (-1, [2]), ([0, -1], [0, 2]), ([-2, -3], [0, 1])])
+def test_layers_to_transform_count_the_blocks(family, layers, numbers):
+    assert targets(tiny_model(family), layers_to_transform=layers) == numbered(*STACKS[family], blocks=numbers)[0]
+
+
+@pytest.mark.parametrize(
+    ("layers", "encoder", "decoder"),
+    [(0, [0], [0]), (-1, [2], [1]), ([1, -3], [0, 1], [1]), (2, [2], []), ([0, -1], [0, 2], [0, 1])],
+)
+def test_layers_to_transform_count_the_blocks_of_each_stack(layers, encoder, decoder):
+    model = tiny_model("t5", num_decoder_layers=2)
+    expected = numbered("encoder.block", blocks=encoder)[0] + numbered("decoder.block", blocks=decoder)[0]
+    assert targets(model, layers_to_transform=layers) == expected
+
+
+def test_a_number_that_no_stack_has_is_rejected():
+    with pytest.raises(ValueError, match=r"layers_to_transform=3 .*\[3\].*3 and 2 block.*0 to 2"):
+        get_peft_model(tiny_model("t5", num_decoder_layers=2), ReftConfig(layers_to_transform=3))
+
+
+# target_modules and exclude_modules.
+
+
+@pytest.mark.parametrize(
+    ("target_modules", "expected"),
+    [
+        (["model.layers.1"], ["model.layers.1"]),
+        (["layers.1"], ["model.layers.1"]),
+        (["layers.0", "layers.2"], ["model.layers.0", "model.layers.2"]),
+        (["mlp"], [f"model.layers.{number}.mlp" for number in range(BLOCKS)]),
+        (["o_proj"], [f"model.layers.{number}.self_attn.o_proj" for number in range(BLOCKS)]),
+        (r"model\.layers\.[01]", ["model.layers.0", "model.layers.1"]),
+        (r".*\.[02]\.mlp", ["model.layers.0.mlp", "model.layers.2.mlp"]),
+        (["embed_tokens", "norm"], ["model.embed_tokens", "model.norm"]),
+    ],
+    ids=str,
+)
+def test_target_modules_name_modules_by_suffix_or_regular_expression(target_modules, expected, llama):
+    assert targets(llama, target_modules=target_modules) == expected
+
+
+@pytest.mark.parametrize("target_modules", [["mlp"], r".*\.mlp"], ids=str)
+@pytest.mark.parametrize(("layers", "numbers"), [(0, [0]), (-1, [2]), ([0, -1], [0, 2])])
+def test_layers_to_transform_pick_among_target_modules(target_modules, layers, numbers, llama):
+    expected = [f"model.layers.{number}.mlp" for number in numbers]
+    assert targets(llama, target_modules=target_modules, layers_to_transform=layers) == expected
+
+
+@pytest.mark.parametrize("exclude", [["layers.1"], ["model.layers.1"], r".*\.1"], ids=str)
+def test_exclude_modules_are_not_edited(exclude, llama):
+    assert targets(llama, exclude_modules=exclude) == ["model.layers.0", "model.layers.2"]
+
+
+def test_exclude_modules_take_away_from_target_modules(llama):
+    got = targets(llama, target_modules=["mlp", "o_proj"], exclude_modules=["o_proj", "layers.0.mlp"])
+    assert got == ["model.layers.1.mlp", "model.layers.2.mlp"]
+
+
+def test_target_modules_reach_what_is_edited_already(llama):
+    model = get_peft_model(llama, ReftConfig())
+    model.add_adapter("other", ReftConfig(target_modules=r"model\.layers\.1.*"))
+    found = list(get_interventions(model, "other"))
+    assert "model.layers.1" in found
+    assert not [name for name in found if "reft" in name]
+
+
+def test_target_modules_that_match_nothing_are_rejected(llama):
+    with pytest.raises(ValueError, match=r"no_such_module.*not found"):
+        get_peft_model(llama, ReftConfig(target_modules=["no_such_module"]))
+
+
+def test_excluding_every_block_is_rejected(llama):
+    with pytest.raises(ValueError, match="excluded"):
+        get_peft_model(llama, ReftConfig(exclude_modules=r".*layers.*"))
+
+
+# Any nn.Module.
+
+
+class Net(nn.Module):
+    """Two linear layers on the last dimension; no config, no blocks in a list."""
+
+    def __init__(self, d=6):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, d), nn.Linear(d, 3)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+class TupleNet(nn.Module):
+    """A block whose output is a tuple, then a head."""
+
+    class Block(nn.Module):
+        def __init__(self, d):
+            super().__init__()
+            self.linear = nn.Linear(d, d)
+
+        def forward(self, x):
+            return self.linear(x), "something else"
+
+    def __init__(self, d=6):
+        super().__init__()
+        self.block, self.head = self.Block(d), nn.Linear(d, 3)
+
+    def forward(self, x):
+        return self.head(self.block(x)[0])
+
+
+@pytest.mark.parametrize("intervention", ["loreft", "direft", "lobireft"])
+@pytest.mark.parametrize("shape", [(5,), (5, 7), (5, 2, 7), (5, 2, 3, 2), (1,), ()], ids=str)
+def test_a_plain_module_is_edited_at_every_vector_of_its_target(shape, intervention):
+    torch.manual_seed(0)
+    net = Net().eval()
+    x = torch.randn(*shape, 4)
+    hidden, before = net.first(x).detach(), net(x).detach()
+    config = ReftConfig(target_modules=["first"], positions="all", intervention=intervention, r=2)
+    model = randomize(get_peft_model(net, config).eval())
+    (module,) = get_interventions(model)["first"]
+    with torch.no_grad():
+        expected = net.second(torch.tanh(reference.edit_vectors(intervention, module, hidden).float()))
+        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(model(x), before)
+
+
+def test_a_plain_module_with_a_tuple_output_is_edited():
+    torch.manual_seed(0)
+    net = TupleNet().eval()
+    x = torch.randn(5, 6)
+    hidden = net.block(x)[0].detach()
+    model = randomize(get_peft_model(net, ReftConfig(target_modules=["block"], positions="all", r=2)).eval())
+    (module,) = get_interventions(model)["block"]
+    with torch.no_grad():
+        expected = net.head(reference.edit_vectors("loreft", module, hidden).float())
+        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(net.head(hidden), expected)
+
+
+def test_a_plain_module_trains_and_unloads():
+    torch.manual_seed(0)
+    net = Net()
+    x, target = torch.randn(20, 4), torch.randn(20, 3)
+    before = net(x).detach()
+    model = get_peft_model(net, ReftConfig(target_modules=["first"], positions="all", r=2))
+    torch.testing.assert_close(model(x), before)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(30):
+        loss = (model(x) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.95 * losses[0]
+    assert torch.equal(model.unload()(x), before)
+
+
+def test_a_model_without_blocks_is_rejected_with_what_could_be_named_instead():
+    with pytest.raises(
+        ValueError, match=r"No list of blocks was found in Net.*target_modules.*candidates.*first, second"
+    ):
+        get_peft_model(Net(), ReftConfig(positions="all"))
+
+
+def test_a_model_without_parameters_is_rejected():
+    with pytest.raises(ValueError, match="no parameters"):
+        get_peft_model(nn.Sequential(nn.ReLU()), ReftConfig(positions="all"))
+
+
+# Width.
+
+
+@pytest.mark.parametrize("family", STACKS)
+def test_the_width_of_a_block_is_that_of_its_output(family):
+    model = tiny_model(family)
+    for stack in find_blocks(model):
+        for name in stack:
+            assert block_width(model, name) == HIDDEN
+
+
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [
+        ("mlp.gate_proj", 64),
+        ("mlp.down_proj", HIDDEN),
+        ("self_attn.k_proj", 16),
+        ("mlp", HIDDEN),
+        ("input_layernorm", HIDDEN),
+    ],
+)
+def test_the_width_of_a_part_of_a_block_is_that_of_its_output(name, width, llama):
+    assert block_width(llama, f"model.layers.0.{name}") == width
+    model = randomize(get_peft_model(llama, ReftConfig(target_modules=[f"model.layers.0.{name}"])).eval())
+    with model.disable_adapter():
+        before = logits(model, inputs_of(llama))
+    assert not torch.allclose(logits(model, inputs_of(llama)), before)
+
+
+# What a block returns.
+
+Pair = namedtuple("Pair", "hidden rest")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda h: h,
+        lambda h: (h,),
+        lambda h: (h, "rest", None),
+        lambda h: [h, "rest"],
+        lambda h: Pair(h, "rest"),
+        lambda h: BaseModelOutput(last_hidden_state=h, attentions=(torch.ones(1),)),
+    ],
+    ids=["tensor", "tuple of one", "tuple", "list", "named tuple", "ModelOutput"],
+)
+def test_the_hidden_state_is_edited_and_the_rest_of_an_output_kept(make):
+    h = torch.zeros(2, 3)
+    output = make(h)
+    edited = edit_hidden_state(output, lambda hidden: hidden + 1)
+    assert type(edited) is type(output)
+    if isinstance(output, torch.Tensor):
+        assert torch.equal(edited, h + 1)
+        return
+    parts, before = (list(o.values() if isinstance(o, dict) else o) for o in (edited, output))
+    assert torch.equal(parts[0], h + 1)
+    assert len(parts) == len(before)
+    assert all(part is kept for part, kept in zip(parts[1:], before[1:]))
+    assert torch.equal(before[0], torch.zeros(2, 3))  # what the block returned is not changed itself
+
+
+@pytest.mark.parametrize("output", [None, "text", (), [None], {}, 3])
+def test_an_output_without_a_hidden_state_is_rejected(output):
+    with pytest.raises(TypeError, match=type(output).__name__):
+        edit_hidden_state(output, lambda hidden: hidden + 1)
