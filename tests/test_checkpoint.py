@@ -80,7 +80,7 @@ def test_a_loaded_adapter_gives_equal_logits(kind, dtype, low_cpu_mem_usage, inp
     assert not loaded.training
 
 
-@pytest.mark.parametrize("kind", reference.ORTHONORMAL)
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_in_bfloat16_gives_equal_logits_after_loading(kind, inputs, tmp_path):
     model = reft_model(tiny_model("llama"), intervention=kind, **CAUSAL).bfloat16()
     expected = changed(model, inputs)
@@ -306,10 +306,13 @@ MISFITS = {
     "fewer blocks": ({"num_hidden_layers": 2}, {}, None, r"3 edited blocks, this model 2; the model lacks .*layers\.2"),
     "a block that does not exist": ({}, {"layers_to_transform": [0, 7]}, None, r"layers_to_transform=.*\[7\].*0 to 2"),
     "other rank": ({}, {"r": 5}, None, r"\[3.*\] in the adapter and \[5.*\] in this model: another .*rank"),
+    "other intervention": ({}, {"intervention": "lobireft"}, None, "another intervention"),
     "no bias": ({}, {}, drop_biases, "the adapter lacks .*bias"),
     "shared weights": ({}, {"share_weights": True}, None, "another intervention or share_weights"),
+    "other target modules": ({}, {"target_modules": ["mlp"]}, None, r"model lacks .*layers\.0.*adapter lacks .*mlp"),
     "a tensor missing": ({}, {}, drop_first, "the adapter lacks "),
     "a tensor too many": ({}, {}, add_one, r"interventions\.7.* on top"),
+    "a rank above the width": ({}, {"r": 33}, None, "r=33"),
     "an unknown intervention": ({}, {"intervention": "unheard_of"}, None, "unheard_of"),
 }  # fmt: skip
 
@@ -352,7 +355,7 @@ def test_a_failed_load_beside_an_adapter_leaves_that_one_intact(misfit, inputs):
     assert list(model.peft_config) == ["default", "second"]
 
 
-@pytest.mark.parametrize("has_run", [True])
+@pytest.mark.parametrize("has_run", [True, False])
 def test_a_failed_load_onto_an_adapter_leaves_it_intact(has_run, saved, inputs):
     edit_saved(saved[0], tensors=drop_first)
     model = reft_model(tiny_model("llama"), positions="f2+l1", share_weights=False, r=3, **CAUSAL)

@@ -129,7 +129,7 @@ def test_a_dropout_that_is_no_probability_below_one_is_rejected(dropout):
         ReftConfig(dropout=dropout)
 
 
-@pytest.mark.parametrize("act_fn", ["", "RELU", "no_such", 3, False])
+@pytest.mark.parametrize("act_fn", ["", "RELU", "no_such", 3, False, ["relu"]])
 def test_an_unknown_activation_is_rejected_with_the_known_names(act_fn):
     with pytest.raises(ValueError, match=rf"act_fn={re.escape(repr(act_fn))} is not an activation.*gelu.*relu.*None"):
         ReftConfig(act_fn=act_fn)

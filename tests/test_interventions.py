@@ -152,10 +152,11 @@ def test_a_model_gives_the_same_logits_with_and_without_batched_factors(kind, po
     "change",
     [
         lambda parameter: parameter.mul_(2),
+        lambda parameter: parameter.data.mul_(2),
         lambda parameter: setattr(parameter, "data", parameter.data * 2),
         lambda parameter: parameter.copy_(parameter + 1),
     ],
-    ids=["in place", "new .data", "copy_"],
+    ids=["in place", "in place through .data", "new .data", "copy_"],
 )
 def test_a_frozen_adapter_whose_weights_are_written_to_does_not_go_on_with_the_old_ones(change, llama):
     model = reft_model(llama).requires_grad_(False)
@@ -307,7 +308,7 @@ def test_bfloat16_autocast_changes_nothing_and_is_differentiable(kind, h_dtype):
         assert parameter.grad.abs().max() > 0, name
 
 
-@pytest.mark.parametrize("setting", ["bf16 model", "autocast"])
+@pytest.mark.parametrize("setting", ["bf16 model", "bf16 model and adapter", "autocast"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_trains_in_bfloat16(kind, setting, llama):
     config = ReftConfig(intervention=kind, init_weights=False)
@@ -382,7 +383,7 @@ def test_a_fresh_adapter_leaves_the_logits_of_a_bfloat16_model_unchanged(kind, p
     assert not torch.equal(logits(randomize(model), inputs), before)
 
 
-@pytest.mark.parametrize("act_fn", ["tanh", "gelu", "silu"])
+@pytest.mark.parametrize("act_fn", ["relu", "tanh", "gelu", "silu"])
 @pytest.mark.parametrize("kind", ["noreft", "direft", "odireft", "lobireft"])
 def test_a_fresh_edit_with_an_activation_is_zero_where_it_can_be_and_receives_gradients(kind, act_fn):
     module = build_intervention(kind, 16, 4, act_fn=act_fn)
@@ -557,7 +558,37 @@ class HalfEdit(Intervention):
         return 0.5 * super().edit(h)
 
 
-OWN = [Minimal, WithKeywords, WithAnyKeywords, FreeConstant, HalfEdit]
+class HalfForward(Intervention):
+    def forward(self, h):
+        return h + 0.5 * (super().forward(h) - h)
+
+
+class DeepSource(Intervention):
+    """The source is a small network."""
+
+    def __init__(self, d, r, **kwargs):
+        super().__init__(d, r, **kwargs)
+        self.source = nn.Sequential(nn.Linear(d, r), nn.Tanh(), nn.Linear(r, r))
+
+
+class NormedBasis(Intervention):
+    """Rows of unit length instead of orthonormal ones."""
+
+    def __init__(self, d, r, **kwargs):
+        super().__init__(d, r, **kwargs)
+        self.basis = UnitRows(d, r)
+
+
+class UnitRows(nn.Module):
+    def __init__(self, d, r):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(r, d))
+
+    def forward(self):
+        return nn.functional.normalize(self.weight, dim=-1)
+
+
+OWN = [Minimal, WithKeywords, WithAnyKeywords, FreeConstant, HalfEdit, HalfForward, DeepSource, NormedBasis]
 
 
 @pytest.fixture
@@ -582,7 +613,7 @@ def test_a_model_does_what_the_registered_module_does(cls, share_weights, positi
     assert not torch.allclose(got, logits(base, inputs))
 
 
-@pytest.mark.parametrize("cls", [FreeConstant, HalfEdit], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", OWN, ids=lambda cls: cls.__name__)
 def test_a_registered_module_trains_in_a_bfloat16_model(cls, registry, llama):
     register_intervention("own", cls)
     model = get_peft_model(llama.bfloat16(), ReftConfig(intervention="own", init_weights=False)).train()

@@ -74,6 +74,7 @@ def test_reft_behaves_as_members_made_by_the_enum_do():
         if isinstance(own, str):
             assert own.replace("REFT", "LORA") == other
     assert hash(PeftType.REFT) == hash(PeftType("REFT"))
+    assert dir(PeftType.REFT) == dir(PeftType.LORA)
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
