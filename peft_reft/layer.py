@@ -76,13 +76,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 )
                 for _ in range(spec.num_interventions(config.share_weights))
             )
-        elif shared.width == self.width:
-            interventions = shared.reft_interventions[name]  # type: ignore[assignment]
         else:
-            raise ValueError(
-                f"share_layers=True needs blocks of one width, but found {shared.width} and {self.width}. "
-                "Choose blocks of one width with layers_to_transform or target_modules, or do not share."
-            )
+            interventions = shared.reft_interventions[name]  # type: ignore[assignment]
         self.reft_interventions[name] = interventions
         self.position_specs[name] = spec
         self.share_weights[name] = config.share_weights

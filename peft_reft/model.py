@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -73,7 +73,9 @@ class ReftModel(BaseTuner):
         return peft_config  # None means the model's own blocks, and is saved as such: it fits models of other depths
 
     def _prepare_model(self, peft_config: ReftConfig, model: nn.Module) -> None:  # type: ignore[override]
-        self._targets, self._excluded = choose_targets(peft_config, model)
+        targets, self._excluded = choose_targets(peft_config, model)
+        self._targets = {name: (block_width(model, name), rank_of(peft_config, name)) for name in sorted(targets)}
+        check_shapes(peft_config, self._targets)  # before anything is changed
         self._prompt_end = prompt_end_ids(peft_config, None, getattr(getattr(model, "config", None), "_name_or_path", None))
         self._shared: ReftLayer | None = None  # the layer whose interventions the others share
 
@@ -89,9 +91,7 @@ class ReftModel(BaseTuner):
         parent: nn.Module,
         current_key: str,
     ) -> None:
-        width = block_width(self.model, current_key)
-        pattern = get_pattern_key(list(peft_config.rank_pattern or {}), current_key)
-        r = (peft_config.rank_pattern or {}).get(pattern, peft_config.r)
+        width, r = self._targets[current_key]
         layer = attach_layer(target, width)
         layer.add_adapter(adapter_name, peft_config, r, self._prompt_end, self._shared)
         if peft_config.share_layers:
@@ -236,6 +236,34 @@ def choose_targets(config: ReftConfig, model: nn.Module) -> tuple[set[str], set[
         stacks = group_by_stack(matched)
     chosen = set(pick_layers(stacks, config.layers_to_transform))
     return chosen & set(matched), excluded
+
+
+def rank_of(config: ReftConfig, name: str) -> int:
+    """The rank in the module of this name."""
+    patterns = config.rank_pattern or {}
+    return patterns.get(get_pattern_key(list(patterns), name), config.r)
+
+
+def check_shapes(config: ReftConfig, targets: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse ranks and widths that cannot be.
+
+    Args:
+        targets: width and rank of each module to edit, by its name.
+
+    Raises:
+        ValueError: if a rank is larger than the width, or layers of different widths are to share interventions.
+    """
+    for name, (width, r) in targets.items():
+        if r > width:
+            raise ValueError(
+                f"r={r} is no rank for {name!r}, whose hidden states are {width} wide; it must be between 1 and {width}."
+            )
+    widths = sorted({width for width, _ in targets.values()})
+    if config.share_layers and len(widths) > 1:
+        raise ValueError(
+            f"share_layers=True needs blocks of one width, but these are {widths} wide. Choose blocks of one width with "
+            "layers_to_transform or target_modules, or do not share."
+        )
 
 
 def attach_hosts(model: nn.Module, causal: bool) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -36,6 +37,7 @@ class _ThreadState(threading.local):
         self.frames: list[Frame] = []
         self.generations: list[Generation] = []
         self.adapter_names: list[tuple[Root, list[str]]] = []
+        self.labelled: tuple[Root, weakref.ref[Tensor], Tensor] | None = None  # the last forward's, if it had labels
 
 
 _state = _ThreadState()
@@ -106,6 +108,7 @@ class Root:
         batch_factors: works out what the layers' interventions multiply with, for all of them together.
         batching: asks the manager of continuous batching what the running forward holds.
         warned: the warnings given so far; each is given once.
+        steps_without_edit: training forwards so far, none of which edited a token; None once one did.
     """
 
     causal: bool
@@ -113,6 +116,17 @@ class Root:
     batch_factors: Callable[[list[Any], list[str] | None], dict[tuple[int, str], Any]]
     batching: Callable[[], list[tuple[int, int, int]] | None] | None = None
     warned: set[str] = field(default_factory=set)
+    steps_without_edit: int | None = 0
+
+    def note_training_forward(self, edited: bool) -> None:
+        """Say so if the first training forwards edit nothing: such a run trains nothing, and raises no error."""
+        if edited:
+            self.steps_without_edit = None
+        elif self.steps_without_edit is not None:
+            self.steps_without_edit += 1
+            if self.steps_without_edit == STEPS_BEFORE_WARNING:
+                self.steps_without_edit = None
+                self.warn_once(NOTHING_EDITED)
 
     def check_adapter_names(self, names: Any) -> list[str]:
         """The adapters of a batch's rows, "__base__" for none.
@@ -227,6 +241,7 @@ class Call:
         adapter_names: the adapter of each row, or None for the active ones in every row.
         generation: the `generate` this call is part of, if any.
         factors: what the interventions multiply with, by layer and adapter; None until a stack with edits is entered.
+        edited: a token was edited (looked at in the first training forwards only).
     """
 
     host: Host
@@ -236,6 +251,7 @@ class Call:
     adapter_names: list[str] | None
     generation: Generation | None
     factors: dict[tuple[int, str], Any] | None = None
+    edited: bool = False
 
 
 @dataclass
@@ -277,6 +293,10 @@ class Frame:
         if key not in self._sites:
             self._sites[key] = self._find_sites(spec, share_weights, h)
         return self._sites[key]
+
+    def edits_something(self) -> bool:
+        """Whether some block was told to edit a token. Waits for the device."""
+        return any(sites is not None and bool(sites.keep.any()) for sites in self._sites.values())
 
     def adapters_by_row(self, rows: int) -> list[str] | None:
         """The adapter of each of `rows` rows, which may be the given ones each several times; None if not by row."""
@@ -388,9 +408,15 @@ class Host:
     def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Forward hook, called even if the forward failed (or never began, when `enter` itself raised)."""
         if _state.frames and _state.frames[-1].host is self:
-            call = _state.frames.pop().call
-            if call.host is self and call.generation is not None:
-                call.generation.forward_ended()
+            frame = _state.frames.pop()
+            call = frame.call
+            if call.generation is not None:
+                if call.host is self:
+                    call.generation.forward_ended()
+            elif self.root.steps_without_edit is not None and module.training and not torch.compiler.is_compiling():
+                call.edited = call.edited or frame.edits_something()
+                if call.host is self and torch.is_grad_enabled() and output is not None:
+                    self.root.note_training_forward(call.edited)
 
     def _layers(self, module: nn.Module) -> list[Any]:
         if getattr(module, "_is_replica", False):  # nn.DataParallel: replicas have layers of their own
@@ -427,6 +453,12 @@ class Host:
             names = generation.adapter_names
         else:
             names = next((names for root, names in reversed(_state.adapter_names) if root is self.root), None)
+        labels = arguments.get("labels")
+        if labels is None:
+            labels = self._remembered_labels(module, arguments)
+        ids = arguments.get("input_ids")
+        known = isinstance(labels, Tensor) and isinstance(ids, Tensor) and not torch.compiler.is_compiling()
+        _state.labelled = (self.root, weakref.ref(ids), labels) if known else None
         labelled = any(arguments.get(name) is not None for name in ("labels", "shift_labels"))
         if (
             self.root.causal
@@ -437,7 +469,17 @@ class Host:
             and not labelled
         ):
             self.root.warn_once(UNLABELLED_TRAINING)
-        return Call(self, arguments.get("labels"), arguments.get("shift_labels"), locations, names, generation)
+        return Call(self, labels, arguments.get("shift_labels"), locations, names, generation)
+
+    def _remembered_labels(self, module: nn.Module, arguments: dict[str, Any]) -> Tensor | None:
+        """Labels of the forward just before, if a trainer runs the very same batch once more to get its logits.
+
+        TRL's evaluation with metrics does: first for the loss, with labels, then without them and with use_cache=False.
+        """
+        if module.training or torch.is_grad_enabled() or arguments.get("use_cache") is not False or _state.labelled is None:
+            return None
+        root, ids, labels = _state.labelled
+        return labels if root is self.root and ids() is arguments.get("input_ids") is not None else None
 
     def _plain_frame(self, call: Call, arguments: dict[str, Any], rows: int, columns: int) -> Frame:
         """The frame of a forward outside `generate` (or of an encoder, which `generate` runs like any other)."""
@@ -500,6 +542,12 @@ class Host:
         return None
 
 
+STEPS_BEFORE_WARNING = 3
+NOTHING_EDITED = (
+    f"In the first {STEPS_BEFORE_WARNING} training forwards a ReFT model edited no token at all, so that it trains "
+    "nothing: the positions name no token of these prompts. Look at a batch's intervention_locations (-1 = unused), "
+    "and at the lengths of its prompts."
+)
 UNLABELLED_TRAINING = (
     "A training forward of a ReFT model got neither `labels` nor `intervention_locations`, so the whole row counts as "
     "the prompt and the last prompt token is the end of the answer. That is right for a bare forward, but wrong for a "
