@@ -275,7 +275,9 @@ def test_an_unsupported_version_is_refused_with_both_versions(installed):
         assert str(specifier) in str(error.value)
 
 
-@pytest.mark.parametrize("installed", ["0.21.0", "0.21.2", "0.21.9", "0.21.3.dev0", "0.21.0+local", peft.__version__])
+@pytest.mark.parametrize(
+    "installed", ["0.21.0", "0.21.2", "0.21.9", "0.21.0.dev0", "0.21.3.dev0", "0.21.0+local", peft.__version__]
+)
 def test_a_supported_version_is_accepted(installed):
     check_peft_version(installed)
 
