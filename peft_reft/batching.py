@@ -34,7 +34,9 @@ class BatchingEntry:
     ) -> Any:
         if continuous_batching_config is None:
             settings = generation_config or getattr(self.model, "generation_config", None)
-            continuous_batching_config = getattr(settings, "continuous_batching_config", None) or ContinuousBatchingConfig()
+            continuous_batching_config = (
+                getattr(settings, "continuous_batching_config", None) or ContinuousBatchingConfig()
+            )
         # Requests that begin alike would share cached blocks, but the last tokens of one prompt, which are edited, may
         # stand in the middle of another.
         continuous_batching_config = copy.copy(continuous_batching_config)

@@ -152,7 +152,9 @@ def block_width(model: nn.Module, name: str) -> int:
 def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Where a module computes and in what floating dtype, also if it is offloaded or quantised."""
     tensors = [*module.parameters(), *module.buffers()]
-    dtype = next((t.dtype for t in tensors if t.is_floating_point() and t.dtype.itemsize > 1), torch.get_default_dtype())
+    dtype = next(
+        (t.dtype for t in tensors if t.is_floating_point() and t.dtype.itemsize > 1), torch.get_default_dtype()
+    )
     for part in module.modules():  # accelerate's hook knows where an offloaded module computes
         execution_device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
         if execution_device is not None:

@@ -30,8 +30,11 @@ def mismatch(saved: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[in
         if name not in saved:
             return f"the adapter lacks {name}; it was made with another intervention or share_weights"
         if saved[name] != shape:
-            what = "hidden size or rank" if len(shape) > 1 else "rank"
-            return f"{name} is {list(saved[name])} in the adapter and {list(shape)} in this model: another {what}"
+            if len(shape) != len(saved[name]):
+                kind = "intervention"
+            else:
+                kind = "hidden size" if shape[0] == saved[name][0] else "rank"
+            return f"{name} is {list(saved[name])} in the adapter and {list(shape)} in this model: another {kind}"
     surplus = [name for name in saved if name not in wanted]
     if surplus:
         return f"the adapter has {_some(surplus)} on top; it was made with another intervention or share_weights"

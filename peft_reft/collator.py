@@ -40,7 +40,9 @@ class ReftDataCollator:
 
     def __init__(self, inner_collator: Callable[..., Any], config: ReftConfig):
         if not callable(inner_collator):
-            raise TypeError(f"inner_collator={inner_collator!r} is not callable; pass a collator such as the trainer's.")
+            raise TypeError(
+                f"inner_collator={inner_collator!r} is not callable; pass a collator such as the trainer's."
+            )
         if not isinstance(config, ReftConfig):
             raise TypeError(f"config={config!r} is not a ReftConfig; pass the one that the adapter was made with.")
         self.__dict__.update(inner_collator=inner_collator, config=config)

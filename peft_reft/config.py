@@ -110,7 +110,10 @@ class ReftConfig(PeftConfig):
         def is_int(value: Any) -> bool:
             return isinstance(value, int) and not isinstance(value, bool)
 
-        for name, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in (self.rank_pattern or {}).items()}}.items():
+        for name, rank in {
+            "r": self.r,
+            **{f"rank_pattern[{k!r}]": v for k, v in (self.rank_pattern or {}).items()},
+        }.items():
             if not is_int(rank) or rank < 1:
                 raise ValueError(f"{name}={rank!r} is not a rank; it must be an integer of at least 1.")
         if self.intervention not in intervention_names():
@@ -119,8 +122,10 @@ class ReftConfig(PeftConfig):
                 "peft_reft.register_intervention with your own class first."
             )
         spec = parse_positions(self.positions)
-        if self.share_weights not in (True, False, "position") or isinstance(self.share_weights, int) and not isinstance(
-            self.share_weights, bool
+        if (
+            self.share_weights not in (True, False, "position")
+            or isinstance(self.share_weights, int)
+            and not isinstance(self.share_weights, bool)
         ):
             raise ValueError(f"share_weights={self.share_weights!r} must be True, False or 'position'.")
         if self.share_weights == "position" and any(term.width is None for term in spec.terms):
@@ -151,7 +156,7 @@ class ReftConfig(PeftConfig):
                 )
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r} is not a probability below 1; 0.0 drops nothing.")
-        if self.act_fn is not None and self.act_fn not in ACT2FN:
+        if self.act_fn is not None and not (isinstance(self.act_fn, str) and self.act_fn in ACT2FN):
             raise ValueError(
                 f"act_fn={self.act_fn!r} is not an activation of transformers; use one of "
                 f"{', '.join(sorted(ACT2FN))}, or None for a linear edit."

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_reft.interventions import Factors, Intervention, Source
+from peft_reft.interventions import Basis, Constant, Factors, Intervention, Source
 
 Named = tuple[Any, Sequence[nn.Module]]  # a key, and the interventions of one block and adapter, one per group
 
@@ -49,20 +49,28 @@ def batch_factors(entries: Iterable[Named]) -> dict[Any, Factors]:
 def _kind(interventions: Sequence[nn.Module]) -> tuple[Any, ...] | None:
     """What interventions must have in common to be worked out together; None if they cannot be."""
     first = interventions[0]
-    if not isinstance(first, Intervention) or _own_equation(type(first)):
-        return None
     for intervention in interventions:
+        if not isinstance(intervention, Intervention) or _own_equation(intervention):
+            return None
         for parameter in intervention.parameters():
             if type(parameter) is not nn.Parameter or parameter.is_meta or not parameter.numel():
                 return None
+    assert isinstance(first, Intervention)
     weight = first.basis.weight
     choices = (first.has_source, first.replaces, first.orthonormal, first.act_fn)
     return (len(interventions), *choices, *first.shape, weight.dtype, weight.device)
 
 
-def _own_equation(cls: type[Intervention]) -> bool:
-    """Whether a subclass does more than choose among the built-in equations."""
-    return any(getattr(cls, name) is not getattr(Intervention, name) for name in ("forward", "edit", "combine"))
+def _own_equation(intervention: Intervention) -> bool:
+    """Whether an intervention does more than choose among the built-in equations."""
+    methods = ("forward", "edit", "combine")
+    parts = type(intervention.basis), type(intervention.source), type(intervention.dropout)
+    return (
+        any(getattr(type(intervention), name) is not getattr(Intervention, name) for name in methods)
+        or parts[0] is not Basis
+        or parts[1] not in (Source, Constant)
+        or parts[2] is not nn.Dropout
+    )
 
 
 def fingerprint(entries: Iterable[Named]) -> tuple[Any, ...] | None:
@@ -82,6 +90,14 @@ def fingerprint(entries: Iterable[Named]) -> tuple[Any, ...] | None:
     return tuple(marks)
 
 
+def values_on_cpu(entries: Iterable[Named]) -> Tensor | None:
+    """All parameters of interventions in a row, to see writes that leave no trace (through `.data`); None if none is
+    on the CPU."""
+    parameters = (p for _, interventions in entries for i in interventions for p in i.parameters())
+    flat = [parameter.detach().flatten() for parameter in parameters if parameter.device.type == "cpu"]
+    return torch.cat(flat) if flat else None
+
+
 def stack_factors(rows: Sequence[Factors | None]) -> Factors:
     """Factors [B, G, r, d] for rows of a batch that have factors of their own, None for rows without an edit.
 
@@ -93,9 +109,7 @@ def stack_factors(rows: Sequence[Factors | None]) -> Factors:
     filled = {id(factors): _fill(factors, groups, r, any(f.down is not None for f in present)) for factors in present}
     filler = filled[id(present[0])]  # rows without an edit are masked out by their sites
     parts = zip(*(filler if factors is None else filled[id(factors)] for factors in rows))
-    down, bias, up, projection, act = (
-        torch.stack(part) if isinstance(part[0], Tensor) else part[0] for part in parts
-    )
+    down, bias, up, projection, act = (torch.stack(part) if isinstance(part[0], Tensor) else part[0] for part in parts)
     return Factors(down, bias, up, projection, act)
 
 

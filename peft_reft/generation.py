@@ -51,7 +51,9 @@ class GenerateEntry:
         if locations is not None:
             locations = check_locations(locations, None if valid is None else (valid.shape[0], valid.shape[1]), 0)
         if valid is None or is_encoder_decoder:  # the decoder's prompt is known when the decoder starts
-            return Generation(self.root, None, locations, None, self._decoder_columns(arguments), self.root.edits_answers())
+            return Generation(
+                self.root, None, locations, None, self._decoder_columns(arguments), self.root.edits_answers()
+            )
         ids = self._ids(arguments) if arguments.get("inputs_embeds") is None else None
         tokens = Tokens(valid, ids=ids if ids is not None and ids.shape == valid.shape else None, given=True)
         return Generation(self.root, tokens, locations, edits_answers=self.root.edits_answers())

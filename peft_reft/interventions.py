@@ -143,12 +143,12 @@ class Intervention(nn.Module):
             self.source.bias.zero_()
         elif not self.orthonormal:
             self.basis.weight.zero_()
-        elif not self.replaces and (self.act is None or self.act(torch.zeros(1)).item() == 0):
+        elif not self.replaces and _passes_through_zero(self.act):
             for parameter in self.source.parameters():
                 parameter.zero_()
         elif self.has_source:
             warnings.warn(
-                f"{type(self).__name__} with an activation has no weights for which the edit is zero; it starts from "
+                f"{type(self).__name__} with an activation has no weights for which the edit is zero and can be trained; it starts from "
                 "random ones. Use act_fn=None for a fresh adapter that changes nothing.",
                 stacklevel=2,
             )
@@ -200,7 +200,12 @@ class Intervention(nn.Module):
 
 def edit_of(intervention: nn.Module, h: Tensor) -> Tensor:
     """What an intervention, built-in or of the user's own, adds to `h` [..., d]."""
-    return intervention.edit(h) if isinstance(intervention, Intervention) else intervention(h) - h
+    if isinstance(intervention, Intervention) and type(intervention).forward is Intervention.forward:
+        return intervention.edit(h)
+    dtype = next((p.dtype for p in intervention.parameters() if p.is_floating_point()), h.dtype)
+    h = h.to(dtype)  # a module with weights in float32 need not know of models in half precision
+    edited: Tensor = intervention(h)
+    return edited - h
 
 
 def low_rank_edit(h: Tensor, factors: Factors, keep: Tensor | None = None) -> Tensor:
@@ -212,7 +217,7 @@ def low_rank_edit(h: Tensor, factors: Factors, keep: Tensor | None = None) -> Te
         keep: [..., P, 1], a factor for each vector's edit (0 drops it).
     """
     down, bias, up, projection, act = factors
-    h = h.to(torch.promote_types(h.dtype, up.dtype))
+    h = h.to(torch.promote_types(torch.promote_types(h.dtype, up.dtype), torch.float32))
     up = up.to(h.dtype)
     if bias.dim() > 1:
         bias = bias.unsqueeze(-2)  # one row for all P vectors of a group
@@ -229,6 +234,17 @@ def low_rank_edit(h: Tensor, factors: Factors, keep: Tensor | None = None) -> Te
     if keep is not None:
         value = value * keep
     return value @ (up[0] if up.shape[:-2] == (1,) else up)  # one matrix for all: a single product, not a batched one
+
+
+def _passes_through_zero(act: Callable[[Tensor], Tensor] | None) -> bool:
+    """Whether a learned value of zero stays zero under an activation, and can still be trained from there."""
+    if act is None:
+        return True
+    with torch.enable_grad():
+        zero = torch.zeros(1, requires_grad=True)
+        value = act(zero)
+        (slope,) = torch.autograd.grad(value.sum(), zero)
+    return value.item() == 0 and slope.item() != 0
 
 
 class LoreftIntervention(Intervention):

@@ -7,7 +7,7 @@ the edited ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from peft_reft.blocks import device_and_dtype, edit_hidden_state
 from peft_reft.config import ReftConfig
-from peft_reft.factors import batch_factors, fingerprint, stack_factors
+from peft_reft.factors import batch_factors, fingerprint, stack_factors, values_on_cpu
 from peft_reft.interventions import Factors, build_intervention, edit_of, low_rank_edit
 from peft_reft.positions import PositionSpec, parse_positions
 from peft_reft.scope import Frame, frame_of_block
 from peft_reft.sites import Sites, add_edit
 
+SHOWN = ("active_adapters", "adapter_layer_names", "other_param_names", "reft_interventions")  # on the block, too
 CHILD = "reft"  # the layer's name below its block; must not hold the prefix "reft_", by which PEFT skips modules
 
 
@@ -34,16 +35,17 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("reft_interventions",)
-    other_param_names = ("position_specs", "share_weights", "scaling", "never_ran")
+    other_param_names = ("position_specs", "share_weights", "scaling", "being_loaded")
 
     def __init__(self, block: nn.Module, width: int):
         super().__init__()
         self.width = width
+        self.in_features = self.out_features = width  # PEFT's name for it, which every tuner layer has
         self.reft_interventions = nn.ModuleDict()  # adapter name -> ModuleList, one intervention per position group
         self.position_specs: dict[str, PositionSpec] = {}
         self.share_weights: dict[str, bool | str] = {}
         self.scaling: dict[str, float] = {}  # strength of the edits: 0 none, 1 as trained
-        self.never_ran: dict[str, bool] = {}  # adapters that exist but have edited nothing yet
+        self.being_loaded: dict[str, bool] = {}  # adapters whose weights are still to come from a checkpoint
         self._block = (block,)  # in a tuple, so that it is no submodule
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
@@ -82,7 +84,6 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.position_specs[name] = spec
         self.share_weights[name] = config.share_weights
         self.scaling[name] = 1.0
-        self.never_ran[name] = True
         if shared is None:
             self._move_adapter_to_device_of_base_layer(name)
 
@@ -98,8 +99,9 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 f"A block put out vectors of width {h.shape[-1]}, but adapter {names[0]!r} was made for width "
                 f"{self.width}. Exclude that block with exclude_modules, or target other modules."
             )
-        for name in names:
-            self.never_ran.pop(name, None)
+        if frame is not None and frame.columns is None and h.dim() != 3:
+            specs = {str(self.position_specs[name]) for name in names}
+            return self.edit(as_rows(h, specs), frame).reshape(h.shape)
         if frame is not None and rows is not None:
             return self._edit_rows(h, rows, frame)
         out = h
@@ -177,6 +179,14 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         """The identity: containers such as nn.Sequential run all their children, but the block's hook does the edit."""
         return h
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode)
+        # Whoever looks for adapters where PEFT's other methods have them, at the targeted module itself, finds them too.
+        # In the block's __dict__ they are plain attributes: no submodules, and no names of parameters change.
+        for name in SHOWN:
+            if not hasattr(type(self.block), name):
+                self.block.__dict__[name] = () if name == "other_param_names" else getattr(self, name)
+
     # What BaseTunerLayer assumes of layers that wrap a module with a weight.
 
     @property
@@ -195,6 +205,21 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             interventions.to(device or device_and_dtype(self.block)[0])
 
 
+def as_rows(h: Tensor, specs: set[str]) -> Tensor:
+    """The output [..., d] of a module without tokens as [B, S, d]: a row is a batch entry, of one vector if [B, d].
+
+    Raises:
+        ValueError: if some spec of `specs` counts positions and there is no dimension of which they could be.
+    """
+    if h.dim() > 3 and specs != {"all"}:
+        raise ValueError(
+            f"positions={sorted(specs - {'all'})[0]!r} counts the vectors of a sequence [B, S, d], but a targeted module "
+            f"put out a tensor of shape {tuple(h.shape)}. Use positions='all', or target other modules."
+        )
+    rows = h.shape[0] if h.dim() > 1 else 1
+    return h.reshape(rows, -1, h.shape[-1])
+
+
 def edit_block_output(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of a block: its output passes through its `ReftLayer`."""
     layer = getattr(block, CHILD)
@@ -210,13 +235,17 @@ def attach_layer(block: nn.Module, width: int) -> ReftLayer:
     if not isinstance(layer, ReftLayer):
         layer = ReftLayer(block, width)
         block.add_module(CHILD, layer)
-        block.register_forward_hook(edit_block_output, prepend=True, with_kwargs=True)  # before whatever records hidden states
+        block.register_forward_hook(
+            edit_block_output, prepend=True, with_kwargs=True
+        )  # before whatever records hidden states
     return layer
 
 
 def detach_layer(block: nn.Module) -> None:
     """Remove the block's ReftLayer and its hook."""
     delattr(block, CHILD)
+    for name in SHOWN:
+        block.__dict__.pop(name, None)
     for key, hook in list(block._forward_hooks.items()):
         if hook is edit_block_output:
             del block._forward_hooks[key]
@@ -229,6 +258,7 @@ class FactorCache:
     def __init__(self) -> None:
         self.key: Any = None
         self.factors: dict[tuple[int, str], Factors] = {}
+        self.seen: Tensor | None = None
 
     def __call__(self, layers: Sequence[ReftLayer], names: Sequence[str] | None) -> dict[tuple[int, str], Factors]:
         """The factors by layer (its id) and adapter.
@@ -247,12 +277,18 @@ class FactorCache:
                     owners.append(((id(layer), name), id(interventions)))
                     entries[id(interventions)] = ((id(layer), name), interventions)  # layers may share them
         key = None if torch.compiler.is_compiling() else fingerprint(entries.values())
-        if key is not None and key == self.key:
+        if key is not None and key == self.key and self._unwritten(entries.values()):
             return self.factors
         worked_out = batch_factors((shared, interventions) for shared, (_, interventions) in entries.items())
         factors = {owner: worked_out[shared] for owner, shared in owners if shared in worked_out}
         self.key, self.factors = (None, {}) if key is None else (key, factors)
+        self.seen = None if key is None else values_on_cpu(entries.values())
         return factors
+
+    def _unwritten(self, entries: Iterable[Any]) -> bool:
+        """Whether the parameters hold what they held, as far as one can see without waiting for a device."""
+        seen, values = self.seen, values_on_cpu(entries)
+        return seen is None or values is None or torch.equal(seen, values)
 
     def __reduce__(self) -> Any:
         return FactorCache, ()  # a copied or pickled model starts without

@@ -51,6 +51,8 @@ class ReftModel(BaseTuner):
         if names is None or host is None:
             yield
             return
+        if self.training:  # refused by all of PEFT's methods
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         with ExitStack() as stack:
             stack.enter_context(adapter_names_scope(host.root, names))
             for module in self.model.modules():
@@ -76,7 +78,9 @@ class ReftModel(BaseTuner):
         targets, self._excluded = choose_targets(peft_config, model)
         self._targets = {name: (block_width(model, name), rank_of(peft_config, name)) for name in sorted(targets)}
         check_shapes(peft_config, self._targets)  # before anything is changed
-        self._prompt_end = prompt_end_ids(peft_config, None, getattr(getattr(model, "config", None), "_name_or_path", None))
+        self._prompt_end = prompt_end_ids(
+            peft_config, None, getattr(getattr(model, "config", None), "_name_or_path", None)
+        )
         self._shared: ReftLayer | None = None  # the layer whose interventions the others share
 
     def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> Any:  # type: ignore[override]
@@ -96,6 +100,8 @@ class ReftModel(BaseTuner):
         layer.add_adapter(adapter_name, peft_config, r, self._prompt_end, self._shared)
         if peft_config.share_layers:
             self._shared = layer
+        if peft_is_loading():
+            layer.being_loaded[adapter_name] = True
         if adapter_name not in self.active_adapters:
             layer.reft_interventions[adapter_name].requires_grad_(False)
 
@@ -152,12 +158,14 @@ class ReftModel(BaseTuner):
                 state_dict = {**repeated, **state_dict}
         reason = mismatch(intervention_shapes(state_dict), intervention_shapes(wanted))
         if reason is not None:
-            remove_if_created_by_load(model, adapter_name)
+            remove_if_being_loaded(model, adapter_name)
             base = model.get_base_model() if isinstance(model, PeftModel) else model
             raise ValueError(
                 f"This ReFT adapter does not fit {type(base).__name__}: {reason}. Load it into the model it was trained "
                 f"on (base_model_name_or_path={config.base_model_name_or_path!r})."
             )
+        for layer in reft_layers(model).values():
+            layer.being_loaded.pop(adapter_name, None)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)  # type: ignore[no-any-return]
 
     # Taking it off.
@@ -168,6 +176,10 @@ class ReftModel(BaseTuner):
             "change of the weights can do. Keep it as an adapter (save_pretrained writes a few kilobytes), or call "
             "unload() to get the base model back."
         )
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Take an auxiliary wrapper (`modules_to_save`, trainable tokens) off again; blocks are never replaced."""
+        setattr(parent, child_name, new_module)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
@@ -193,7 +205,9 @@ def set_strength(model: nn.Module, strength: float, adapter_name: str | None = N
         ValueError: if there is no such adapter, or the strength is no finite number.
     """
     if not isinstance(strength, (int, float)) or not math.isfinite(strength):
-        raise ValueError(f"strength={strength!r} is not a finite number; 0 is the base model, 1 the adapter as trained.")
+        raise ValueError(
+            f"strength={strength!r} is not a finite number; 0 is the base model, 1 the adapter as trained."
+        )
     layers = reft_layers(model).values()
     known = {name for layer in layers for name in layer.scaling}
     if adapter_name is not None and adapter_name not in known:
@@ -256,7 +270,8 @@ def check_shapes(config: ReftConfig, targets: Mapping[str, tuple[int, int]]) -> 
     for name, (width, r) in targets.items():
         if r > width:
             raise ValueError(
-                f"r={r} is no rank for {name!r}, whose hidden states are {width} wide; it must be between 1 and {width}."
+                f"r={r} is not a rank for hidden states of width {width}, which {name!r} puts out: it must be between 1 and "
+                f"{width}."
             )
     widths = sorted({width for width, _ in targets.values()})
     if config.share_layers and len(widths) > 1:
@@ -312,22 +327,32 @@ def is_causal_lm(model: nn.Module, config: PeftConfig) -> bool:
     return bool(can_generate is not None and can_generate()) and not model.config.is_encoder_decoder  # type: ignore[union-attr]
 
 
-def remove_if_created_by_load(model: nn.Module, adapter_name: str) -> None:
-    """Undo what a failing `PeftModel.load_adapter` (or `from_pretrained`) created, so that the model is as before.
+def peft_is_loading() -> bool:
+    """Whether PEFT is loading an adapter just now, and not a user making one.
 
-    An adapter that has already run, or that was there before without PEFT loading anything, is left alone.
+    PEFT creates an adapter before it reads the weights, and does not say for which purpose.
     """
+    loaders = (PeftModel.load_adapter.__code__, PeftModel.from_pretrained.__func__.__code__)  # type: ignore[attr-defined]
     frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not PeftModel.load_adapter.__code__:
+    while frame is not None and frame.f_code not in loaders:
         frame = frame.f_back
+    return frame is not None
+
+
+def remove_if_being_loaded(model: nn.Module, adapter_name: str) -> None:
+    """Remove an adapter that was only created to be loaded into, so that the model is as before the failed load."""
     layers = [layer for layer in reft_layers(model).values() if adapter_name in layer.reft_interventions]
-    if frame is None or not all(adapter_name in layer.never_ran for layer in layers):
+    if not isinstance(model, PeftModel) or not any(adapter_name in layer.being_loaded for layer in layers):
         return
-    tuner = model.base_model
-    if list(tuner.peft_config) == [adapter_name]:
-        tuner.unload()
-    else:
-        model.delete_adapter(adapter_name)
+    if list(model.peft_config) == [adapter_name]:
+        model.base_model.unload()
+        return
+    model.delete_adapter(adapter_name)
+    base = model.get_base_model()
+    for name, layer in reft_layers(base).items():
+        if not layer.reft_interventions:
+            detach_layer(base.get_submodule(name))
+    attach_hosts(base, False)
 
 
 def remove_reft(model: nn.Module) -> None:

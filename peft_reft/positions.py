@@ -178,7 +178,9 @@ def kinds_before(spec: PositionSpec, kind: str) -> list[str]:
     return kinds[: kinds.index(kind)]
 
 
-def split_positions(spec: PositionSpec, prompts: Prompts, groups: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+def split_positions(
+    spec: PositionSpec, prompts: Prompts, groups: list[tuple[Tensor, Tensor]]
+) -> list[tuple[Tensor, Tensor]]:
     """One group per position of terms that count from an end or the middle.
 
     The k-th last token is the same position in a prompt of any length, so the suffix is counted from the end.

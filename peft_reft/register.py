@@ -45,6 +45,7 @@ def add_peft_type() -> None:
     member = str.__new__(enum, NAME)
     member._name_ = NAME
     member._value_ = NAME
+    member.__objclass__ = enum
     member._sort_order_ = len(enum.__members__)
     enum._member_names_.append(NAME)
     enum._member_map_[NAME] = member

@@ -204,7 +204,9 @@ class Generation:
             )
         locations = None if host.role == "decoder" else self.locations
         if locations is not None:
-            return Frame(host, call, rows, columns, locations=window_of(locations.repeat_interleave(times, 0), past, columns))
+            return Frame(
+                host, call, rows, columns, locations=window_of(locations.repeat_interleave(times, 0), past, columns)
+            )
         return Frame(
             host, call, rows, columns, find=lambda spec: self._prompts_of(spec).repeat(times).window(past, columns)
         )
@@ -223,7 +225,9 @@ class Generation:
             return Frame(host, call, rows, columns, edits=False)
         first = past_length(arguments, columns, self.seen) - self.tokens.valid.shape[1]
         device = token_device(arguments)
-        return Frame(host, call, rows, columns, find=lambda spec: generated(rows, columns, first, device), answers_only=True)
+        return Frame(
+            host, call, rows, columns, find=lambda spec: generated(rows, columns, first, device), answers_only=True
+        )
 
     def forward_ended(self) -> None:
         if not self.prefilled:
@@ -305,10 +309,14 @@ class Frame:
             return names
         times, rest = divmod(rows, len(names))
         if rest or self.call.generation is None:
-            raise ValueError(f"adapter_names has {len(names)} names, but the batch has {rows} rows; pass one name per row.")
+            raise ValueError(
+                f"adapter_names has {len(names)} names, but the batch has {rows} rows; pass one name per row."
+            )
         return [name for name in names for _ in range(times)]
 
-    def sites_by_row(self, wanted: tuple[tuple[PositionSpec, bool | str, float] | None, ...], h: Tensor) -> Sites | None:
+    def sites_by_row(
+        self, wanted: tuple[tuple[PositionSpec, bool | str, float] | None, ...], h: Tensor
+    ) -> Sites | None:
         """Where to edit the rows of `h` [B, S, d], by the spec and strength of each row's adapter; None for nowhere.
 
         Either all specs are bounded in their number of places, or none is.
@@ -428,7 +436,17 @@ class Host:
         shape = token_shape(arguments)
         if outer is not None and outer.host.role == self.role and shape in (None, (outer.rows, outer.columns)):
             # The same tokens one level further in, where labels and masks may be gone or have changed their form.
-            return Frame(self, outer.call, outer.rows, outer.columns, outer.edits, outer.find, outer.locations, outer.answers_only, outer._sites)
+            return Frame(
+                self,
+                outer.call,
+                outer.rows,
+                outer.columns,
+                outer.edits,
+                outer.find,
+                outer.locations,
+                outer.answers_only,
+                outer._sites,
+            )
         call = outer.call if outer is not None else self._call(module, arguments, own, shape)
         if self.role == "router" or shape is None:
             return Frame(self, call, locations=call.locations)
@@ -439,7 +457,9 @@ class Host:
             return self._plain_frame(call, arguments, rows, columns)
         return call.generation.frame(self, call, arguments, rows, columns)
 
-    def _call(self, module: nn.Module, arguments: dict[str, Any], own: dict[str, Any], shape: tuple[int, int] | None) -> Call:
+    def _call(
+        self, module: nn.Module, arguments: dict[str, Any], own: dict[str, Any], shape: tuple[int, int] | None
+    ) -> Call:
         generation = next((g for g in reversed(_state.generations) if g.root is self.root), None)
         locations = own.get("intervention_locations")
         if locations is None and generation is not None and self.role != "decoder":
@@ -476,7 +496,12 @@ class Host:
 
         TRL's evaluation with metrics does: first for the loss, with labels, then without them and with use_cache=False.
         """
-        if module.training or torch.is_grad_enabled() or arguments.get("use_cache") is not False or _state.labelled is None:
+        if (
+            module.training
+            or torch.is_grad_enabled()
+            or arguments.get("use_cache") is not False
+            or _state.labelled is None
+        ):
             return None
         root, ids, labels = _state.labelled
         return labels if root is self.root and ids() is arguments.get("input_ids") is not None else None
@@ -524,7 +549,9 @@ class Host:
     def _prompts(self, tokens: Tokens, spec: PositionSpec) -> Prompts:
         if spec.prompt_end and tokens.labels is None and not torch.compiler.is_compiling():
             unmarked = MARKER_MISSING.format(list(spec.prompt_end))
-            if unmarked not in self.root.warned and (tokens.ids is None or not tokens.marked(spec.prompt_end).any(1).all()):
+            if unmarked not in self.root.warned and (
+                tokens.ids is None or not tokens.marked(spec.prompt_end).any(1).all()
+            ):
                 self.root.warn_once(unmarked)
         return tokens.prompts(spec.turns, spec.prompt_end)
 
@@ -592,7 +619,12 @@ def valid_columns(mask: Any, rows: int, columns: int, device: torch.device) -> T
     """Bool [B, S]: which columns of this forward are no padding, by a 2-D or 4-D attention mask or none."""
     if is_mask(mask, rows, columns):
         return mask[:, -columns:].to(device=device, dtype=torch.bool)
-    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[0] == rows and mask.shape[-1] == mask.shape[-2] == columns:
+    if (
+        isinstance(mask, Tensor)
+        and mask.dim() == 4
+        and mask.shape[0] == rows
+        and mask.shape[-1] == mask.shape[-2] == columns
+    ):
         # A token that may look at itself is no padding; additive masks hold 0 where one may look.
         diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1).to(device)
         return diagonal if diagonal.dtype == torch.bool else diagonal == 0
@@ -637,7 +669,11 @@ def check_locations(locations: Any, shape: tuple[int, int] | None, past: int | T
     """
     rule = "Pass a LongTensor [B, P] or [B, G, P] of columns of the padded row, -1 = unused."
     if not isinstance(locations, Tensor) or locations.dim() not in (2, 3) or locations.is_floating_point():
-        what = f"a {locations.dtype} tensor of shape {tuple(locations.shape)}" if isinstance(locations, Tensor) else f"{locations!r}"
+        what = (
+            f"a {locations.dtype} tensor of shape {tuple(locations.shape)}"
+            if isinstance(locations, Tensor)
+            else f"{locations!r}"
+        )
         raise ValueError(f"intervention_locations is {what}. {rule}")
     if shape is not None:
         rows, columns = shape
