@@ -689,4 +689,7 @@ def check_locations(locations: Any, shape: tuple[int, int] | None, past: int | T
                     f"intervention_locations holds {wrong}, but the rows have the columns 0 to {columns + int(past) - 1}. {rule}"
                 )
     locations = locations.long()
-    return locations if locations.dim() == 3 else locations.unsqueeze(1)
+    locations = locations if locations.dim() == 3 else locations.unsqueeze(1)
+    flat = locations.flatten(1)  # a column that is named twice is edited once, by the first
+    repeated = (flat.unsqueeze(1) == flat.unsqueeze(2)).tril(-1).any(-1).view_as(locations)
+    return torch.where(repeated, -1, locations)
