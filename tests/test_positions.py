@@ -4,9 +4,9 @@ import math
 import random
 
 import pytest
+import reference
 import torch
 
-import reference
 from peft_reft.positions import locate, mark, parse_positions
 from peft_reft.prompt import find_prompts
 from peft_reft.sites import sites_at, sites_of

@@ -128,7 +128,11 @@ def test_documents_start_where_position_ids_restart():
 
 def test_position_ids_of_padding_and_holes_start_no_document():
     valid = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 0, 1, 1]]).bool()
-    for ids in ([[1, 1, 0, 1, 2], [0, 1, 1, 2, 3]], [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]], [[0, 0, 0, 1, 2], [5, 6, 7, 8, 9]]):
+    for ids in (
+        [[1, 1, 0, 1, 2], [0, 1, 1, 2, 3]],
+        [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]],
+        [[0, 0, 0, 1, 2], [5, 6, 7, 8, 9]],
+    ):
         starts, _ = document_starts(valid, position_ids=torch.tensor(ids))
         assert starts.tolist() == [[False, False, True, False, False], [True, False, False, False, False]]
 
@@ -189,7 +193,12 @@ def test_marker_ends_are_found_wherever_they_are():
 
 @pytest.mark.parametrize(
     ("turns", "inside"),
-    [(None, [1, 1, 1, 1, 1, 0]), ("last", [1, 1, 1, 1, 1, 0]), ("first", [1, 1, 0, 0, 0, 0]), ("all", [1, 1, 1, 1, 1, 0])],
+    [
+        (None, [1, 1, 1, 1, 1, 0]),
+        ("last", [1, 1, 1, 1, 1, 0]),
+        ("first", [1, 1, 0, 0, 0, 0]),
+        ("all", [1, 1, 1, 1, 1, 0]),
+    ],
 )
 def test_the_last_marker_ends_the_prompt_unless_turns_says_otherwise(turns, inside):
     ids = torch.tensor([[7, 8, 1, 7, 8, 2]])
