@@ -1,176 +1,264 @@
-"""A model's blocks: finding them, their width, and the hidden state in what they return.
+"""A model's blocks: finding them, and the width and layout of the hidden states they put out.
 
-No table of architectures: the blocks are where the model keeps its text, in the largest list of modules.
+No table of architectures: a trace of the model shows which lists of modules its tokens pass through. Where a model
+cannot be traced (it has no config, or its code needs what a stand-in has not), the structure alone has to tell.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
-import torch
-from torch import Tensor, nn
-from transformers.utils import ModelOutput
+from torch import nn
+from transformers import PretrainedConfig
 
+from peft_reft.layout import PLAIN, Layout, edit_hidden_state, layout_from
+from peft_reft.structure import block_width, device_and_dtype, size_of, structural_stacks
+from peft_reft.trace import Run, entries, run
 
-def named_block_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
-    """The outermost lists of modules that look like blocks: not leaves, and with parameters."""
-    for name, child in module.named_children():
-        path = f"{prefix}.{name}" if prefix else name
-        is_list = isinstance(child, nn.ModuleList) and len(child) > 0
-        if is_list and all(any(True for _ in b.children()) and any(True for _ in b.parameters()) for b in child):
-            yield path, child
-        else:
-            yield from named_block_lists(child, path)
+__all__ = ["Survey", "block_width", "device_and_dtype", "edit_hidden_state", "find_blocks"]
 
-
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _text_stacks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules in which to look for one list of blocks each: encoder and decoder, or the home of the text."""
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        names = {module: name for name, module in model.named_modules()}
-        stacks = [model.get_encoder(), model.get_decoder()]
-        return [(names[stack], stack) for stack in stacks if stack in names]
-    try:
-        embedding = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        embedding = None
-    path = next((name for name, module in model.named_modules() if module is embedding), "")
-    # The smallest part of the model that holds both the input embedding and a list of blocks.
-    while path:
-        path = path.rpartition(".")[0]
-        if next(named_block_lists(model.get_submodule(path)), None) is not None:
-            break
-    return [(path, model.get_submodule(path))]
+TOKENS = ((2, 6), (3, 9))  # rows and columns of the two forwards that are traced
 
 
 def find_blocks(model: nn.Module) -> list[list[str]]:
     """Names of the blocks of each of the model's stacks, in their order.
 
     Raises:
-        ValueError: if there is no list of blocks; the message lists the modules one could name instead.
+        ValueError: if there are none, or an adapter cannot work on them, with the reason.
     """
-    stacks = []
-    for path, stack in _text_stacks(model):
-        lists = list(named_block_lists(stack, path))
-        if lists:
-            name, blocks = max(lists, key=lambda item: _size(item[1]))
-            stacks.append([f"{name}.{i}" for i in range(len(blocks))])
-    if not stacks:
-        candidates = [name for name, module in model.named_modules() if name and any(True for _ in module.parameters())]
-        shown = ", ".join(candidates[:20]) + (", ..." if len(candidates) > 20 else "")
-        raise ValueError(
-            f"No list of blocks was found in {type(model).__name__}. Name the modules whose output is to be edited "
-            f"in ReftConfig(target_modules=[...]); candidates: {shown or 'none, the model has no parameters'}."
+    return Survey(model).stacks()
+
+
+@dataclass(frozen=True)
+class BlockList:
+    """A list of modules in the model that ran in the trace.
+
+    Attributes:
+        path: the list's name.
+        names: the modules that put out the hidden state of each entry: the entry, or what it ends in.
+        ran: those of them that ran, in the order of the list.
+        size: how many parameters the list has.
+        kind: the class of its first entry.
+        leaves: whether an entry has no parts, and so is no block.
+    """
+
+    path: str
+    names: list[str]
+    ran: list[str]
+    size: int
+    kind: type
+    leaves: bool
+
+
+class Survey:
+    """What is known about the modules of a model, from a trace of it if there can be one.
+
+    Attributes:
+        runs: two forwards with different numbers of rows and columns; none if the model cannot be traced.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.runs: list[Run] = []
+        for entry in entries(model) if isinstance(getattr(model, "config", None), PretrainedConfig) else ():
+            try:
+                self.runs = [run(model, entry, *tokens) for tokens in TOKENS]
+                self._entry = entry
+                break
+            except Exception:  # whatever a model's own code may raise on example inputs
+                continue
+        self._calls = [traced.calls() for traced in self.runs]
+
+    # Shapes.
+
+    def shape_of(self, name: str) -> tuple[int, Layout]:
+        """Width and layout of what a module puts out.
+
+        Raises:
+            ValueError: if the width cannot be told.
+        """
+        layout = self.layout_of(name)
+        if layout is None:  # not run in the trace, such as a vision tower
+            return block_width(self.model, name), PLAIN
+        return self._shapes(name)[0][layout.vector], layout
+
+    def layout_of(self, name: str) -> Layout | None:
+        """The layout of a module's output in the trace; None if it was not run or keeps no vector per token."""
+        shapes = self._shapes(name)
+        if len(shapes) < 2:
+            return None
+        rows = [traced.rows for traced in self.runs]
+        if self.runs[0].is_image:
+            return PLAIN if len(shapes[0]) == 3 and [shape[0] for shape in shapes] == rows else None
+        layout = layout_from(shapes, rows, self._columns(name))
+        if layout is not None and (layout.before or layout.padded):
+            start = self._first_column(name, layout)
+            if start is None:
+                return None
+            layout = replace(layout, before=start, padded=layout.padded or start < layout.before)
+        return layout
+
+    def _shapes(self, name: str) -> list[tuple[int, ...]]:
+        """The shapes of a module's output in the runs; fewer than two if it did not run."""
+        events = [calls[name][0] for calls in self._calls if name in calls]
+        return [tuple(event.output.shape) for event in events if event.output is not None]
+
+    def _columns(self, name: str) -> list[int]:
+        """The numbers of tokens that a module saw: the decoder's if they fit its output, else the input's."""
+        decoder = [traced.decoder_columns for traced in self.runs]
+        for one, other in zip(*self._shapes(name)):
+            if one != other and one % decoder[0] == 0 and one // decoder[0] * decoder[1] == other:
+                return decoder
+        return [traced.columns for traced in self.runs]
+
+    def _first_column(self, name: str, layout: Layout) -> int | None:
+        """Where the first token stands: the one column that changes when another token takes its place."""
+        one, other = (
+            run(self.model, self._entry, *TOKENS[1], first_token=token).calls()[name][0].output for token in (0, 1)
         )
-    return stacks
+        if one is None or other is None:
+            return None
+        changed = (one != other).movedim((layout.rows, layout.columns), (0, 1)).flatten(2).any(2).any(0)
+        found = changed.nonzero().flatten().tolist()
+        return found[0] if len(found) == 1 else None
+
+    # Blocks.
+
+    def stacks(self) -> list[list[str]]:
+        """Names of the blocks of each of the model's stacks, in their order.
+
+        Raises:
+            ValueError: if there are none, or an adapter cannot work on them, with the reason.
+        """
+        stacks = self._traced_stacks() if self.runs else structural_stacks(self.model)
+        if not stacks:
+            raise ValueError(_no_blocks(self.model))
+        return stacks
+
+    def _traced_stacks(self) -> list[list[str]]:
+        """The main list of blocks of each side, encoder first, with those that run in parallel to it."""
+        sides: dict[bool, list[BlockList]] = {}
+        for found in self._lists(self.model, ""):
+            is_decoder = self._columns(found.ran[0])[0] != self.runs[0].columns
+            sides.setdefault(is_decoder, []).append(found)
+        stacks = []
+        for _, lists in sorted(sides.items()):
+            candidates = [found for found in lists if not found.leaves]
+            if not candidates:
+                continue
+            main = max(candidates, key=lambda found: found.size)
+            twins = [f for f in candidates if (f.kind, f.size, len(f.names)) == (main.kind, main.size, len(main.names))]
+            if len(twins) == 1:
+                twins = [self._last_of_round(main, lists)]
+                self._refuse_sharing(twins[0])
+            for twin in twins:
+                self._refuse_pooling(twin)
+                stacks.append(twin.names)
+        return stacks
+
+    def _lists(self, module: nn.Module, path: str) -> Iterator[BlockList]:
+        """The outermost lists that ran; a list of lists counts as one."""
+        for name, child in module.named_children():
+            inner = f"{path}.{name}" if path else name
+            entries_of = _entries(child, inner) if isinstance(child, nn.ModuleList) else []
+            names = [self._end_of(entry) for entry in entries_of]
+            ran = [name for name in names if len(self._shapes(name)) == len(self.runs)]
+            if not ran:
+                yield from self._lists(child, inner)
+                continue
+            first = self.model.get_submodule(entries_of[0])
+            leaves = not all(any(True for _ in self.model.get_submodule(entry).children()) for entry in entries_of)
+            yield BlockList(inner, names, ran, size_of(child), type(first), leaves)
+
+    def _end_of(self, entry: str) -> str:
+        """The entry, or the part it ends in if it ran without a call that runs hooks, `layer.forward(...)`."""
+        if entry in self._calls[0]:
+            return entry
+        depth = entry.count(".") + 1
+        parts = [e.name for e in self.runs[0].events if e.name.startswith(f"{entry}.") and e.name.count(".") == depth]
+        return parts[-1] if parts else entry
+
+    def _last_of_round(self, main: BlockList, lists: list[BlockList]) -> BlockList:
+        """Where lists of parts take turns, so that no module is the block: the list whose parts end each round."""
+        calls = self._calls[0]
+        if len(main.ran) < 2 or self._is_chain(main):
+            return main
+        order = {event.name: number for number, event in enumerate(self.runs[0].events)}
+        turns = [
+            found for found in lists if len(found.ran) == len(main.ran) and all(len(calls[n]) == 1 for n in found.ran)
+        ]
+        rounds = list(zip(*([order[name] for name in found.ran] for found in turns)))
+        if len(turns) < 2 or any(max(one) > min(other) for one, other in pairwise(rounds)):
+            return main
+        return max(turns, key=lambda found: order[found.ran[0]])
+
+    def _is_chain(self, found: BlockList) -> bool:
+        """Whether blocks are given what the ones before them put out."""
+        for one, other in pairwise(found.ran):
+            output = self._calls[0][one][0].output
+            if any(given is output for given in self._calls[0][other][0].inputs):
+                return True
+        return False
+
+    # What an adapter cannot work on.
+
+    def _refuse_sharing(self, found: BlockList) -> None:
+        in_order = [event.name for event in self.runs[0].events if event.name in found.names]
+        if any(one == other for one, other in pairwise(in_order)):
+            raise ValueError(
+                f"{type(self.model).__name__} runs the same block several times in a row ({in_order[0]!r}: "
+                f"{in_order.count(in_order[0])} times), so that its depths cannot have interventions of their own. "
+                f"ReftConfig(target_modules=[{found.names[0]!r}]) edits its output every time it runs."
+            )
+
+    def _refuse_pooling(self, found: BlockList) -> None:
+        for name in found.ran:
+            if self.layout_of(name) is None:
+                raise ValueError(
+                    f"The block {name!r} of {type(self.model).__name__} puts out hidden states of shape "
+                    f"{list(self._shapes(name)[0])} for {self._tokens()}: they hold no vector for each token, in which "
+                    "positions could be placed. Name modules that keep one in ReftConfig(target_modules=[...])."
+                )
+
+    def _tokens(self) -> str:
+        traced = self.runs[0]
+        return f"{traced.rows} images" if traced.is_image else f"{traced.rows} rows of {traced.columns} tokens"
 
 
-def block_number(name: str) -> int | None:
-    """The number of the block that a module is or lies in: the first numbered part of its name.
-
-    >>> block_number("model.layers.3.mlp"), block_number("lm_head")
-    (3, None)
-    """
-    match = re.match(r"(?:.*?\.)??(\d+)(?:\.|$)", name)
-    return int(match[1]) if match else None
-
-
-def group_by_stack(names: list[str]) -> list[list[str]]:
-    """Names of modules, grouped by the stack of blocks they lie in: by what stands before the block's number."""
-    stacks: dict[str, list[str]] = {}
-    for name in names:
-        match = re.match(r"((?:.*?\.)??)\d+(?:\.|$)", name)
-        stacks.setdefault(match[1] if match else "", []).append(name)
-    return list(stacks.values())
-
-
-def pick_layers(stacks: list[list[str]], layers: int | list[int] | None) -> list[str]:
-    """The modules that `layers_to_transform` names, stack by stack, in the model's order.
-
-    Args:
-        stacks: names of modules; within a stack block numbers count from 0.
-        layers: block numbers, negative ones counted from the end of each stack; None for all.
+def refuse_unsound(model: nn.Module, names: list[str]) -> None:
+    """Refuse blocks whose edits would be computed but mean something else.
 
     Raises:
-        ValueError: if a number names no block in any stack.
+        ValueError: with the reason.
     """
-    if layers is None:
-        return [name for stack in stacks for name in stack]
-    wanted = [layers] if isinstance(layers, int) else list(layers)
-    picked, found = [], set()
-    for stack in stacks:
-        numbers = {name: block_number(name) for name in stack}
-        depth = 1 + max((n for n in numbers.values() if n is not None), default=-1)
-        named = {n: depth + n if n < 0 else n for n in wanted}
-        found |= {n for n, number in named.items() if number in numbers.values()}
-        picked += [name for name, number in numbers.items() if number in named.values()]
-    missing = [n for n in wanted if n not in found]
-    if missing:
-        depths = " and ".join(str(len(stack)) for stack in stacks)
+    if any(hasattr(model.get_submodule(name), "backward_pass") for name in names):
         raise ValueError(
-            f"layers_to_transform={layers!r} names blocks that do not exist: {missing}. The model has {depths} "
-            f"block(s); number them 0 to {max(len(stack) for stack in stacks) - 1}, or from the end with -1, -2, ..."
+            f"{type(model).__name__} has reversible blocks: their backward pass works out their inputs from their "
+            "outputs, which an edit of the outputs would falsify without an error. ReFT cannot train it."
         )
-    return picked
+    every = getattr(getattr(model, "config", None), "rescale_every", 0) or 0
+    if 0 < every < len(names):
+        raise ValueError(
+            f"{type(model).__name__} halves its hidden states every {every} blocks at inference but not in training, "
+            "so that an edit would mean different things. Set model.config.rescale_every = 0 before you run the model."
+        )
 
 
-def block_width(model: nn.Module, name: str) -> int:
-    """Width of the vectors that a module puts out: the last dimension of its output.
+def _entries(container: nn.ModuleList, path: str) -> list[str]:
+    """Names of a list's modules; of all of them in their order if it is a list of lists."""
+    names = []
+    for name, child in container.named_children():
+        inner = f"{path}.{name}"
+        names += _entries(child, inner) if isinstance(child, nn.ModuleList) else [inner]
+    return names
 
-    Raises:
-        ValueError: if it cannot be told from the module or from a config above it.
-    """
-    module = model.get_submodule(name)
-    for attribute in ("out_features", "embedding_dim", "nf"):
-        if isinstance(getattr(module, attribute, None), int):
-            return int(getattr(module, attribute))
-    if isinstance(module, nn.LayerNorm):
-        return int(module.normalized_shape[-1])
-    path = name
-    while path:
-        path = path.rpartition(".")[0]
-        config = getattr(model.get_submodule(path), "config", None)
-        if hasattr(config, "get_text_config"):
-            config = config.get_text_config()
-        if isinstance(getattr(config, "hidden_size", None), int):
-            return int(config.hidden_size)
-    leaves = [leaf for _, leaf in module.named_modules() if isinstance(getattr(leaf, "out_features", None), int)]
-    if leaves:
-        return int(leaves[-1].out_features)  # type: ignore[arg-type]
-    raise ValueError(
-        f"The width of the hidden states that {name!r} ({type(module).__name__}) puts out cannot be told: neither it "
-        "nor a config above it says so. Target a module that ends in a linear layer, or set model.config.hidden_size."
+
+def _no_blocks(model: nn.Module) -> str:
+    candidates = [name for name, module in model.named_modules() if name and any(True for _ in module.parameters())]
+    shown = ", ".join(candidates[:20]) + (", ..." if len(candidates) > 20 else "")
+    return (
+        f"No list of blocks was found in {type(model).__name__}. Name the modules whose output is to be edited "
+        f"in ReftConfig(target_modules=[...]); candidates: {shown or 'none, the model has no parameters'}."
     )
-
-
-def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where a module computes and in what floating dtype, also if it is offloaded or quantised."""
-    tensors = [*module.parameters(), *module.buffers()]
-    dtype = next(
-        (t.dtype for t in tensors if t.is_floating_point() and t.dtype.itemsize > 1), torch.get_default_dtype()
-    )
-    for part in module.modules():  # accelerate's hook knows where an offloaded module computes
-        execution_device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
-        if execution_device is not None:
-            return torch.device(execution_device), dtype
-    device = next((t.device for t in tensors if not t.is_meta), None)
-    return device or (tensors[0].device if tensors else torch.device("cpu")), dtype
-
-
-def edit_hidden_state(output: Any, edit: Callable[[Tensor], Tensor]) -> Any:
-    """What a block returned with its hidden state replaced: a tensor, or the first of a tuple, list or ModelOutput."""
-    if isinstance(output, Tensor):
-        return edit(output)
-    if isinstance(output, ModelOutput):
-        name = next(iter(output))
-        return type(output)(**{**output, name: edit(output[name])})
-    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
-        values = [edit(output[0]), *output[1:]]
-        return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
-    raise TypeError(f"A block returned {type(output).__name__}, in which no hidden state can be told.")

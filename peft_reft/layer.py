@@ -14,13 +14,14 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from peft_reft.blocks import device_and_dtype, edit_hidden_state
 from peft_reft.config import ReftConfig
 from peft_reft.factors import batch_factors, fingerprint, stack_factors, values_on_cpu
 from peft_reft.interventions import Factors, build_intervention, edit_of, low_rank_edit
+from peft_reft.layout import PLAIN, Layout, edit_hidden_state
 from peft_reft.positions import PositionSpec, parse_positions
 from peft_reft.scope import Frame, frame_of_block
 from peft_reft.sites import Sites, add_edit
+from peft_reft.structure import device_and_dtype
 
 SHOWN = ("active_adapters", "adapter_layer_names", "other_param_names", "reft_interventions")  # on the block, too
 CHILD = "reft"  # the layer's name below its block; must not hold the prefix "reft_", by which PEFT skips modules
@@ -31,15 +32,17 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     Args:
         block: the block whose output they edit.
-        width: the last dimension of that output.
+        width: of the vectors in that output.
+        layout: where in that output they stand.
     """
 
     adapter_layer_names = ("reft_interventions",)
     other_param_names = ("position_specs", "share_weights", "scaling", "being_loaded")
 
-    def __init__(self, block: nn.Module, width: int):
+    def __init__(self, block: nn.Module, width: int, layout: Layout = PLAIN):
         super().__init__()
         self.width = width
+        self.layout = layout
         self.in_features = self.out_features = width  # PEFT's name for it, which every tuner layer has
         self.reft_interventions = nn.ModuleDict()  # adapter name -> ModuleList, one intervention per position group
         self.position_specs: dict[str, PositionSpec] = {}
@@ -226,14 +229,15 @@ def edit_block_output(block: nn.Module, args: tuple, kwargs: dict[str, Any], out
     if layer.disable_adapters:
         return output
     frame = frame_of_block((*args, *kwargs.values()))
-    return edit_hidden_state(output, lambda h: layer.edit(h, frame))
+    columns = None if frame is None else frame.columns
+    return edit_hidden_state(output, lambda h: layer.layout.edit(h, columns, lambda part: layer.edit(part, frame)))
 
 
-def attach_layer(block: nn.Module, width: int) -> ReftLayer:
+def attach_layer(block: nn.Module, width: int, layout: Layout = PLAIN) -> ReftLayer:
     """The block's ReftLayer, created and hooked up if it has none yet."""
     layer = getattr(block, CHILD, None)
     if not isinstance(layer, ReftLayer):
-        layer = ReftLayer(block, width)
+        layer = ReftLayer(block, width, layout)
         block.add_module(CHILD, layer)
         block.register_forward_hook(
             edit_block_output, prepend=True, with_kwargs=True

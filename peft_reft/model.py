@@ -18,12 +18,14 @@ from peft.utils.peft_types import TaskType
 from torch import Tensor, nn
 
 from peft_reft.batching import BatchingEntry
-from peft_reft.blocks import block_width, device_and_dtype, find_blocks, group_by_stack, pick_layers
+from peft_reft.blocks import Survey, refuse_unsound
 from peft_reft.checkpoint import blocks_of, intervention_shapes, mismatch
 from peft_reft.config import ReftConfig, prompt_end_ids
 from peft_reft.generation import GenerateEntry
 from peft_reft.layer import CHILD, FactorCache, ReftLayer, attach_layer, detach_layer
+from peft_reft.numbering import group_by_stack, pick_layers
 from peft_reft.scope import Host, Root, adapter_names_scope
+from peft_reft.structure import device_and_dtype
 
 INTERVENTIONS = f".{CHILD}.reft_interventions."  # what stands between a block's name and the adapter's in a key
 TOKENS = {"input_ids", "inputs_embeds", "decoder_input_ids"}  # parameters by which a module takes tokens
@@ -75,8 +77,12 @@ class ReftModel(BaseTuner):
         return peft_config  # None means the model's own blocks, and is saved as such: it fits models of other depths
 
     def _prepare_model(self, peft_config: ReftConfig, model: nn.Module) -> None:  # type: ignore[override]
-        targets, self._excluded = choose_targets(peft_config, model)
-        self._targets = {name: (block_width(model, name), rank_of(peft_config, name)) for name in sorted(targets)}
+        survey = Survey(model)
+        targets, self._excluded = choose_targets(peft_config, model, survey)
+        refuse_unsound(model, sorted(targets))
+        shapes = {name: survey.shape_of(name) for name in sorted(targets)}
+        self._layouts = {name: layout for name, (_, layout) in shapes.items()}
+        self._targets = {name: (width, rank_of(peft_config, name)) for name, (width, _) in shapes.items()}
         check_shapes(peft_config, self._targets)  # before anything is changed
         self._prompt_end = prompt_end_ids(
             peft_config, None, getattr(getattr(model, "config", None), "_name_or_path", None)
@@ -96,7 +102,7 @@ class ReftModel(BaseTuner):
         current_key: str,
     ) -> None:
         width, r = self._targets[current_key]
-        layer = attach_layer(target, width)
+        layer = attach_layer(target, width, self._layouts[current_key])
         layer.add_adapter(adapter_name, peft_config, r, self._prompt_end, self._shared)
         if peft_config.share_layers:
             self._shared = layer
@@ -224,7 +230,7 @@ def reft_layers(model: nn.Module) -> dict[str, ReftLayer]:
     return {name.removesuffix(suffix): layer for name, layer in model.named_modules() if isinstance(layer, ReftLayer)}
 
 
-def choose_targets(config: ReftConfig, model: nn.Module) -> tuple[set[str], set[str]]:
+def choose_targets(config: ReftConfig, model: nn.Module, survey: Survey) -> tuple[set[str], set[str]]:
     """Names of the modules to edit, and of those that would be if `exclude_modules` did not name them.
 
     Raises:
@@ -233,7 +239,7 @@ def choose_targets(config: ReftConfig, model: nn.Module) -> tuple[set[str], set[
     names = [name for name, module in model.named_modules() if name and not isinstance(module, BaseTunerLayer)]
     inside_layers = tuple(f"{name}.{CHILD}." for name in reft_layers(model))
     names = [name for name in names if not name.startswith(inside_layers)] if inside_layers else names
-    stacks = find_blocks(model) if config.target_modules is None else [names]
+    stacks = survey.stacks() if config.target_modules is None else [names]
     # PEFT's rules for names, but not for block numbers: it looks for those inside of blocks only.
     rules = SimpleNamespace(
         target_modules=".*" if config.target_modules is None else config.target_modules,
