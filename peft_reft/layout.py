@@ -49,7 +49,7 @@ class Layout:
         start, stop = self._tokens(moved.shape[1], columns)
         part = moved[:, start:stop]
         if self.streams > 1 and columns is not None:
-            part = part.unflatten(1, (self.streams, columns)).movedim(1, 2)
+            part = part.reshape(-1, self.streams, columns, part.shape[-1]).movedim(1, 2)
         edited = _each_stream(part, edit)
         if self.streams > 1 and columns is not None:
             edited = edited.movedim(2, 1).flatten(1, 2)
@@ -127,6 +127,6 @@ def edit_hidden_state(output: Any, edit: Callable[[Tensor], Tensor]) -> Any:
         raise TypeError(f"A block returned {type(output).__name__}, in which no hidden state can be told.")
     if isinstance(output, Mapping):
         values = {name: edit(value) if value is h else value for name, value in output.items()}
-        return type(output)(**values) if isinstance(output, ModelOutput) else type(output)(values)
+        return type(output)(**values) if isinstance(output, ModelOutput) else values
     items = [edit(value) if value is h else value for value in output]
     return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,18 +13,21 @@ def named_block_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str
     """The outermost lists of modules that look like blocks: not leaves, and with parameters."""
     for name, child in module.named_children():
         path = f"{prefix}.{name}" if prefix else name
-        is_list = isinstance(child, nn.ModuleList) and len(child) > 0
-        if is_list and all(any(True for _ in b.children()) and any(True for _ in b.parameters()) for b in child):
+        if isinstance(child, nn.ModuleList) and len(child) > 0 and all(_has_parts(entry) for entry in child):
             yield path, child
         else:
             yield from named_block_lists(child, path)
+
+
+def _has_parts(module: nn.Module) -> bool:
+    return any(True for _ in module.children()) and any(True for _ in module.parameters())
 
 
 def size_of(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _text_stacks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def _text_stacks(model: Any) -> list[tuple[str, nn.Module]]:
     """The modules in which to look for one list of blocks each: encoder and decoder, or the home of the text."""
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
@@ -69,14 +73,14 @@ def block_width(model: nn.Module, name: str) -> int:
     path = name
     while path:
         path = path.rpartition(".")[0]
-        config = getattr(model.get_submodule(path), "config", None)
+        config: Any = getattr(model.get_submodule(path), "config", None)
         if hasattr(config, "get_text_config"):
             config = config.get_text_config()
         if isinstance(getattr(config, "hidden_size", None), int):
             return int(config.hidden_size)
     leaves = [leaf for _, leaf in module.named_modules() if isinstance(getattr(leaf, "out_features", None), int)]
     if leaves:
-        return int(leaves[-1].out_features)  # type: ignore[arg-type]
+        return int(leaves[-1].out_features)
     raise ValueError(
         f"The width of the hidden states that {name!r} ({type(module).__name__}) puts out cannot be told: neither it "
         "nor a config above it says so. Target a module that ends in a linear layer, or set model.config.hidden_size."

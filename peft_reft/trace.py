@@ -113,7 +113,7 @@ def _run_anywhere(config: PretrainedConfig) -> None:
             part.__dict__["_experts_implementation_internal"] = "eager"
 
 
-class _NoLargeProducts(TorchDispatchMode):
+class _NoLargeProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Products of large matrices come out as zeros, without being worked out."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
@@ -206,7 +206,7 @@ def run(model: nn.Module, entry: str, rows: int, columns: int, first_token: int 
     if embedding is not None:
         embedding.register_forward_hook(_distinct_vectors, prepend=True)
     inputs = example_inputs(part, record, first_token)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _NoLargeProducts():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _NoLargeProducts():  # type: ignore[no-untyped-call]
         warnings.simplefilter("ignore")
         part(**inputs)
     return record
