@@ -92,7 +92,8 @@ def fingerprint(entries: Iterable[Named]) -> tuple[Any, ...] | None:
 
 def values_on_cpu(entries: Iterable[Named]) -> Tensor | None:
     """All parameters of interventions in a row, to see writes that leave no trace (through `.data`); None if none is
-    on the CPU."""
+    on the CPU.
+    """
     parameters = (p for _, interventions in entries for i in interventions for p in i.parameters())
     flat = [parameter.detach().flatten() for parameter in parameters if parameter.device.type == "cpu"]
     return torch.cat(flat) if flat else None

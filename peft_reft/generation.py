@@ -29,11 +29,11 @@ class GenerateEntry:
 
     @property
     def __wrapped__(self) -> Any:  # for inspect.signature, help and the like
-        return getattr(type(self.model), "generate").__get__(self.model)
+        return type(self.model).generate.__get__(self.model)
 
     @property
     def __doc__(self) -> str | None:  # type: ignore[override]
-        return getattr(type(self.model), "generate").__doc__
+        return type(self.model).generate.__doc__
 
     def __call__(
         self, *args: Any, intervention_locations: Any = None, adapter_names: list[str] | None = None, **kwargs: Any

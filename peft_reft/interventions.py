@@ -146,7 +146,7 @@ class Intervention(nn.Module):
         elif not self.replaces and _passes_through_zero(self.act):
             for parameter in self.source.parameters():
                 parameter.zero_()
-        elif self.has_source:
+        elif self.has_source or not self.replaces:
             warnings.warn(
                 f"{type(self).__name__} with an activation has no weights for which the edit is zero and can be trained; it starts from "
                 "random ones. Use act_fn=None for a fresh adapter that changes nothing.",

@@ -132,7 +132,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def _edit_rows(self, h: Tensor, names: Sequence[str], frame: Frame) -> Tensor:
         """`h` with each row's edit by its own adapter: one gather, batched products and one scatter for all that
-        multiply with the same kinds of factors."""
+        multiply with the same kinds of factors.
+        """
         passes: dict[Any, list[str | None]] = {}
         for row, name in enumerate(names):
             if name in self.reft_interventions:
