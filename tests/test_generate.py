@@ -1,0 +1,356 @@
+"""`generate` edits the prompt it was given, however the prompt is run, and generated tokens only where a term asks for it."""
+
+import threading
+
+import pytest
+import torch
+import transformers
+from conftest import batch, logits, reft_model, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, GenerationConfig
+
+FAMILIES = {
+    "llama": {},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+    "gpt2": {},
+}
+POSITIONS = ("f2+l2", "l3", "f4+l4", "f1+m2", "f1+l1+d2", "all", "d")
+NEW = 6
+
+
+def family(name="llama", **settings):
+    model = tiny_model(name, eos_token_id=None, **FAMILIES[name])
+    return reft_model(model, task_type="CAUSAL_LM", **settings)
+
+
+def greedy(model, inputs, **kwargs):
+    """The generated tokens of each row."""
+    torch.manual_seed(0)
+    out = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, **kwargs)
+    width = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
+    return out[:, width:].tolist()
+
+
+def by_hand(model, ids, terms):
+    """Greedy continuation of one prompt by whole forwards with explicit locations: the oracle.
+
+    Args:
+        terms: function from prompt length and row length to the columns to edit.
+    """
+    row = ids.clone()
+    for _ in range(NEW):
+        locations = torch.tensor([terms(len(ids), len(row))], dtype=torch.long).reshape(1, -1)
+        row = torch.cat(
+            [row, logits(model, {"input_ids": row[None]}, intervention_locations=locations)[0, -1:].argmax(-1)]
+        )
+    return row[len(ids) :].tolist()
+
+
+TERMS = {
+    "f2+l2": lambda n, s: sorted({*range(min(2, n)), *range(max(n - 2, 0), n)}),
+    "l3": lambda n, s: list(range(max(0, n - 3), n)),
+    "f4+l4": lambda n, s: sorted({*range(min(4, n)), *range(max(n - 4, 0), n)}),
+    "all": lambda n, s: list(range(n)),
+    "d": lambda n, s: list(range(n, s)),
+    "f1+l1+d2": lambda n, s: sorted({0, n - 1, *range(n + 1, s, 2)}),
+    "f1+m2": lambda n, s: sorted({0, *range(max(0, (n - 2) // 2), min(n, max(0, (n - 2) // 2) + 2))}),
+}
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_generation_equals_whole_forwards_with_the_edits_at_their_columns(name, positions):
+    model = family(name, positions=positions)
+    changed = []
+    for length in (1, 3, 9):
+        ids = batch(length, seed=length)["input_ids"][0]
+        expected = by_hand(model, ids, TERMS[positions])
+        assert greedy(model, {"input_ids": ids[None]}) == [expected]
+        with model.disable_adapter():
+            changed.append(greedy(model, {"input_ids": ids[None]}) != [expected])
+    assert any(changed)
+
+
+HOW = {
+    "without a cache": {"use_cache": False},
+    "chunked prefill": {"prefill_chunk_size": 4},
+    "chunks of one token": {"prefill_chunk_size": 1},
+    "static cache": {"cache_implementation": "static", "disable_compile": True},
+    "an empty cache": {"past_key_values": "empty"},
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_left_padded_batch_continues_like_its_rows_alone(name, positions, how):
+    model = family(name, positions=positions)
+    inputs = batch(9, 1, 4, side="left")
+    kwargs = dict(HOW[how])
+    if kwargs.get("past_key_values") == "empty":
+        kwargs["past_key_values"] = DynamicCache(config=model.config)
+    alone = [greedy(model, {"input_ids": ids[mask.bool()][None]})[0] for ids, mask in zip(*inputs.values())]
+    assert greedy(model, inputs, **kwargs) == alone
+    with model.disable_adapter():
+        assert greedy(model, inputs) != alone
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="transformers offloads caches from a GPU only")
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+def test_an_offloaded_cache_continues_like_the_usual_one(cache):
+    model = family(positions="f2+l2").cuda()
+    inputs = {name: tensor.cuda() for name, tensor in batch(9, 4, side="left").items()}
+    assert greedy(model, inputs, cache_implementation=cache) == greedy(model, inputs)
+
+
+def test_padding_is_inferred_as_transformers_infers_it():
+    model = family(positions="f2+l2")
+    inputs = batch(9, 4, side="left")
+    expected = greedy(model, inputs)
+    assert greedy(model, {"input_ids": inputs["input_ids"]}, pad_token_id=0) == expected
+    with model.disable_adapter():
+        assert greedy(model, inputs) != expected
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("shared", [1, 3, 6, 8])
+def test_a_cached_shared_prefix_continues_like_one_prompt(positions, shared):
+    model = family(positions=positions)
+    ids = batch(9)["input_ids"]
+    expected = greedy(model, {"input_ids": ids})
+    # What the prefix edits within the shared part is known only with the whole prompt: hand its columns over.
+    columns = [[c for c in TERMS[positions](9, 9) if c < shared]]
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(
+            input_ids=ids[:, :shared],
+            past_key_values=cache,
+            use_cache=True,
+            intervention_locations=torch.tensor(columns, dtype=torch.long).reshape(1, -1),
+        )
+    assert cache.get_seq_length() == shared
+    assert greedy(model, {"input_ids": ids}, past_key_values=cache) == expected
+
+
+@pytest.mark.parametrize("positions", ["f2", "f2+l2", "l3"])
+def test_a_system_prompt_run_once_serves_prompts_that_go_on_with_it(positions):
+    model = family(positions=positions)
+    system = batch(6)["input_ids"]
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=system, past_key_values=cache, use_cache=True)  # its own first and last tokens are edited
+    prompt = torch.cat([system, batch(4, seed=5)["input_ids"]], dim=1)
+    got = greedy(model, {"input_ids": prompt}, past_key_values=cache)
+    own = TERMS.get(positions, lambda n, s: [0, 1])
+    edited = {*own(6, 6), *(c for c in own(10, 10) if c >= 6)}
+    assert got == [by_hand(model, prompt[0], lambda n, s: sorted(edited))]
+
+
+@pytest.mark.parametrize("positions", ["f2+l2", "f4+l4", "f1+d2"])
+@pytest.mark.parametrize(
+    "kwargs", [{"num_beams": 3}, {"num_beams": 3, "use_cache": False}, {"num_beams": 2, "num_return_sequences": 2}]
+)
+def test_beams_of_a_batch_continue_like_its_rows_alone(positions, kwargs):
+    model = family(positions=positions)
+    inputs = batch(9, 4, 6, side="left")
+    times = kwargs.get("num_return_sequences", 1)
+    got = greedy(model, inputs, **kwargs)
+    alone = [
+        tokens
+        for ids, mask in zip(*inputs.values())
+        for tokens in greedy(model, {"input_ids": ids[mask.bool()][None]}, **kwargs)
+    ]
+    assert len(got) == 3 * times
+    assert got == alone
+    with model.disable_adapter():
+        assert greedy(model, inputs, **kwargs) != got
+
+
+@pytest.mark.parametrize("positions", ["f2+l2", "l3", "all", "f1+l1+d2"])
+def test_speculative_decoding_gives_the_same_tokens(positions):
+    model = family(positions=positions)
+    ids = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])  # repeats itself, so that prompt lookup has guesses
+    expected = greedy(model, {"input_ids": ids})
+    assert greedy(model, {"input_ids": ids}, prompt_lookup_num_tokens=3) == expected
+    plain = tiny_model("llama", eos_token_id=None)
+    assert greedy(model, {"input_ids": ids}, assistant_model=plain) == expected
+    other = reft_model(tiny_model("llama", eos_token_id=None), seed=9, task_type="CAUSAL_LM", positions="l2")
+    assert greedy(model, {"input_ids": ids}, assistant_model=other.get_base_model()) == expected
+    with model.disable_adapter():
+        assert greedy(model, {"input_ids": ids}) != expected
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_embeddings_continue_like_the_tokens_they_stand_for(positions):
+    model = family(positions=positions)
+    inputs = batch(9, 4, side="left")
+    expected = greedy(model, inputs)
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    assert greedy(model, {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}) == expected
+
+
+def test_sampled_sequences_of_a_row_all_have_its_edits():
+    model = family(positions="f2+l2")
+    inputs = batch(9, 4, side="left")
+    seen = []
+    handle = model.get_base_model().lm_head.register_forward_hook(lambda m, args, out: seen.append(out[:, -1]))
+    model.generate(**inputs, max_new_tokens=2, do_sample=True, num_return_sequences=3)
+    handle.remove()
+    first = seen[0].reshape(2, 3, -1)
+    expected = logits(model, {**inputs, "position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)})[:, -1]
+    for sample in range(3):
+        torch.testing.assert_close(first[:, sample], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_locations_given_to_generate_win():
+    model = family(positions="f2+l2")
+    inputs = batch(9, 6, side="left")
+    locations = torch.tensor([[1, 4], [3, 8]])
+    for kwargs in ({}, {"use_cache": False}, {"prefill_chunk_size": 4}, {"num_beams": 2}):
+        got = greedy(model, inputs, intervention_locations=locations, **kwargs)
+        alone = []
+        for row, (ids, mask) in enumerate(zip(*inputs.values())):
+            own = locations[row : row + 1] - int((mask == 0).sum())
+            alone += greedy(model, {"input_ids": ids[mask.bool()][None]}, intervention_locations=own, **kwargs)
+        assert got == alone
+        assert got != greedy(model, inputs, **kwargs)
+    with pytest.raises(ValueError, match="holds 9, but the rows have the columns 0 to 8"):
+        greedy(model, inputs, intervention_locations=torch.tensor([[9], [0]]))
+
+
+@pytest.mark.parametrize("positions", ["f2+l2", "f1+d2"])
+@pytest.mark.parametrize("max_batch_tokens", [64, 8])  # a long prompt in one go, and in chunks
+def test_continuous_batching_gives_each_request_its_own_positions(positions, max_batch_tokens):
+    model = family(positions=positions)
+    prompts = [batch(n, seed=n)["input_ids"][0].tolist() for n in (9, 3, 1, 21)]
+    prompts.append(prompts[0] + [5, 6, 7])  # begins like another: cached blocks must not be shared
+    alone = [greedy(model, {"input_ids": torch.tensor([prompt])})[0] for prompt in prompts]
+    answers = model.generate_batch(
+        prompts,
+        generation_config=GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1),
+        continuous_batching_config=transformers.ContinuousBatchingConfig(
+            max_batch_tokens=max_batch_tokens, num_blocks=32, block_size=8
+        ),
+    )
+    got = {tuple(answer.prompt_ids): answer.generated_tokens for answer in answers.values()}
+    assert [got[tuple(prompt)] for prompt in prompts] == alone
+    with model.disable_adapter():
+        base = [greedy(model, {"input_ids": torch.tensor([prompt])})[0] for prompt in prompts]
+    assert base != alone
+
+
+def test_generation_in_a_thread_streams_the_same_tokens():
+    class Streamer(transformers.generation.streamers.BaseStreamer):
+        def __init__(self):
+            self.tokens = []
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            pass
+
+    model = family(positions="f2+l2")
+    inputs = {"input_ids": batch(9)["input_ids"]}
+    expected = greedy(model, inputs)
+    streamer = Streamer()
+    thread = threading.Thread(target=greedy, args=(model, inputs), kwargs={"streamer": streamer})
+    thread.start()
+    assert greedy(model, {"input_ids": batch(5, seed=8)["input_ids"]})  # another call at the same time
+    thread.join()
+    assert streamer.tokens == inputs["input_ids"][0].tolist() + expected[0]
+
+
+@pytest.mark.parametrize("positions", ["f2+l2", "f2+l2+d"])
+def test_a_decode_step_runs_no_operation_that_the_base_model_does_not(positions):
+    class Count(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    model = family(positions=positions)
+    counts = []
+    base = model.get_base_model()
+    forward = base.forward
+
+    def counted(*args, **kwargs):
+        with Count() as count:
+            output = forward(*args, **kwargs)
+        counts.append(len(count.names))
+        return output
+
+    def run():
+        counts.clear()
+        base.forward = counted
+        try:
+            greedy(model, batch(9, 4, side="left"))
+        finally:
+            del base.forward
+        return counts[-1], counts[0]
+
+    with model.disable_adapter():
+        decode, prefill = run()
+    with_adapter, with_adapter_prefill = run()
+    assert with_adapter_prefill > prefill
+    assert (with_adapter == decode) == (positions == "f2+l2")  # "d" asks for edits of generated tokens
+
+
+def test_a_second_generation_starts_from_its_own_prompt():
+    model = family(positions="f2+l2")
+    first, second = batch(9, 4, side="left"), batch(3, seed=4)
+    expected = greedy(model, second)
+    greedy(model, first)
+    assert greedy(model, second) == expected
+
+
+def test_a_forward_that_continues_a_cache_by_itself_edits_nothing():
+    model = family(positions="all")
+    ids = batch(9)["input_ids"]
+    with torch.no_grad():
+        cache = model(input_ids=ids[:, :6], use_cache=True).past_key_values
+        got = model(input_ids=ids[:, 6:], past_key_values=cache).logits
+    expected = logits(model, {"input_ids": ids}, intervention_locations=torch.arange(6)[None])[:, 6:]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert (logits(model, {"input_ids": ids})[:, 6:] - got).abs().max() > 1e-3
+
+
+def test_multi_turn_generation_with_a_cache_equals_training_on_all_turns():
+    model = family(positions="f2+l2", turns="all")
+    first = batch(6, seed=1)["input_ids"]
+    cache = DynamicCache(config=model.config)
+    out = model.generate(input_ids=first, past_key_values=cache, max_new_tokens=3, do_sample=False)
+    second = torch.cat([out, batch(5, seed=2)["input_ids"]], dim=1)
+    scores = []
+    handle = model.get_base_model().lm_head.register_forward_hook(lambda m, a, output: scores.append(output[:, -1]))
+    model.generate(input_ids=second, past_key_values=cache, max_new_tokens=1, do_sample=False)
+    handle.remove()
+    labels = torch.full_like(second, -100)
+    labels[:, 6:9] = second[:, 6:9]
+    row, answers = torch.cat([second, second[:, :1]], 1), torch.cat([labels, second[:, :1]], 1)
+    trained = logits(model, {"input_ids": row}, labels=answers)[:, second.shape[1] - 1]
+    torch.testing.assert_close(scores[0], trained, rtol=1e-4, atol=1e-4)
+    assert (logits(model, {"input_ids": row})[:, second.shape[1] - 1] - trained).abs().max() > 1e-3
+
+
+def test_a_text_generation_pipeline_pads_and_continues_like_single_texts():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, 100)}}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
+    model = family(positions="f2+l2")
+    pipeline = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+    texts = ["w5 w6 w7 w8 w9 w10 w11", "w12", "w20 w21 w22"]
+    settings = {"max_new_tokens": NEW, "do_sample": False, "return_tensors": True}
+    together = [out[0]["generated_token_ids"] for out in pipeline(texts, batch_size=3, **settings)]
+    alone = [pipeline(text, **settings)[0]["generated_token_ids"] for text in texts]
+    assert [list(tokens)[-NEW:] for tokens in together] == [list(tokens)[-NEW:] for tokens in alone]
+    with model.disable_adapter():
+        assert [pipeline(text, **settings)[0]["generated_token_ids"] for text in texts] != alone
