@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers import PretrainedConfig
 
-from peft_reft.layout import PLAIN, Layout, edit_hidden_state, layout_from
+from peft_reft.layout import CHANNELS_FIRST, PLAIN, Layout, edit_hidden_state, layout_from
 from peft_reft.structure import block_width, device_and_dtype, size_of, structural_stacks
 from peft_reft.trace import Run, entries, run
 
@@ -81,6 +82,9 @@ class Survey:
         """
         layout = self.layout_of(name)
         if layout is None:  # not run in the trace, such as a vision tower
+            module = self.model.get_submodule(name)
+            if isinstance(module, _ConvNd):
+                return module.out_channels, CHANNELS_FIRST
             return block_width(self.model, name), PLAIN
         return self._shapes(name)[0][layout.vector], layout
 

@@ -185,8 +185,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode)
-        # Whoever looks for adapters where PEFT's other methods have them, at the targeted module itself, finds them too.
-        # In the block's __dict__ they are plain attributes: no submodules, and no names of parameters change.
+        # Whoever looks for adapters where PEFT's other methods have them, at the targeted module itself, finds them
+        # too. In the block's __dict__ they are plain attributes: no submodules, and no parameter changes its name.
         for name in SHOWN:
             if not hasattr(type(self.block), name):
                 self.block.__dict__[name] = () if name == "other_param_names" else getattr(self, name)
@@ -217,8 +217,8 @@ def as_rows(h: Tensor, specs: set[str]) -> Tensor:
     """
     if h.dim() > 3 and specs != {"all"}:
         raise ValueError(
-            f"positions={sorted(specs - {'all'})[0]!r} counts the vectors of a sequence [B, S, d], but a targeted module "
-            f"put out a tensor of shape {tuple(h.shape)}. Use positions='all', or target other modules."
+            f"positions={sorted(specs - {'all'})[0]!r} counts the vectors of a sequence [B, S, d], but a targeted "
+            f"module put out a tensor of shape {tuple(h.shape)}. Use positions='all', or target other modules."
         )
     rows = h.shape[0] if h.dim() > 1 else 1
     return h.reshape(rows, -1, h.shape[-1])

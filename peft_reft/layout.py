@@ -68,6 +68,7 @@ class Layout:
 
 
 PLAIN = Layout()
+CHANNELS_FIRST = Layout(columns=2, vector=1)  # of a convolution: a vector for each place
 
 
 def _each_stream(h: Tensor, edit: Callable[[Tensor], Tensor]) -> Tensor:

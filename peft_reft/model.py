@@ -12,7 +12,13 @@ from typing import Any
 
 from peft import PeftModel
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _ExcludedModule,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from peft.utils.peft_types import TaskType
 from torch import Tensor, nn
@@ -66,9 +72,13 @@ class ReftModel(BaseTuner):
     # Injection: which modules, and what is created there.
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        self._named_by_state_dict: set[str] = set()
         if kwargs.get("state_dict") is not None:
             # PEFT reads a target's name off each key, as what stands before ".reft_"; there is CHILD in between.
             middle = f".{CHILD}.{self.prefix}"
+            self._named_by_state_dict = {
+                own_name(key.split(middle)[0]) for key in kwargs["state_dict"] if middle in key
+            }
             kwargs["state_dict"] = {k.replace(middle, f".{self.prefix}"): v for k, v in kwargs["state_dict"].items()}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         attach_hosts(model, is_causal_lm(model, self.peft_config[adapter_name]))
@@ -77,10 +87,15 @@ class ReftModel(BaseTuner):
         return peft_config  # None means the model's own blocks, and is saved as such: it fits models of other depths
 
     def _prepare_model(self, peft_config: ReftConfig, model: nn.Module) -> None:  # type: ignore[override]
+        _maybe_include_all_linear_layers(peft_config, model)  # PEFT expands "all-linear" after this method only
         survey = Survey(model)
-        targets, self._excluded = choose_targets(peft_config, model, survey)
-        refuse_unsound(model, sorted(targets))
-        shapes = {name: survey.shape_of(name) for name in sorted(targets)}
+        matched, excluded = choose_targets(peft_config, model, survey)
+        self._matched, self._excluded = ({own_name(name) for name in names} for names in (matched, excluded))
+        # A state dict, if given, says where an adapter goes, whatever the config says.
+        named = {name for name, _ in model.named_modules() if own_name(name) in self._named_by_state_dict}
+        targets = sorted(matched | named)
+        refuse_unsound(model, targets)
+        shapes = {own_name(name): survey.shape_of(name) for name in targets}
         self._layouts = {name: layout for name, (_, layout) in shapes.items()}
         self._targets = {name: (width, rank_of(peft_config, name)) for name, (width, _) in shapes.items()}
         check_shapes(peft_config, self._targets)  # before anything is changed
@@ -90,7 +105,7 @@ class ReftModel(BaseTuner):
         self._shared: ReftLayer | None = None  # the layer whose interventions the others share
 
     def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> Any:  # type: ignore[override]
-        return _ExcludedModule() if key in self._excluded else key in self._targets
+        return _ExcludedModule() if own_name(key) in self._excluded else own_name(key) in self._matched
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -101,8 +116,9 @@ class ReftModel(BaseTuner):
         parent: nn.Module,
         current_key: str,
     ) -> None:
-        width, r = self._targets[current_key]
-        layer = attach_layer(target, width, self._layouts[current_key])
+        name = own_name(current_key)
+        width, r = self._targets[name]
+        layer = attach_layer(target, width, self._layouts[name])
         layer.add_adapter(adapter_name, peft_config, r, self._prompt_end, self._shared)
         if peft_config.share_layers:
             self._shared = layer
@@ -256,6 +272,11 @@ def choose_targets(config: ReftConfig, model: nn.Module, survey: Survey) -> tupl
         stacks = group_by_stack(matched)
     chosen = set(pick_layers(stacks, config.layers_to_transform))
     return chosen & set(matched), excluded
+
+
+def own_name(name: str) -> str:
+    """A module's name in the model itself, should torch.compile have wrapped that."""
+    return name.removeprefix("_orig_mod.")
 
 
 def rank_of(config: ReftConfig, name: str) -> int:
