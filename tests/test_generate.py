@@ -1,4 +1,4 @@
-"""`generate` edits the prompt it was given, however the prompt is run, and generated tokens only where a term asks for it."""
+"""`generate` edits the prompt it was given, however it is run, and generated tokens only where a term asks for it."""
 
 import threading
 

@@ -1,0 +1,201 @@
+"""ReftDataCollator adds the columns that the model would find itself, and passes for the collator that it wraps."""
+
+import copy
+import pickle
+
+import pytest
+import reference
+import torch
+from conftest import EOS, PAD, VOCAB, logits, reft_model, tiny_model
+from transformers import DataCollatorForTokenClassification, default_data_collator
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from peft_reft import ReftConfig, ReftDataCollator
+from peft_reft.prompt import IGNORED
+
+
+def examples(*shapes):
+    """Examples of (tokens, prompt tokens), as TRL prepares prompt/completion data."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for tokens, prompt in shapes:
+        ids = torch.randint(EOS + 1, VOCAB, (tokens,), generator=generator).tolist()
+        made.append({"input_ids": ids, "labels": [IGNORED] * prompt + ids[prompt:]})
+    return made
+
+
+SHAPES = ((9, 5), (4, 1), (6, 6), (3, 2))
+
+
+def collate(config=None, inner=None, data=None, **settings):
+    config = config or ReftConfig(**{"task_type": "CAUSAL_LM", "positions": "f2+l2", **settings})
+    return ReftDataCollator(inner or DataCollatorForLanguageModeling(PAD), config)(data or examples(*SHAPES))
+
+
+@pytest.mark.parametrize("positions", ["f2+l2", "l3", "f1", "f4+l4", "all"])
+def test_the_columns_are_those_of_the_loop_over_mask_and_labels(positions):
+    got = collate(positions=positions)
+    expected = reference.columns_to_edit(positions, got["attention_mask"], got["labels"])
+    locations = got["intervention_locations"]
+    assert locations.dtype == torch.int64
+    assert [[[c for c in group if c >= 0] for group in row] for row in locations.tolist()] == expected
+
+
+def test_the_width_is_constant():
+    for shapes in (SHAPES, ((2, 1),), ((20, 19), (5, 3))):
+        assert collate(data=examples(*shapes), positions="f2+l5")["intervention_locations"].shape == (len(shapes), 2, 5)
+
+
+@pytest.mark.parametrize("share_weights", [True, False, "position"])
+@pytest.mark.parametrize("positions", ["f2+l2", "f1+m2+l1"])
+def test_the_model_does_the_same_with_the_locations_as_with_the_labels(positions, share_weights):
+    model = reft_model(tiny_model("llama"), task_type="CAUSAL_LM", positions=positions, share_weights=share_weights)
+    got = dict(collate(config=model.peft_config["default"]))
+    locations = got.pop("intervention_locations")
+    by_labels = logits(model, got)
+    labels = got.pop("labels")
+    by_locations = logits(model, got, intervention_locations=locations)
+    torch.testing.assert_close(by_locations, by_labels)
+    assert (logits(model, got) - by_labels).abs().max() > 1e-3
+    assert labels.shape == got["input_ids"].shape
+
+
+@pytest.mark.parametrize("positions", ["f2+l2", "f1+d2", "all"])
+def test_padding_free_batches_name_the_same_tokens(positions):
+    padded = collate(positions=positions)
+    flat = collate(positions=positions, inner=DataCollatorForLanguageModeling(PAD, padding_free=True))
+    assert flat["input_ids"].shape[0] == 1
+    mask = padded["attention_mask"].bool()
+    named = torch.zeros_like(mask)
+    for row, groups in enumerate(padded["intervention_locations"]):
+        named[row, groups[groups >= 0]] = True
+    flat_named = torch.zeros(flat["input_ids"].shape[1], dtype=torch.bool)
+    locations = flat["intervention_locations"][0]
+    flat_named[locations[locations >= 0]] = True
+    assert torch.equal(flat_named, named[mask])
+    assert named.any()
+
+
+def test_it_passes_for_the_collator_it_wraps():
+    inner = DataCollatorForLanguageModeling(PAD, padding_free=False)
+    collator = ReftDataCollator(inner, ReftConfig(task_type="CAUSAL_LM"))
+    assert isinstance(collator, DataCollatorForLanguageModeling)
+    assert isinstance(collator, ReftDataCollator)
+    assert collator.pad_token_id == PAD
+    collator.return_position_ids = True  # as TRL does under sequence parallelism
+    assert inner.return_position_ids
+    assert "position_ids" in collator(examples(*SHAPES))
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        collator.nothing_like_it  # noqa: B018
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
+def test_copies_and_pickles_work_like_the_original(duplicate):
+    collator = ReftDataCollator(DataCollatorForLanguageModeling(PAD), ReftConfig(task_type="CAUSAL_LM"))
+    again = duplicate(collator)
+    assert type(again) is ReftDataCollator
+    assert isinstance(again, DataCollatorForLanguageModeling)
+    data = examples(*SHAPES)
+    for name, tensor in collator(data).items():
+        assert torch.equal(again(data)[name], tensor)
+
+
+def test_worker_processes_can_use_it():
+    collator = ReftDataCollator(DataCollatorForLanguageModeling(PAD), ReftConfig(task_type="CAUSAL_LM"))
+    loader = torch.utils.data.DataLoader(
+        examples(*SHAPES), batch_size=2, collate_fn=collator, num_workers=1, multiprocessing_context="spawn"
+    )
+    assert [tuple(b["intervention_locations"].shape) for b in loader] == [(2, 2, 1), (2, 2, 1)]
+
+
+def test_a_function_can_be_wrapped():
+    data = [
+        {"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]},
+        {"input_ids": [8, 9, 5], "labels": [IGNORED, IGNORED, 5]},
+    ]
+    got = ReftDataCollator(default_data_collator, ReftConfig(positions="l1"))(data)
+    assert got["intervention_locations"].tolist() == [[[0]], [[1]]]
+
+
+def test_locations_of_the_data_set_pass_untouched():
+    data = examples(*SHAPES)
+    own = [[1, 3], [0], None, [2, 0, 1]]
+    for example, locations in zip(data, own):
+        if locations is not None:
+            example["intervention_locations"] = locations
+    got = collate(data=data)
+    assert got["intervention_locations"].tolist() == [
+        [[1, 3, -1]],
+        [[0, -1, -1]],
+        [[-1, -1, -1]],
+        [[2, 0, 1]],
+    ]
+    assert data[0]["intervention_locations"] == [1, 3]
+
+
+def test_locations_by_group_of_the_data_set_pass_untouched():
+    data = examples((5, 3), (4, 2))
+    data[0]["intervention_locations"] = [[0, 1], [2, -1]]
+    data[1]["intervention_locations"] = [[0], [1]]
+    assert collate(data=data)["intervention_locations"].tolist() == [[[0, 1], [2, -1]], [[0, -1], [1, -1]]]
+
+
+@pytest.mark.parametrize(("task_type", "last"), [("TOKEN_CLS", [2, 3]), ("CAUSAL_LM", [0, 2]), (None, [0, 2])])
+def test_labels_end_a_prompt_for_causal_language_models_only(task_type, last):
+    class Tokenizer:
+        padding_side = "right"
+
+        def pad(self, features, **kwargs):
+            width = max(len(f["input_ids"]) for f in features)
+            rows = [f["input_ids"] + [PAD] * (width - len(f["input_ids"])) for f in features]
+            masks = [[1] * len(f["input_ids"]) + [0] * (width - len(f["input_ids"])) for f in features]
+            return {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(masks)}
+
+    data = [{"input_ids": [5, 6, 7], "labels": [1, 2, 3]}, {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, -100, 4]}]
+    inner = DataCollatorForTokenClassification(Tokenizer())
+    got = collate(inner=inner, data=data, positions="l1", task_type=task_type)
+    assert got["intervention_locations"].flatten().tolist() == last
+
+
+def test_batches_of_an_encoder_decoder_count_over_the_encoders_input():
+    inner = lambda features: {  # noqa: E731
+        "input_ids": torch.tensor([[5, 6, 7, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 0]]),
+        "labels": torch.tensor([[3, 4, 5, 6]]),
+        "decoder_input_ids": torch.tensor([[0, 3, 4, 5]]),
+    }
+    assert collate(inner=inner, positions="l1", task_type="SEQ_2_SEQ_LM")["intervention_locations"].tolist() == [[[2]]]
+
+
+def test_a_marker_ends_the_prompt_where_there_are_no_labels():
+    data = [{"input_ids": [5, 7, 8, 6, 9]}, {"input_ids": [7, 8, 5, 5, 5]}]
+    got = ReftDataCollator(default_data_collator, ReftConfig(positions="l1", prompt_end=[7, 8]))(data)
+    assert got["intervention_locations"].tolist() == [[[2]], [[1]]]
+
+
+@pytest.mark.parametrize(("turns", "named"), [("first", [1]), ("last", [6]), ("all", [1, 4, 6])])
+def test_turns_choose_whose_prompt_is_edited(turns, named):
+    labels = [IGNORED, IGNORED, 5, 5, IGNORED, 5, IGNORED, 5]
+    data = [{"input_ids": list(range(10, 18)), "labels": labels}]
+    got = ReftDataCollator(default_data_collator, ReftConfig(positions="l1", turns=turns))(data)[
+        "intervention_locations"
+    ]
+    assert got[got >= 0].tolist() == named
+
+
+@pytest.mark.parametrize(
+    ("inner", "config", "message"),
+    [
+        (None, ReftConfig(), "None is not callable"),
+        (default_data_collator, None, "None is not a ReftConfig"),
+        (default_data_collator, {"positions": "f1"}, "pass the one that the adapter was made with"),
+    ],
+)
+def test_what_cannot_be_wrapped_is_refused(inner, config, message):
+    with pytest.raises(TypeError, match=message):
+        ReftDataCollator(inner, config)
+
+
+def test_a_batch_without_token_ids_is_refused():
+    with pytest.raises(ValueError, match=r"needs a batch with `input_ids`.*pixel_values"):
+        collate(inner=lambda features: {"pixel_values": torch.zeros(1)})
