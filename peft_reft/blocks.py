@@ -266,3 +266,36 @@ def _no_blocks(model: nn.Module) -> str:
         f"No list of blocks was found in {type(model).__name__}. Name the modules whose output is to be edited "
         f"in ReftConfig(target_modules=[...]); candidates: {shown or 'none, the model has no parameters'}."
     )
+
+
+class Remembered:
+    """The answers of a `Survey` of one model, which is made when a question is new: tracing takes a moment, and every
+    further adapter asks the same questions.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._stacks: list[list[str]] | None = None
+        self._shapes: dict[str, tuple[int, Layout]] = {}
+        self._survey: Survey | None = None
+
+    def stacks(self) -> list[list[str]]:
+        """As `Survey.stacks`."""
+        if self._stacks is None:
+            self._stacks = self._ask().stacks()
+        return self._stacks
+
+    def shape_of(self, name: str) -> tuple[int, Layout]:
+        """As `Survey.shape_of`."""
+        if name not in self._shapes:
+            self._shapes[name] = self._ask().shape_of(name)
+        return self._shapes[name]
+
+    def _ask(self) -> Survey:
+        if self._survey is None:
+            self._survey = Survey(self.model)
+        return self._survey
+
+    def forget_trace(self) -> None:
+        """Let go of the tensors of the trace; the answers stay."""
+        self._survey = None

@@ -24,7 +24,7 @@ from peft.utils.peft_types import TaskType
 from torch import Tensor, nn
 
 from peft_reft.batching import BatchingEntry
-from peft_reft.blocks import Survey, refuse_unsound
+from peft_reft.blocks import Remembered, refuse_unsound
 from peft_reft.checkpoint import blocks_of, intervention_shapes, mismatch
 from peft_reft.config import ReftConfig, prompt_end_ids
 from peft_reft.generation import GenerateEntry
@@ -81,14 +81,15 @@ class ReftModel(BaseTuner):
             }
             kwargs["state_dict"] = {k.replace(middle, f".{self.prefix}"): v for k, v in kwargs["state_dict"].items()}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        attach_hosts(model, is_causal_lm(model, self.peft_config[adapter_name]))
+        attach_hosts(model, is_causal_lm(model, self.peft_config[adapter_name]), self._survey)
 
     def _prepare_adapter_config(self, peft_config: ReftConfig, model_config: dict) -> ReftConfig:  # type: ignore[override]
         return peft_config  # None means the model's own blocks, and is saved as such: it fits models of other depths
 
     def _prepare_model(self, peft_config: ReftConfig, model: nn.Module) -> None:  # type: ignore[override]
         _maybe_include_all_linear_layers(peft_config, model)  # PEFT expands "all-linear" after this method only
-        survey = Survey(model)
+        host = Host.of(model)
+        self._survey = survey = host.root.survey if host is not None else Remembered(model)
         matched, excluded = choose_targets(peft_config, model, survey)
         self._matched, self._excluded = ({own_name(name) for name in names} for names in (matched, excluded))
         # A state dict, if given, says where an adapter goes, whatever the config says.
@@ -96,6 +97,7 @@ class ReftModel(BaseTuner):
         targets = sorted(matched | named)
         refuse_unsound(model, targets)
         shapes = {own_name(name): survey.shape_of(name) for name in targets}
+        survey.forget_trace()
         self._layouts = {name: layout for name, (_, layout) in shapes.items()}
         self._targets = {name: (width, rank_of(peft_config, name)) for name, (width, _) in shapes.items()}
         check_shapes(peft_config, self._targets)  # before anything is changed
@@ -246,7 +248,7 @@ def reft_layers(model: nn.Module) -> dict[str, ReftLayer]:
     return {name.removesuffix(suffix): layer for name, layer in model.named_modules() if isinstance(layer, ReftLayer)}
 
 
-def choose_targets(config: ReftConfig, model: nn.Module, survey: Survey) -> tuple[set[str], set[str]]:
+def choose_targets(config: ReftConfig, model: nn.Module, survey: Remembered) -> tuple[set[str], set[str]]:
     """Names of the modules to edit, and of those that would be if `exclude_modules` did not name them.
 
     Raises:
@@ -308,11 +310,11 @@ def check_shapes(config: ReftConfig, targets: Mapping[str, tuple[int, int]]) -> 
         )
 
 
-def attach_hosts(model: nn.Module, causal: bool) -> None:
+def attach_hosts(model: nn.Module, causal: bool, survey: Remembered | None = None) -> None:
     """Hook every module around the blocks that takes tokens, and `generate`; what is hooked already stays so."""
     layers = reft_layers(model)
     host = Host.of(model)
-    root = host.root if host is not None else Root(causal, [], FactorCache())
+    root = host.root if host is not None else Root(causal, [], FactorCache(), survey or Remembered(model))
     root.causal = root.causal or causal
     root.layers[:] = layers.values()
     around = {""}

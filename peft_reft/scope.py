@@ -106,6 +106,7 @@ class Root:
         causal: a causal language model, whose labels tell where the prompt ends.
         layers: the layers beside its blocks.
         batch_factors: works out what the layers' interventions multiply with, for all of them together.
+        survey: what was found out about its blocks.
         batching: asks the manager of continuous batching what the running forward holds.
         warned: the warnings given so far; each is given once.
         steps_without_edit: training forwards so far, none of which edited a token; None once one did.
@@ -114,6 +115,7 @@ class Root:
     causal: bool
     layers: list[Any]
     batch_factors: Callable[[list[Any], list[str] | None], dict[tuple[int, str], Any]]
+    survey: Any
     batching: Callable[[], list[tuple[int, int, int]] | None] | None = None
     warned: set[str] = field(default_factory=set)
     steps_without_edit: int | None = 0
