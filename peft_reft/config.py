@@ -122,10 +122,8 @@ class ReftConfig(PeftConfig):
                 "peft_reft.register_intervention with your own class first."
             )
         spec = parse_positions(self.positions)
-        if (
-            self.share_weights not in (True, False, "position")
-            or (isinstance(self.share_weights, int)
-            and not isinstance(self.share_weights, bool))
+        if self.share_weights not in (True, False, "position") or (
+            isinstance(self.share_weights, int) and not isinstance(self.share_weights, bool)
         ):
             raise ValueError(f"share_weights={self.share_weights!r} must be True, False or 'position'.")
         if self.share_weights == "position" and any(term.width is None for term in spec.terms):

@@ -8,13 +8,96 @@ step runs it again. So the prompt is taken where the caller hands it over.
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_reft.prompt import Tokens
-from peft_reft.scope import Generation, Root, check_locations, generation_scope
+from peft_reft.arguments import check_locations, keeps_a_cache, past_length, token_device, valid_columns, window_of
+from peft_reft.frame import Call, Frame, generation_scope
+from peft_reft.positions import PositionSpec
+from peft_reft.prompt import Prompts, Tokens, generated
+from peft_reft.root import Root
+
+if TYPE_CHECKING:
+    from peft_reft.host import Host
+
+
+@dataclass
+class Generation:
+    """One call of `generate`: its prompt, in columns of the whole row, however the prompt is then run.
+
+    Attributes:
+        tokens: the rows given to `generate`; None until an encoder-decoder's decoder has started.
+        locations: what the caller passed as `intervention_locations`, [B, G, P], or None.
+        adapter_names: the adapter of each row given, or None.
+        decoder_columns: length of the decoder's prompt where its first forward may hold more than that (guessed tokens).
+        edits_answers: some adapter edits generated tokens too.
+        seen: columns that went through the model in the forwards that have ended.
+        prefilled: the whole prompt is in a cache; of it, nothing is left to edit.
+    """
+
+    root: Root
+    tokens: Tokens | None
+    locations: Tensor | None = None
+    adapter_names: list[str] | None = None
+    decoder_columns: int | None = None
+    edits_answers: bool = False
+    seen: int = 0
+    prefilled: bool = False
+    _running: tuple[int, bool] = (0, False)  # what `seen` and `prefilled` will be when the running forward has ended
+    _prompts: dict[Any, Prompts] = field(default_factory=dict)
+
+    def frame(self, host: Host, call: Call, arguments: dict[str, Any], rows: int, columns: int) -> Frame:
+        """The frame of one forward within this generation."""
+        if self.prefilled:
+            return self._answer_frame(host, call, arguments, rows, columns)
+        past = past_length(arguments, columns, self.seen)
+        past = self.seen if isinstance(past, Tensor) and self.seen else int(past)
+        if self.tokens is None:
+            valid = valid_columns(arguments.get("attention_mask"), rows, columns, token_device(arguments))
+            self.tokens = Tokens(valid[:, : self.decoder_columns], given=True)
+        given, total = self.tokens.valid.shape
+        self._running = (max(self.seen, past + columns), past + columns >= total and keeps_a_cache(arguments))
+        if past >= total:
+            return self._answer_frame(host, call, arguments, rows, columns)
+        times, rest = divmod(rows, given)
+        if rest:
+            raise ValueError(
+                f"generate was given {given} prompts but runs a batch of {rows} rows, which is no multiple of it; "
+                "the rows' prompts cannot be told."
+            )
+        locations = None if host.role == "decoder" else self.locations
+        if locations is not None:
+            return Frame(
+                host, call, rows, columns, locations=window_of(locations.repeat_interleave(times, 0), past, columns)
+            )
+        return Frame(
+            host, call, rows, columns, find=lambda spec: self._prompts_of(spec).repeat(times).window(past, columns)
+        )
+
+    def _prompts_of(self, spec: PositionSpec) -> Prompts:
+        """The prompts in columns of the whole row, worked out once."""
+        key = (spec.turns, spec.prompt_end)
+        if key not in self._prompts:
+            assert self.tokens is not None
+            self._prompts[key] = self.tokens.prompts(*key)
+        return self._prompts[key]
+
+    def _answer_frame(self, host: Host, call: Call, arguments: dict[str, Any], rows: int, columns: int) -> Frame:
+        """The frame of a forward that holds generated tokens only."""
+        if not self.edits_answers or self.locations is not None or self.tokens is None:
+            return Frame(host, call, rows, columns, edits=False)
+        first = past_length(arguments, columns, self.seen) - self.tokens.valid.shape[1]
+        device = token_device(arguments)
+        return Frame(
+            host, call, rows, columns, find=lambda spec: generated(rows, columns, first, device), answers_only=True
+        )
+
+    def forward_ended(self) -> None:
+        if not self.prefilled:
+            self.seen, self.prefilled = self._running
 
 
 class GenerateEntry:

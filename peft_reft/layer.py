@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from peft_reft.config import ReftConfig
 from peft_reft.factors import batch_factors, fingerprint, stack_factors, values_on_cpu
+from peft_reft.frame import Frame, frame_of_block
 from peft_reft.interventions import Factors, build_intervention, edit_of, low_rank_edit
 from peft_reft.layout import PLAIN, Layout, edit_hidden_state
 from peft_reft.positions import PositionSpec, parse_positions
-from peft_reft.scope import Frame, frame_of_block
 from peft_reft.sites import Sites, add_edit
 from peft_reft.structure import device_and_dtype
 

@@ -27,10 +27,12 @@ from peft_reft.batching import BatchingEntry
 from peft_reft.blocks import Remembered, refuse_unsound
 from peft_reft.checkpoint import blocks_of, intervention_shapes, mismatch
 from peft_reft.config import ReftConfig, prompt_end_ids
+from peft_reft.frame import adapter_names_scope
 from peft_reft.generation import GenerateEntry
+from peft_reft.host import Host
 from peft_reft.layer import CHILD, FactorCache, ReftLayer, attach_layer, detach_layer
 from peft_reft.numbering import group_by_stack, pick_layers
-from peft_reft.scope import Host, Root, adapter_names_scope
+from peft_reft.root import Root
 from peft_reft.structure import device_and_dtype
 
 INTERVENTIONS = f".{CHILD}.reft_interventions."  # what stands between a block's name and the adapter's in a key

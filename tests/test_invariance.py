@@ -15,7 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 
 from peft_reft import ReftConfig
 from peft_reft.prompt import IGNORED
-from peft_reft.scope import current_frame
+from peft_reft.frame import current_frame
 
 FAMILIES = {
     "llama": {},
