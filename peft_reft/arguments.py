@@ -101,14 +101,16 @@ def check_locations(locations: Any, shape: tuple[int, int] | None, past: int | T
         rows, columns = shape
         if locations.shape[0] != rows:
             raise ValueError(
-                f"intervention_locations has {locations.shape[0]} rows, but the batch has {rows}; it belongs to another batch. {rule}"
+                f"intervention_locations has {locations.shape[0]} rows, but the batch has {rows}; it belongs to "
+                f"another batch. {rule}"
             )
         if locations.device.type == "cpu" and not torch.compiler.is_compiling() and locations.numel():
             least, most = int(locations.min()), int(locations.max())
             if least < -1 or most >= columns + int(past):
                 wrong = least if least < -1 else most
                 raise ValueError(
-                    f"intervention_locations holds {wrong}, but the rows have the columns 0 to {columns + int(past) - 1}. {rule}"
+                    f"intervention_locations holds {wrong}, but the rows have the columns 0 to "
+                    f"{columns + int(past) - 1}. {rule}"
                 )
     locations = locations.long()
     locations = locations if locations.dim() == 3 else locations.unsqueeze(1)

@@ -36,8 +36,9 @@ class ReftConfig(PeftConfig):
     positions: str = field(
         default="f1+l1",
         metadata={
-            "help": "Which tokens are edited: 'fN' the first N of the prompt, 'lM' the last M, 'fN+lM' both, 'all' every "
-            "one; further terms: 'mK' K in its middle, 'eK' every K-th, 'd' or 'dK' every, or every K-th, generated token."
+            "help": "Which tokens are edited: 'fN' the first N of the prompt, 'lM' the last M, 'fN+lM' both, 'all' "
+            "every one; further terms: 'mK' K in its middle, 'eK' every K-th, 'd' or 'dK' every, or every K-th, "
+            "generated token."
         },
     )
     share_weights: bool | str = field(
@@ -53,8 +54,8 @@ class ReftConfig(PeftConfig):
     prompt_end: list[int] | str | None = field(
         default=None,
         metadata={
-            "help": "What ends a prompt, as token ids or as a string that the model's tokenizer encodes, for callers that "
-            "pass neither labels nor intervention_locations. Its last occurrence counts, unless `turns` says otherwise."
+            "help": "What ends a prompt, as token ids or as a string that the model's tokenizer encodes, for callers "
+            "that pass neither labels nor intervention_locations. Its last occurrence counts, unless `turns` says otherwise."
         },
     )
     turns: str | None = field(
@@ -128,8 +129,8 @@ class ReftConfig(PeftConfig):
             raise ValueError(f"share_weights={self.share_weights!r} must be True, False or 'position'.")
         if self.share_weights == "position" and any(term.width is None for term in spec.terms):
             raise ValueError(
-                f"share_weights='position' needs a fixed number of positions, which positions={self.positions!r} does not "
-                "have. Use fN, lM and mK only, or share_weights=False for one intervention per term."
+                f"share_weights='position' needs a fixed number of positions, which positions={self.positions!r} does "
+                "not have. Use fN, lM and mK only, or share_weights=False for one intervention per term."
             )
         if self.share_layers and self.rank_pattern:
             raise ValueError(
@@ -146,12 +147,11 @@ class ReftConfig(PeftConfig):
                     "'<|assistant|>\\n', or its token ids."
                 )
         layers = [self.layers_to_transform] if is_int(self.layers_to_transform) else self.layers_to_transform
-        if layers is not None:
-            if not isinstance(layers, (list, tuple)) or not layers or not all(is_int(layer) for layer in layers):
-                raise ValueError(
-                    f"layers_to_transform={self.layers_to_transform!r} does not name blocks; pass a block number, a list "
-                    "of them (negative ones count from the end), or None for every block."
-                )
+        if layers is not None and not (isinstance(layers, (list, tuple)) and layers and all(map(is_int, layers))):
+            raise ValueError(
+                f"layers_to_transform={self.layers_to_transform!r} does not name blocks; pass a block number, a list of "
+                "them (negative ones count from the end), or None for every block."
+            )
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r} is not a probability below 1; 0.0 drops nothing.")
         if self.act_fn is not None and not (isinstance(self.act_fn, str) and self.act_fn in ACT2FN):

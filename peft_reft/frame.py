@@ -208,8 +208,8 @@ class Frame:
             groups = spec.num_interventions(share_weights)
             if locations.shape[1] != groups:
                 raise ValueError(
-                    f"intervention_locations of shape {tuple(locations.shape)} cannot be split over the {groups} groups "
-                    f"of positions={str(spec)!r} with share_weights={share_weights!r}; pass [B, {groups}, P]."
+                    f"intervention_locations of shape {tuple(locations.shape)} cannot be split over the {groups} "
+                    f"groups of positions={str(spec)!r} with share_weights={share_weights!r}; pass [B, {groups}, P]."
                 )
             return sites_at(locations)
         if self.find is None:

@@ -32,7 +32,7 @@ class Generation:
         tokens: the rows given to `generate`; None until an encoder-decoder's decoder has started.
         locations: what the caller passed as `intervention_locations`, [B, G, P], or None.
         adapter_names: the adapter of each row given, or None.
-        decoder_columns: length of the decoder's prompt where its first forward may hold more than that (guessed tokens).
+        decoder_columns: length of the decoder's prompt, where its first forward may hold more (guessed tokens).
         edits_answers: some adapter edits generated tokens too.
         seen: columns that went through the model in the forwards that have ended.
         prefilled: the whole prompt is in a cache; of it, nothing is left to edit.

@@ -194,8 +194,8 @@ class Host:
         requests = None if self.root.batching is None else self.root.batching()
         if requests is None:
             raise ValueError(
-                "A ReFT model was run by a continuous batching manager that it does not know, so the prompts of the requests "
-                "cannot be told. Start it with model.generate_batch or model.init_continuous_batching."
+                "A ReFT model was run by a continuous batching manager that it does not know, so the prompts of the "
+                "requests cannot be told. Start it with model.generate_batch or model.init_continuous_batching."
             )
         answers_only = all(past >= prompt for _, past, prompt in requests)
         if not answers_only and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():

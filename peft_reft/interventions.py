@@ -148,7 +148,8 @@ class Intervention(nn.Module):
                 parameter.zero_()
         elif self.has_source or not self.replaces:
             warnings.warn(
-                f"{type(self).__name__} with an activation has no weights for which the edit is zero and can be trained; it starts from "
+                f"{type(self).__name__} with an activation has no weights for which the edit is zero and can be "
+                "trained; it starts from "
                 "random ones. Use act_fn=None for a fresh adapter that changes nothing.",
                 stacklevel=2,
             )

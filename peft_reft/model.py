@@ -1,4 +1,4 @@
-"""ReftModel: the PEFT tuner. Puts a ReftLayer beside every chosen block, hooks the modules around them, takes both off again."""
+"""ReftModel: the PEFT tuner. Puts a ReftLayer beside every chosen block, and hooks on the modules around them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import PeftModel
 from peft.config import PeftConfig
@@ -48,7 +48,7 @@ class ReftModel(BaseTuner):
 
     prefix = "reft_"
     tuner_layer_cls = ReftLayer
-    target_module_mapping: dict[str, list[str]] = {}  # no table of architectures: see blocks.py
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # no table of architectures: see blocks.py
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)  # __call__, so that the hooks run
@@ -187,8 +187,8 @@ class ReftModel(BaseTuner):
             remove_if_being_loaded(model, adapter_name)
             base = model.get_base_model() if isinstance(model, PeftModel) else model
             raise ValueError(
-                f"This ReFT adapter does not fit {type(base).__name__}: {reason}. Load it into the model it was trained "
-                f"on (base_model_name_or_path={config.base_model_name_or_path!r})."
+                f"This ReFT adapter does not fit {type(base).__name__}: {reason}. Load it into the model it was "
+                f"trained on (base_model_name_or_path={config.base_model_name_or_path!r})."
             )
         for layer in reft_layers(model).values():
             layer.being_loaded.pop(adapter_name, None)
@@ -301,14 +301,14 @@ def check_shapes(config: ReftConfig, targets: Mapping[str, tuple[int, int]]) -> 
     for name, (width, r) in targets.items():
         if r > width:
             raise ValueError(
-                f"r={r} is not a rank for hidden states of width {width}, which {name!r} puts out: it must be between 1 and "
-                f"{width}."
+                f"r={r} is not a rank for hidden states of width {width}, which {name!r} puts out: it must be between "
+                f"1 and {width}."
             )
     widths = sorted({width for width, _ in targets.values()})
     if config.share_layers and len(widths) > 1:
         raise ValueError(
-            f"share_layers=True needs blocks of one width, but these are {widths} wide. Choose blocks of one width with "
-            "layers_to_transform or target_modules, or do not share."
+            f"share_layers=True needs blocks of one width, but these are {widths} wide. Choose blocks of one width "
+            "with layers_to_transform or target_modules, or do not share."
         )
 
 

@@ -48,7 +48,7 @@ class Term:
 
     @property
     def width(self) -> int | None:
-        """The largest number of tokens the term can name in a document; None if only the document's length bounds it."""
+        """The most tokens the term can name in a document; None if only the document's length bounds it."""
         return self.count if self.kind in "flm" else None
 
 

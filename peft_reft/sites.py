@@ -96,7 +96,7 @@ def add_edit(out: Tensor, h: Tensor, sites: Sites, edit: Callable[[Tensor, Tenso
         sites: where.
         edit: maps vectors [B, G, P, d] and `sites.keep` to their edits [B, G, P, d], zero where not kept.
     """
-    rows, columns, d = h.shape
+    rows, _, d = h.shape
     groups = sites.keep.shape[1]
     if sites.columns is None:
         delta = edit(h.unsqueeze(1).expand(-1, groups, -1, -1), sites.keep)
