@@ -158,6 +158,7 @@ class Survey:
                 twins = [self._last_of_round(main, lists)]
                 self._refuse_sharing(twins[0])
             for twin in twins:
+                refuse_unsound(self.model, twin.names)
                 self._refuse_pooling(twin)
                 stacks.append(twin.names)
         return stacks

@@ -1,0 +1,321 @@
+"""Every architecture: blocks found, edits placed, gradients, generation, checkpoints, and the base model given back.
+
+A representative part runs with the tests. The whole sweep over transformers' mappings is a command of its own:
+
+    python tests/test_architectures.py [causal masked seq2seq sequence token image image-text] [-t MODEL_TYPE ...]
+
+The oracle hooks the blocks of a second, equal model and edits one vector at a time; of the package it uses nothing but
+the interventions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+
+import architectures
+import pytest
+import torch
+from architectures import DEPTH, Batch, batch_for, tiny_model
+from conftest import randomize
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from peft_reft import ReftConfig, get_interventions
+
+TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "sequence": "SEQ_CLS", "token": "TOKEN_CLS"}
+LENGTHS = (9, 5, 3)  # the last is too short for "f2+l2" to edit every token once
+
+# Where the vectors of a token stand in the hidden state, where that is not [row, column].
+Place = Callable[[Tensor, int, int], list[tuple]]
+_TIME_FIRST: Place = lambda h, row, column: [(column, row)]  # noqa: E731
+PLACES: dict[str, Place] = {
+    "xlnet": _TIME_FIRST,
+    "fsmt": _TIME_FIRST,
+    "gemma3n_text": lambda h, row, column: [(stream, row, column) for stream in range(h.shape[0])],
+    "squeezebert": lambda h, row, column: [(row, slice(None), column)],
+    "cpmant": lambda h, row, column: [(row, 32 + column)],  # after the virtual tokens
+    # The main stream, and one stream for each token that is predicted ahead, side by side.
+    "prophetnet": lambda h, row, column: [(row, start + column) for start in range(0, h.shape[1], h.shape[1] // 3)],
+}
+PLACES["gemma3n"] = PLACES["gemma3n_text"]
+# Numbers of blocks other than the depth of the config (twice that for an encoder and a decoder).
+COUNTS = {"bloom": 2, "nemotron_h": 4, "nemotron_h_omni": 4, "hrm_text": 4}
+
+
+def config_for(mapping: str, **settings) -> ReftConfig:
+    return ReftConfig(task_type=TASKS.get(mapping), positions="f2+l2", r=2, **settings)
+
+
+def adapted(model: nn.Module, mapping: str, **settings) -> PeftModel:
+    return randomize(get_peft_model(model, config_for(mapping, **settings)).eval())
+
+
+def run(model: nn.Module, batch: Batch, **kwargs):
+    with torch.no_grad():
+        return model(**batch.inputs, **kwargs)
+
+
+def result(output) -> Tensor:
+    """Logits, or what stands for them."""
+    return next(output[name] for name in ("logits", "prediction_logits", "last_hidden_state") if output.get(name) is not None)
+
+
+def close(got: Tensor, expected: Tensor, what: str = "") -> None:
+    largest = max(1.0, float(expected[expected.isfinite()].abs().max()))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * largest, msg=lambda text: f"{what} {text}")
+
+
+# The oracle.
+
+
+def edited_columns(valid: list[int]) -> list[int]:
+    """The columns that "f2+l2" names among those of a row's tokens."""
+    prefix = min(2, max(len(valid) - 2, (len(valid) + 1) // 2))
+    return valid[:prefix] + valid[prefix:][-2:]
+
+
+@contextlib.contextmanager
+def reference(
+    model: nn.Module, interventions: dict[str, nn.ModuleList], batch: Batch, model_type: str, cached: bool = False
+) -> Iterator[None]:
+    """Edit the outputs of the blocks, one vector at a time.
+
+    Args:
+        cached: the first of several forwards holds the prompt, the others go on from a cache.
+    """
+    forwards = 0
+
+    def count(*_) -> None:
+        nonlocal forwards
+        forwards += 1
+
+    place = PLACES.get(model_type, lambda h, row, column: [(row, column)])
+
+    def edit(h: Tensor, intervention: nn.Module, columns: list[list[int]]) -> Tensor:
+        h = h.clone()
+        for row, chosen in enumerate(columns):
+            for column in chosen:
+                for index in place(h, row, column):
+                    h[index] = intervention(h[index])
+        return h
+
+    def hook(block: nn.Module, args: tuple, output, name: str):
+        is_decoder = batch.decoder_columns is not None and "decoder" in name.split(".encoder.")[0]
+        if batch.decoder_columns is None or not is_decoder:
+            columns = [edited_columns(valid) for valid in batch.valid]
+        else:
+            columns = [edited_columns(list(range(batch.decoder_columns)))] * len(batch.valid)
+        if cached and forwards > 1:
+            if model_type != "xlnet" or forwards > 2:
+                return output
+            # Its memory leaves out the last token, which runs once more, now as the first column.
+            columns = [[c - batch.columns + 1 for c in row if c == batch.columns - 1] for row in columns]
+        if isinstance(output, Tensor):
+            return edit(output, interventions[name][0], columns)
+        if isinstance(output, dict):
+            key = next(iter(output))
+            return type(output)({**output, key: edit(output[key], interventions[name][0], columns)})
+        return type(output)([edit(output[0], interventions[name][0], columns), *output[1:]])
+
+    hooks = [
+        model.get_submodule(name).register_forward_hook(
+            lambda block, args, output, name=name: hook(block, args, output, name), prepend=True
+        )
+        for name in interventions
+    ]
+    hooks.append(model.register_forward_pre_hook(count))
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+# What is checked of each architecture. A check takes the model's type and mapping, and raises if it fails.
+
+
+def check_the_blocks_of_the_main_stack_are_wrapped(model_type: str, mapping: str) -> None:
+    base = tiny_model(model_type, mapping)
+    names = list(get_interventions(get_peft_model(base, config_for(mapping))))
+    sides = 2 if base.config.is_encoder_decoder else 1
+    assert len(names) == COUNTS.get(model_type, sides * DEPTH), names
+    assert len({name.rstrip("0123456789") for name in names if name[-1].isdigit()}) <= max(sides, 2), names
+
+
+def check_a_fresh_adapter_changes_nothing(model_type: str, mapping: str) -> None:
+    base = tiny_model(model_type, mapping)
+    batch = batch_for(base, mapping, LENGTHS)
+    before = result(run(base, batch))
+    after = result(run(get_peft_model(base, config_for(mapping)).eval(), batch))
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+
+
+def check_logits_and_hidden_states_equal_the_reference(model_type: str, mapping: str) -> None:
+    model, base = (tiny_model(model_type, mapping) for _ in range(2))
+    model = adapted(model, mapping)
+    for side in ("right", "left"):
+        batch = batch_for(base, mapping, LENGTHS, side)
+        got = run(model, batch, output_hidden_states=True)
+        plain = result(run(base, batch))
+        with reference(base, get_interventions(model), batch, model_type):
+            expected = run(base, batch, output_hidden_states=True)
+        difference = (result(got) - plain).abs().max()
+        assert difference > 1e-3, f"the adapter does nothing: {difference}"
+        close(result(got), result(expected))
+        for name in ("hidden_states", "encoder_hidden_states", "decoder_hidden_states"):
+            for one, other in zip(got.get(name) or (), expected.get(name) or (), strict=True):
+                close(one, other)
+
+
+def check_gradients_reach_every_intervention_and_nothing_else(model_type: str, mapping: str) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        base = tiny_model(model_type, mapping)
+        if checkpointing and not base.supports_gradient_checkpointing:
+            continue
+        model = adapted(base, mapping)
+        if checkpointing:
+            base.gradient_checkpointing_enable()
+        model.train()
+        torch.manual_seed(0)
+        output = result(model(**batch_for(base, mapping, LENGTHS).inputs))
+        (output.float() * torch.randn(output.shape)).sum().backward()
+        own = dict(get_interventions(model).items())
+        parameters = {id(p): f"{name}.{key}" for name, m in own.items() for key, p in m.named_parameters()}
+        for name, parameter in model.named_parameters():
+            if id(parameter) in parameters:
+                assert parameter.grad is not None and parameter.grad.abs().max() > 0, f"no gradient: {name}"
+            elif "modules_to_save" not in name:
+                assert parameter.grad is None, f"a gradient: {name}"
+        gradients.append([p.grad for m in own.values() for p in m.parameters()])
+    for one, other in zip(*gradients) if len(gradients) == 2 else ():
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def check_a_saved_adapter_gives_the_same_logits(model_type: str, mapping: str) -> None:
+    model = adapted(tiny_model(model_type, mapping), mapping)
+    with torch.no_grad():  # a classifier's own head is saved with the adapter
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(0.1)
+    batch = batch_for(model.get_base_model(), mapping, LENGTHS)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded = PeftModel.from_pretrained(tiny_model(model_type, mapping), folder).eval()
+    torch.testing.assert_close(result(run(loaded, batch)), result(run(model, batch)), rtol=0, atol=0)
+
+
+def check_the_base_model_is_given_back(model_type: str, mapping: str) -> None:
+    base = tiny_model(model_type, mapping)
+    batch = batch_for(base, mapping, LENGTHS)
+    before, classes = result(run(base, batch)), {name: type(m) for name, m in base.named_modules()}
+    weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.modules())
+    model = adapted(base, mapping)
+    assert not torch.equal(result(run(model, batch)), before)
+    with model.disable_adapter():
+        assert torch.equal(result(run(model, batch)), before)
+    base = model.unload()
+    assert torch.equal(result(run(base, batch)), before)
+    assert {name: type(m) for name, m in base.named_modules()} == classes
+    assert base.state_dict().keys() == weights.keys()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in base.state_dict().items())
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.modules()) == hooks
+
+
+def check_generate_equals_the_reference_with_and_without_a_cache(model_type: str, mapping: str) -> None:
+    model, base = (tiny_model(model_type, mapping) for _ in range(2))
+    if not base.can_generate() or mapping not in ("causal", "seq2seq", "image-text"):
+        return
+    model = adapted(model, mapping)
+    batch = batch_for(base, mapping, LENGTHS, side="left")
+    inputs = {k: v for k, v in batch.inputs.items() if k not in ("decoder_input_ids", "decoder_attention_mask")}
+    settings = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4, "pad_token_id": 0}
+    settings |= {"return_dict_in_generate": True, "output_scores": True}
+    if batch.decoder_columns is not None:
+        batch = batch.with_decoder_columns(1)
+    for use_cache in (False, True):  # each compared with itself: for some base models the two differ
+        with reference(base, get_interventions(model), batch, model_type, cached=use_cache or model_type == "xlnet"):
+            expected = base.generate(**inputs, **settings, use_cache=use_cache)
+        got = model.generate(**inputs, **settings, use_cache=use_cache)
+        for step, (one, other) in enumerate(zip(got.scores, expected.scores, strict=True)):
+            close(one, other, f"use_cache={use_cache}, step {step}")
+
+
+CHECKS: tuple[Callable[[str, str], None], ...] = (
+    check_the_blocks_of_the_main_stack_are_wrapped,
+    check_a_fresh_adapter_changes_nothing,
+    check_logits_and_hidden_states_equal_the_reference,
+    check_gradients_reach_every_intervention_and_nothing_else,
+    check_a_saved_adapter_gives_the_same_logits,
+    check_the_base_model_is_given_back,
+    check_generate_equals_the_reference_with_and_without_a_cache,
+)
+
+
+def sweep(mapping: str, model_types: list[str]) -> dict[str, str]:
+    """The outcome for every model type of a mapping: "passed", "refused: ...", "not built: ..." or "FAILED ...: ..."."""
+    outcomes = {}
+    for model_type in model_types:
+        outcomes[model_type] = outcome(model_type, mapping)
+        print(f"{mapping:10} {model_type:28} {outcomes[model_type]}", flush=True)
+        gc.collect()
+    return outcomes
+
+
+def outcome(model_type: str, mapping: str) -> str:
+    try:
+        base = tiny_model(model_type, mapping)
+        run(base, batch_for(base, mapping, LENGTHS))
+    except Exception as error:
+        return f"not built: {short(error)}"
+    try:
+        get_peft_model(base, config_for(mapping))
+    except ValueError as error:
+        return f"refused: {short(error)}"
+    failures = []
+    for check in CHECKS:
+        try:
+            check(model_type, mapping)
+        except Exception as error:
+            if VERBOSE:
+                traceback.print_exc()
+            failures.append(f"FAILED {check.__name__.removeprefix('check_')}: {short(error)}")
+    return "; ".join(failures) or "passed"
+
+
+def short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+VERBOSE = False
+
+
+def main() -> int:
+    """Run the sweep and print a table; the exit status is the number of failures."""
+    global VERBOSE
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("mappings", nargs="*", default=list(architectures.MAPPINGS))
+    parser.add_argument("-t", "--types", nargs="+")
+    parser.add_argument("-v", "--verbose", action="store_true")
+    arguments = parser.parse_args()
+    VERBOSE = arguments.verbose
+    warnings.simplefilter("ignore")
+    failed = 0
+    for mapping in arguments.mappings:
+        outcomes = sweep(mapping, arguments.types or architectures.model_types(mapping))
+        kinds = [text.split(":")[0].split()[0] for text in outcomes.values()]
+        print(mapping, {kind: kinds.count(kind) for kind in sorted(set(kinds))})
+        failed += kinds.count("FAILED")
+    return min(failed, 99)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
