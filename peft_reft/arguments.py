@@ -70,7 +70,16 @@ def past_length(arguments: dict[str, Any], columns: int, seen: int) -> int | Ten
             return seen
     if isinstance(cache, (tuple, list)) and cache:  # the old format: (key, value) [B, H, S, d] of each layer
         return int(cache[0][0].shape[-2])
-    if any(arguments.get(name) is not None for name in ("cache_params", "state", "mems")):
+    mems = arguments.get("mems")
+    if isinstance(mems, (tuple, list)) and mems:  # hidden states [M, B, d] of the past, or of the last part of it
+        kept = int(mems[0].shape[0])
+        if seen - kept > columns:  # more than what this forward could run once more
+            raise ValueError(
+                f"The model's memory keeps {kept} of {seen} columns, so the place of the next ones cannot be told. "
+                "Set model.config.mem_len to at least the length of the sequence."
+            )
+        return kept
+    if any(arguments.get(name) is not None for name in ("cache_params", "state")):
         return seen
     return 0
 

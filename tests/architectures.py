@@ -153,15 +153,33 @@ def _set(**fields: Any) -> Callable[[Settings], None]:
     return lambda settings: settings.update(fields)
 
 
+def _mrope(settings: Settings) -> None:
+    """Sections of multimodal rotary embeddings that fit the heads, for classes that have their own by default."""
+    half = int(settings.get("head_dim", 16) * (settings.get("rope_parameters") or {}).get("partial_rotary_factor", 1)) // 2
+    settings["rope_parameters"] = {**(settings.get("rope_parameters") or {"rope_type": "default", "rope_theta": 1e4})}
+    settings["rope_parameters"]["mrope_section"] = [half // 2, half // 4, half // 4]
+
+
+_T5 = _set(decoder_start_token_id=0)
 _MAMBA_HEADS = _set(mamba_n_heads=8, mamba_d_head=16, mamba_d_ssm=128)
 # What a config demands beyond small numbers; by model type, applied to the (sub-)config of that type.
 FIXES: dict[str, Callable[[Settings], None]] = {
+    **dict.fromkeys(["t5", "mt5", "umt5"], _T5),
+    **dict.fromkeys(
+        ["glm4v_text", "glm4v_moe_text", "glm_ocr_text", "glmga_text", "qwen2_vl_text", "qwen2_5_vl_text"]
+        + ["paddleocr_vl_text", "qwen2_5_omni_text", "hunyuan_vl_text", "ernie4_5_vl_moe_text"],
+        _mrope,
+    ),
+    "chameleon": _set(vocabulary_map={"<image>": 4}),
+    "emu3": _set(vocabulary_map={"<image>": 4}),
+    "layoutlmv3": _set(coordinate_size=8, shape_size=16),
     "bailing_hybrid": _set(num_experts_per_tok=2, n_group=2, topk_group=1),
     "bamba": _set(mamba_n_heads=8, mamba_d_head=16, attn_layer_indices=[1]),
     "cohere_compass_text": _set(rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 1e4}}),
     "dbrx": _set(attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}),
     "deepseek_v2": _set(num_experts_per_tok=2),
-    "dots3_note_vision_encoder": _set(adapter_in_dim=HIDDEN),
+    "dots3_note_audio_encoder": _set(adapter_input_size=HIDDEN, adapter_out_dim=HIDDEN),
+    "dots3_note_vision_encoder": _set(adapter_in_dim=HIDDEN, adapter_out_dim=HIDDEN),
     "dots1": _set(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2),
     "falcon_h1": _MAMBA_HEADS,
     "granitemoehybrid": _set(mamba_n_heads=8, mamba_d_head=16, layer_types=["linear_attention", "full_attention", "linear_attention"]),
@@ -169,7 +187,9 @@ FIXES: dict[str, Callable[[Settings], None]] = {
     "jamba": _set(attn_layer_period=2, attn_layer_offset=1),
     "kimi_linear": _set(num_experts_per_tok=2),
     "lfm2_moe": _set(layer_types=["conv", "full_attention", "conv"]),
+    "lilt": _set(hidden_size=96, channel_shrink_ratio=4),
     "mamba2": _set(num_heads=8, head_dim=16, n_groups=2),
+    "perceiver": _set(num_latents=8, d_latents=HIDDEN, d_model=HIDDEN, max_position_embeddings=64, num_blocks=1),
     "qwen4_exp_text": _set(indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=8, indexer_compress_ratio=4),
     "mobilebert": _set(intra_bottleneck_size=HIDDEN, embedding_size=HIDDEN),
     "reformer": _set(is_decoder=True, axial_pos_embds=False),
@@ -245,6 +265,8 @@ def batch_for(model: nn.Module, mapping: str, lengths: Sequence[int], side: str 
             ids[row, start + length - 1] = 1
     inputs = {"input_ids": ids, "attention_mask": mask}
     inputs = {name: tensor for name, tensor in inputs.items() if name in names}
+    if "attention_mask" not in inputs:  # padding that the model cannot know of
+        valid = [list(range(columns))] * rows
     decoder_columns = None
     if model.config.is_encoder_decoder:
         decoder_columns = columns
@@ -254,6 +276,9 @@ def batch_for(model: nn.Module, mapping: str, lengths: Sequence[int], side: str 
     if mapping == "image" and "pixel_values" in names:
         inputs = {"pixel_values": torch.randn(rows, 3, IMAGE, IMAGE, generator=generator)}
         columns = (IMAGE // PATCH) ** 2
+    codebooks = getattr(model.config, "num_codebooks", None)
+    if codebooks and type(model).__name__.startswith("Musicgen"):  # a row of ids for each codebook
+        inputs["input_ids"] = inputs["input_ids"].repeat_interleave(codebooks, dim=0)
     if "bbox" in names:
         inputs["bbox"] = torch.zeros(rows, columns, 4, dtype=torch.long)
     return Batch(inputs, valid, columns, decoder_columns)
