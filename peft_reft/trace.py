@@ -203,8 +203,9 @@ def run(model: nn.Module, entry: str, rows: int, columns: int, first_token: int 
 
         hooks.append(module.register_forward_hook(hook, with_kwargs=True))
     embedding = _input_embedding(clone)
-    if embedding is not None:
-        embedding.register_forward_hook(_distinct_vectors, prepend=True)
+    for module in clone.modules():  # tied embeddings are modules of their own
+        if module is embedding or (isinstance(module, nn.Embedding) and _same_table(module, embedding)):
+            module.register_forward_hook(_distinct_vectors, prepend=True)
     inputs = example_inputs(part, record, first_token)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _NoLargeProducts():  # type: ignore[no-untyped-call]
         warnings.simplefilter("ignore")
@@ -230,6 +231,10 @@ def _input_embedding(model: nn.Module) -> nn.Module | None:
     except (AttributeError, NotImplementedError, TypeError):
         return None
     return embedding if isinstance(embedding, nn.Module) else None
+
+
+def _same_table(module: nn.Embedding, embedding: nn.Module | None) -> bool:
+    return isinstance(embedding, nn.Embedding) and module.weight.shape == embedding.weight.shape
 
 
 def _distinct_vectors(module: nn.Module, args: tuple, output: Any) -> Any:

@@ -101,7 +101,10 @@ def shrink(settings: Settings) -> Settings:
             small[name] = value
     if "qk_rope_head_dim" in small and "head_dim" in small:
         small["head_dim"] = small["qk_rope_head_dim"]
-    for kv, heads in (("num_key_value_heads", "num_attention_heads"), ("linear_num_key_heads", "linear_num_value_heads")):
+    for kv, heads in (
+        ("num_key_value_heads", "num_attention_heads"),
+        ("linear_num_key_heads", "linear_num_value_heads"),
+    ):
         if is_count(settings.get(kv)) and settings[kv] == settings.get(heads):
             small[kv] = small[heads]
     rope = small.get("rope_parameters")
@@ -138,7 +141,12 @@ def special_tokens(settings: Settings) -> Settings:
     for name, value in settings.items():
         if re.fullmatch(r"(pad|bos|eos|decoder_start)_token_id", name):
             continue
-        if not name.endswith("per_token") and re.fullmatch(r".*(token_id|token_index|_token|token_idx)", name) and is_count(value) and value > 3:
+        if (
+            not name.endswith("per_token")
+            and re.fullmatch(r".*(token_id|token_index|_token|token_idx)", name)
+            and is_count(value)
+            and value > 3
+        ):
             settings[name] = next(free)
     common = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}
     for name, value in common.items():
@@ -155,7 +163,9 @@ def _set(**fields: Any) -> Callable[[Settings], None]:
 
 def _mrope(settings: Settings) -> None:
     """Sections of multimodal rotary embeddings that fit the heads, for classes that have their own by default."""
-    half = int(settings.get("head_dim", 16) * (settings.get("rope_parameters") or {}).get("partial_rotary_factor", 1)) // 2
+    half = (
+        int(settings.get("head_dim", 16) * (settings.get("rope_parameters") or {}).get("partial_rotary_factor", 1)) // 2
+    )
     settings["rope_parameters"] = {**(settings.get("rope_parameters") or {"rope_type": "default", "rope_theta": 1e4})}
     settings["rope_parameters"]["mrope_section"] = [half // 2, half // 4, half // 4]
 
@@ -182,7 +192,9 @@ FIXES: dict[str, Callable[[Settings], None]] = {
     "dots3_note_vision_encoder": _set(adapter_in_dim=HIDDEN, adapter_out_dim=HIDDEN),
     "dots1": _set(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2),
     "falcon_h1": _MAMBA_HEADS,
-    "granitemoehybrid": _set(mamba_n_heads=8, mamba_d_head=16, layer_types=["linear_attention", "full_attention", "linear_attention"]),
+    "granitemoehybrid": _set(
+        mamba_n_heads=8, mamba_d_head=16, layer_types=["linear_attention", "full_attention", "linear_attention"]
+    ),
     "hrm_text": _set(num_layers_per_stack=None, num_hidden_layers=2, L_bp_cycles=[2, 2]),
     "jamba": _set(attn_layer_period=2, attn_layer_offset=1),
     "kimi_linear": _set(num_experts_per_tok=2),
@@ -190,13 +202,25 @@ FIXES: dict[str, Callable[[Settings], None]] = {
     "lilt": _set(hidden_size=96, channel_shrink_ratio=4),
     "mamba2": _set(num_heads=8, head_dim=16, n_groups=2),
     "perceiver": _set(num_latents=8, d_latents=HIDDEN, d_model=HIDDEN, max_position_embeddings=64, num_blocks=1),
-    "qwen4_exp_text": _set(indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=8, indexer_compress_ratio=4),
+    "qwen4_exp_text": _set(
+        indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=8, indexer_compress_ratio=4
+    ),
     "mobilebert": _set(intra_bottleneck_size=HIDDEN, embedding_size=HIDDEN),
     "reformer": _set(is_decoder=True, axial_pos_embds=False),
     "xlstm": _set(hidden_size=128, embedding_dim=128),
     "xmod": _set(default_language="en_XX"),
-    "zamba": _set(layers_block_type=["linear_attention", "hybrid", "hybrid"], attention_hidden_size=128, attention_head_dim=32),
-    "zamba2": _set(hybrid_layer_ids=[1, 2], layers_block_type=["linear_attention", "hybrid", "hybrid"], mamba_headdim=32, n_mamba_heads=4, kv_channels=16, attention_hidden_size=128, attention_head_dim=32),
+    "zamba": _set(
+        layers_block_type=["linear_attention", "hybrid", "hybrid"], attention_hidden_size=128, attention_head_dim=32
+    ),
+    "zamba2": _set(
+        hybrid_layer_ids=[1, 2],
+        layers_block_type=["linear_attention", "hybrid", "hybrid"],
+        mamba_headdim=32,
+        n_mamba_heads=4,
+        kv_channels=16,
+        attention_hidden_size=128,
+        attention_head_dim=32,
+    ),
 }
 
 
