@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from peft_reft.orthonormal import orthonormal_rows
+from peft_reft.orthonormal import orthonormal_rows, without_autocast
 
 
 class Factors(NamedTuple):
@@ -159,7 +159,7 @@ class Intervention(nn.Module):
 
         The equation as it stands, one module after the other; `combine` and `low_rank_edit` are its fast form.
         """
-        with torch.autocast(h.device.type, enabled=False):
+        with without_autocast(h.device):
             basis = self.basis()
             h = h.to(torch.promote_types(torch.promote_types(h.dtype, basis.dtype), torch.float32))
             basis = basis.to(h.dtype)

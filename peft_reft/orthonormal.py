@@ -7,6 +7,7 @@ The Gram matrix squares the condition number, so it is formed in double precisio
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -38,6 +39,11 @@ class _OrthonormalRows(torch.autograd.Function):
         return torch.linalg.solve_triangular(lower.mT, grad_rows - symmetric @ rows, upper=True)
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Leave every dtype as it is; on the meta device, which autocast does not know, nothing has to be done for that."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 def orthonormal_rows(weight: Tensor) -> Tensor:
     """The rows of `weight`, orthonormalised first to last.
 
@@ -47,5 +53,5 @@ def orthonormal_rows(weight: Tensor) -> Tensor:
     Returns:
         [..., r, d] of the same row spaces, R Rᵀ = I; in float32, or float64 if `weight` is. Differentiable.
     """
-    with torch.autocast(weight.device.type, enabled=False):
-        return _OrthonormalRows.apply(weight)  # type: ignore[no-any-return]
+    with without_autocast(weight.device):
+        return _OrthonormalRows.apply(weight)
