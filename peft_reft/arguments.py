@@ -62,10 +62,10 @@ def past_length(arguments: dict[str, Any], columns: int, seen: int) -> int | Ten
     Returns:
         An int, or a tensor on the device if the cache counts there.
     """
-    cache = arguments.get("past_key_values")
+    cache: Any = arguments.get("past_key_values")
     if hasattr(cache, "get_seq_length"):
         try:
-            return cache.get_seq_length()  # type: ignore[union-attr,no-any-return]
+            return cache.get_seq_length()
         except ValueError:  # a cache of linear-attention layers only
             return seen
     if isinstance(cache, (tuple, list)) and cache:  # the old format: (key, value) [B, H, S, d] of each layer

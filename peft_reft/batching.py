@@ -27,7 +27,8 @@ class BatchingEntry:
 
     @property
     def __wrapped__(self) -> Any:  # for inspect.signature, help and the like
-        return type(self.model).init_continuous_batching.__get__(self.model)
+        cls: Any = type(self.model)
+        return cls.init_continuous_batching.__get__(self.model)
 
     def __call__(
         self, generation_config: Any = None, continuous_batching_config: Any = None, *args: Any, **kwargs: Any

@@ -55,7 +55,8 @@ class ReftConfig(PeftConfig):
         default=None,
         metadata={
             "help": "What ends a prompt, as token ids or as a string that the model's tokenizer encodes, for callers "
-            "that pass neither labels nor intervention_locations. Its last occurrence counts, unless `turns` says otherwise."
+            "that pass neither labels nor intervention_locations. Its last occurrence counts, unless `turns` says "
+            "otherwise."
         },
     )
     turns: str | None = field(
@@ -149,8 +150,8 @@ class ReftConfig(PeftConfig):
         layers = [self.layers_to_transform] if is_int(self.layers_to_transform) else self.layers_to_transform
         if layers is not None and not (isinstance(layers, (list, tuple)) and layers and all(map(is_int, layers))):
             raise ValueError(
-                f"layers_to_transform={self.layers_to_transform!r} does not name blocks; pass a block number, a list of "
-                "them (negative ones count from the end), or None for every block."
+                f"layers_to_transform={self.layers_to_transform!r} does not name blocks; pass a block number, a list "
+                "of them (negative ones count from the end), or None for every block."
             )
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r} is not a probability below 1; 0.0 drops nothing.")

@@ -110,8 +110,8 @@ def stack_factors(rows: Sequence[Factors | None]) -> Factors:
     filled = {id(factors): _fill(factors, groups, r, any(f.down is not None for f in present)) for factors in present}
     filler = filled[id(present[0])]  # rows without an edit are masked out by their sites
     parts = zip(*(filler if factors is None else filled[id(factors)] for factors in rows))
-    down, bias, up, projection, act = (torch.stack(part) if isinstance(part[0], Tensor) else part[0] for part in parts)
-    return Factors(down, bias, up, projection, act)
+    stacked: Any = [torch.stack(part) if isinstance(part[0], Tensor) else part[0] for part in parts]
+    return Factors(*stacked)
 
 
 def _fill(factors: Factors, groups: int, r: int, with_down: bool) -> Factors:

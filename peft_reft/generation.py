@@ -112,11 +112,12 @@ class GenerateEntry:
 
     @property
     def __wrapped__(self) -> Any:  # for inspect.signature, help and the like
-        return type(self.model).generate.__get__(self.model)
+        cls: Any = type(self.model)
+        return cls.generate.__get__(self.model)
 
     @property
     def __doc__(self) -> str | None:  # type: ignore[override]
-        return type(self.model).generate.__doc__
+        return self.__wrapped__.__doc__
 
     def __call__(
         self, *args: Any, intervention_locations: Any = None, adapter_names: list[str] | None = None, **kwargs: Any

@@ -140,8 +140,9 @@ class Host:
         if labels is None:
             labels = self._remembered_labels(module, arguments)
         ids = arguments.get("input_ids")
-        known = isinstance(labels, Tensor) and isinstance(ids, Tensor) and not torch.compiler.is_compiling()
-        state.labelled = (self.root, weakref.ref(ids), labels) if known else None
+        state.labelled = None
+        if isinstance(labels, Tensor) and isinstance(ids, Tensor) and not torch.compiler.is_compiling():
+            state.labelled = (self.root, weakref.ref(ids), labels)
         labelled = any(arguments.get(name) is not None for name in ("labels", "shift_labels"))
         if (
             self.root.causal

@@ -8,7 +8,7 @@ the edited ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -38,6 +38,10 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("reft_interventions",)
     other_param_names = ("position_specs", "share_weights", "scaling", "being_loaded")
+
+    if TYPE_CHECKING:  # properties of BaseTunerLayer
+        active_adapters: list[str]
+        disable_adapters: bool
 
     def __init__(self, block: nn.Module, width: int, layout: Layout = PLAIN):
         super().__init__()
@@ -194,11 +198,11 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     # What BaseTunerLayer assumes of layers that wrap a module with a weight.
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         raise AttributeError("A ReFT layer has no weight: it edits what its block puts out.")
 
     @property
-    def bias(self) -> Tensor:  # type: ignore[override]
+    def bias(self) -> Tensor:
         raise AttributeError("A ReFT layer has no bias: it edits what its block puts out.")
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:

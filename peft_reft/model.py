@@ -85,10 +85,10 @@ class ReftModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         attach_hosts(model, is_causal_lm(model, self.peft_config[adapter_name]), self._survey)
 
-    def _prepare_adapter_config(self, peft_config: ReftConfig, model_config: dict) -> ReftConfig:  # type: ignore[override]
+    def _prepare_adapter_config(self, peft_config: ReftConfig, model_config: dict) -> ReftConfig:
         return peft_config  # None means the model's own blocks, and is saved as such: it fits models of other depths
 
-    def _prepare_model(self, peft_config: ReftConfig, model: nn.Module) -> None:  # type: ignore[override]
+    def _prepare_model(self, peft_config: ReftConfig, model: nn.Module) -> None:
         _maybe_include_all_linear_layers(peft_config, model)  # PEFT expands "all-linear" after this method only
         host = Host.of(model)
         self._survey = survey = host.root.survey if host is not None else Remembered(model)
@@ -108,10 +108,10 @@ class ReftModel(BaseTuner):
         )
         self._shared: ReftLayer | None = None  # the layer whose interventions the others share
 
-    def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> Any:  # type: ignore[override]
+    def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> Any:
         return _ExcludedModule() if own_name(key) in self._excluded else own_name(key) in self._matched
 
-    def _create_and_replace(  # type: ignore[override]
+    def _create_and_replace(
         self,
         peft_config: ReftConfig,
         adapter_name: str,
@@ -160,7 +160,7 @@ class ReftModel(BaseTuner):
             own = [name for name in selected if f"{INTERVENTIONS}{adapter_name}." in name]
             repeated = {name for name in own if blocks_of([name]) != blocks_of(own)[:1]}
             selected = {name: tensor for name, tensor in selected.items() if name not in repeated}
-        return selected  # type: ignore[no-any-return]
+        return selected
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -192,7 +192,7 @@ class ReftModel(BaseTuner):
             )
         for layer in reft_layers(model).values():
             layer.being_loaded.pop(adapter_name, None)
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)  # type: ignore[no-any-return]
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     # Taking it off.
 
@@ -337,7 +337,7 @@ def attach_hosts(model: nn.Module, causal: bool, survey: Remembered | None = Non
                 root.batching = entry.requests
 
 
-def roles_of(model: nn.Module) -> dict[nn.Module, str]:
+def roles_of(model: Any) -> dict[nn.Module, str]:
     """For an encoder-decoder model, which side each module is on; modules above both are left out."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "get_encoder"):
         return {}
@@ -363,7 +363,7 @@ def peft_is_loading() -> bool:
 
     PEFT creates an adapter before it reads the weights, and does not say for which purpose.
     """
-    loaders = (PeftModel.load_adapter.__code__, PeftModel.from_pretrained.__func__.__code__)  # type: ignore[attr-defined]
+    loaders = (PeftModel.load_adapter.__code__, PeftModel.from_pretrained.__func__.__code__)
     frame = inspect.currentframe()
     while frame is not None and frame.f_code not in loaders:
         frame = frame.f_back

@@ -159,10 +159,9 @@ def select(spec: PositionSpec, prompts: Prompts) -> list[tuple[Tensor, Tensor]]:
         elif kind == "e":
             member, slot = inside & (order % count == count - 1), order
         elif kind == "d":
-            answer = prompts.answer
-            nothing = torch.zeros_like(inside)
-            member = nothing if answer is None else answer & (prompts.answer_order % count == count - 1)
-            slot = order
+            member, slot = torch.zeros_like(inside), order
+            if prompts.answer is not None and prompts.answer_order is not None:
+                member = prompts.answer & (prompts.answer_order % count == count - 1)
         else:
             member, slot = inside, order
         if kind in "em" or "m" in kinds_before(spec, kind) or "e" in kinds_before(spec, kind):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +44,9 @@ class Prompts:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Prompts:
         """The same function applied to every tensor."""
-        values = (getattr(self, field.name) for field in fields(self))
-        return Prompts(*(function(value) if isinstance(value, Tensor) else value for value in values))
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        mapped: dict[str, Any] = {name: function(v) for name, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **mapped)
 
     def repeat(self, times: int) -> Prompts:
         """Each row `times` times in a row, as beam search and `num_return_sequences` expand a batch."""

@@ -42,7 +42,7 @@ def stand_in(model: nn.Module) -> nn.Module:
         buffers = {k: None if b is None else _copy_of(b) for k, b in module._buffers.items()}
         children = {k: None if m is None else memo[id(m)] for k, m in module._modules.items()}
         clone.__dict__.update(_parameters=parameters, _buffers=buffers, _modules=children)
-    return memo[id(model)]  # type: ignore[no-any-return]
+    return memo[id(model)]
 
 
 class _ZeroLinear(nn.Module):
@@ -113,7 +113,7 @@ def _run_anywhere(config: PretrainedConfig) -> None:
             part.__dict__["_experts_implementation_internal"] = "eager"
 
 
-class _NoLargeProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _NoLargeProducts(TorchDispatchMode):
     """Products of large matrices come out as zeros, without being worked out."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
@@ -207,7 +207,7 @@ def run(model: nn.Module, entry: str, rows: int, columns: int, first_token: int 
         if module is embedding or (isinstance(module, nn.Embedding) and _same_table(module, embedding)):
             module.register_forward_hook(_distinct_vectors, prepend=True)
     inputs = example_inputs(part, record, first_token)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _NoLargeProducts():  # type: ignore[no-untyped-call]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _NoLargeProducts():
         warnings.simplefilter("ignore")
         part(**inputs)
     return record
