@@ -175,11 +175,9 @@ _MAMBA_HEADS = _set(mamba_n_heads=8, mamba_d_head=16, mamba_d_ssm=128)
 # What a config demands beyond small numbers; by model type, applied to the (sub-)config of that type.
 FIXES: dict[str, Callable[[Settings], None]] = {
     **dict.fromkeys(["t5", "mt5", "umt5"], _T5),
-    **dict.fromkeys(
-        ["glm4v_text", "glm4v_moe_text", "glm_ocr_text", "glmga_text", "qwen2_vl_text", "qwen2_5_vl_text"]
-        + ["paddleocr_vl_text", "qwen2_5_omni_text", "hunyuan_vl_text", "ernie4_5_vl_moe_text"],
-        _mrope,
-    ),
+    **dict.fromkeys(["glm4v_text", "glm4v_moe_text", "glm_ocr_text", "glmga_text", "paddleocr_vl_text"], _mrope),
+    **dict.fromkeys(["qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text", "hunyuan_vl_text"], _mrope),
+    "ernie4_5_vl_moe_text": _mrope,
     "chameleon": _set(vocabulary_map={"<image>": 4}),
     "emu3": _set(vocabulary_map={"<image>": 4}),
     "layoutlmv3": _set(coordinate_size=8, shape_size=16),
@@ -239,15 +237,13 @@ def model_types(mapping: str) -> list[str]:
 def tiny_model(model_type: str, mapping: str = "causal", seed: int = 0) -> nn.Module:
     """A seeded tiny model of an architecture, with the head of a mapping, in eval mode."""
     config = tiny_config(model_type)
-    expected = AUTO_CLASSES[mapping]._model_mapping[type(config)]
-    expected = getattr(expected[0] if isinstance(expected, (list, tuple)) else expected, "config_class", None)
-    if expected is not None and not isinstance(config, expected):  # the class is that of a part
-        parts = (getattr(config, name) for name in config.sub_configs)
-        part = next((part for part in parts if isinstance(part, expected)), None)
-        if part is not None and type(part) in AUTO_CLASSES[mapping]._model_mapping or part is not None:
-            cls = AUTO_CLASSES[mapping]._model_mapping[type(config)]
-            torch.manual_seed(seed)
-            return cls._from_config(part).eval()
+    cls = AUTO_CLASSES[mapping]._model_mapping[type(config)]
+    if not isinstance(cls, (list, tuple)) and not isinstance(config, cls.config_class):  # the class of a part
+        config = next(
+            getattr(config, n) for n in config.sub_configs if isinstance(getattr(config, n), cls.config_class)
+        )
+        torch.manual_seed(seed)
+        return cls._from_config(config).eval()
     torch.manual_seed(seed)
     return AUTO_CLASSES[mapping].from_config(config).eval()
 
@@ -258,7 +254,7 @@ class Batch:
 
     Attributes:
         inputs: keyword arguments of its forward.
-        valid: the columns of each row's tokens (of the encoder's, in an encoder-decoder model).
+        valid: the columns of each row's tokens (of the encoder's, in an encoder-decoder model); empty for images.
         columns: of a row, padding included.
         decoder_columns: of a row of the decoder's tokens, if there is a decoder beside an encoder.
     """
@@ -299,7 +295,7 @@ def batch_for(model: nn.Module, mapping: str, lengths: Sequence[int], side: str 
             inputs["decoder_input_ids"] = torch.randint(5, FIRST_SPECIAL - 1, (rows, 4), generator=generator)
     if mapping == "image" and "pixel_values" in names:
         inputs = {"pixel_values": torch.randn(rows, 3, IMAGE, IMAGE, generator=generator)}
-        columns = (IMAGE // PATCH) ** 2
+        valid = [[]] * rows
     codebooks = getattr(model.config, "num_codebooks", None)
     if codebooks and type(model).__name__.startswith("Musicgen"):  # a row of ids for each codebook
         inputs["input_ids"] = inputs["input_ids"].repeat_interleave(codebooks, dim=0)

@@ -30,6 +30,8 @@ from torch import Tensor, nn
 
 from peft_reft import ReftConfig, get_interventions
 
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:A training forward:UserWarning")
+
 TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "sequence": "SEQ_CLS", "token": "TOKEN_CLS"}
 LENGTHS = (9, 5, 3)  # the last is too short for "f2+l2" to edit every token once
 
@@ -84,6 +86,11 @@ def edited_columns(valid: list[int]) -> list[int]:
     return valid[:prefix] + valid[prefix:][-2:]
 
 
+def hidden_columns(output) -> int:
+    """How many vectors a row of an image's hidden state has."""
+    return (output if isinstance(output, Tensor) else output[0]).shape[1]
+
+
 @contextlib.contextmanager
 def reference(
     model: nn.Module, interventions: dict[str, nn.ModuleList], batch: Batch, model_type: str, cached: bool = False
@@ -113,7 +120,7 @@ def reference(
     def hook(block: nn.Module, args: tuple, output, name: str):
         is_decoder = batch.decoder_columns is not None and "decoder" in name.split(".encoder.")[0]
         if batch.decoder_columns is None or not is_decoder:
-            columns = [edited_columns(valid) for valid in batch.valid]
+            columns = [edited_columns(valid or list(range(hidden_columns(output)))) for valid in batch.valid]
         else:
             columns = [edited_columns(list(range(batch.decoder_columns)))] * len(batch.valid)
         if cached and forwards > 1:
@@ -245,6 +252,8 @@ def check_generate_equals_the_reference_with_and_without_a_cache(model_type: str
         return
     model = adapted(model, mapping)
     batch = batch_for(base, mapping, LENGTHS, side="left")
+    if "attention_mask" not in batch.inputs:  # `generate` would tell the padding by its id, a forward would not
+        batch = batch_for(base, mapping, LENGTHS[:1] * 2)
     inputs = {k: v for k, v in batch.inputs.items() if k not in ("decoder_input_ids", "decoder_attention_mask")}
     settings = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4, "pad_token_id": 0}
     settings |= {"return_dict_in_generate": True, "output_scores": True, "num_beams": 1}
@@ -270,8 +279,49 @@ CHECKS: tuple[Callable[[str, str], None], ...] = (
 )
 
 
+# The part that runs with the tests: every layout of the hidden state, every kind of cache and of stack.
+REPRESENTATIVES = [
+    *[("causal", name) for name in ("llama", "gptj", "qwen3_moe", "gemma3n_text", "deepseek_v4", "qwen4_exp_text")],
+    *[
+        ("causal", name)
+        for name in ("mamba2", "rwkv", "nemotron_h", "zamba", "xlnet", "cpmant", "prophetnet", "hrm_text")
+    ],
+    *[("masked", name) for name in ("bert", "modernbert", "xlm", "squeezebert", "longformer")],
+    *[("seq2seq", name) for name in ("t5", "bart", "led", "fsmt", "encoder-decoder")],
+    *[("sequence", "qwen2"), ("token", "deberta-v2"), ("image", "vit")],
+    *[("image-text", name) for name in ("llava", "mllama")],
+]
+REFUSED = [
+    ("causal", "reformer", "reversible"),
+    ("masked", "albert", "several times in a row"),
+    ("masked", "funnel", "no vector for each token"),
+    ("image", "convnext", "no vector for each token"),
+]
+
+
+@pytest.mark.parametrize("mapping, model_type", REPRESENTATIVES, ids=["-".join(pair) for pair in REPRESENTATIVES])
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+def test_architecture(check: Callable[[str, str], None], mapping: str, model_type: str):
+    check(model_type, mapping)
+
+
+@pytest.mark.parametrize("mapping, model_type, reason", REFUSED)
+def test_what_cannot_work_is_refused_with_the_reason_and_left_alone(mapping: str, model_type: str, reason: str):
+    base = tiny_model(model_type, mapping)
+    with pytest.raises(ValueError, match=reason):
+        get_peft_model(base, config_for(mapping))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
+
+
+def test_the_blocks_of_a_vision_tower_are_reached_by_name():
+    base = tiny_model("llava", "image-text")
+    pattern = r".*vision_tower.*layers\.\d+"
+    names = list(get_interventions(get_peft_model(base, ReftConfig(target_modules=pattern, positions="all"))))
+    assert len(names) == DEPTH and all("vision_tower" in name for name in names)
+
+
 def sweep(mapping: str, model_types: list[str]) -> dict[str, str]:
-    """The outcome for every model type of a mapping: "passed", "refused: ...", "not built: ..." or "FAILED ...: ..."."""
+    """The outcome for each model type: "passed", "refused: ...", "not built: ..." or "FAILED ...: ..."."""
     outcomes = {}
     for model_type in model_types:
         outcomes[model_type] = outcome(model_type, mapping)
