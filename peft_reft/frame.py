@@ -48,7 +48,7 @@ def generation_scope(generation: Generation) -> Iterator[None]:
     try:
         yield
     finally:
-        state.generations.remove(generation)
+        state.generations.pop()
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def adapter_names_scope(root: Root, names: list[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        state.adapter_names.remove(entry)
+        state.adapter_names.pop()
 
 
 def current_frame() -> Frame | None:
@@ -96,7 +96,7 @@ def frame_of_block(inputs: tuple[Any, ...]) -> Frame | None:
     return replace(bound, call=replace(bound.call, factors={}))
 
 
-@dataclass
+@dataclass(eq=False)
 class Call:
     """One call of the outermost host.
 
@@ -120,7 +120,7 @@ class Call:
     edited: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class Frame:
     """One sequence of tokens on its way through a stack of blocks.
 

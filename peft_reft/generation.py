@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from peft_reft.host import Host
 
 
-@dataclass
+@dataclass(eq=False)
 class Generation:
     """One call of `generate`: its prompt, in columns of the whole row, however the prompt is then run.
 

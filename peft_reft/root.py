@@ -18,7 +18,7 @@ NOTHING_EDITED = (
 )
 
 
-@dataclass
+@dataclass(eq=False)
 class Root:
     """What all hosts of one model share: what kind of model it is, and what was already said about it.
 
