@@ -51,6 +51,11 @@ def generation_scope(generation: Generation) -> Iterator[None]:
         state.generations.pop()
 
 
+def innermost_generation(root: Root) -> Generation | None:
+    """The `generate` call of a model that runs in this thread, if any."""
+    return next((generation for generation in reversed(state.generations) if generation.root is root), None)
+
+
 @contextmanager
 def adapter_names_scope(root: Root, names: list[str]) -> Iterator[None]:
     """Give each row of this thread's forwards an adapter of its own, for as long as the scope is open."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_reft.arguments import check_locations, keeps_a_cache, past_length, token_device, valid_columns, window_of
-from peft_reft.frame import Call, Frame, generation_scope
+from peft_reft.frame import Call, Frame, generation_scope, innermost_generation
 from peft_reft.positions import PositionSpec
 from peft_reft.prompt import Prompts, Tokens, generated
 from peft_reft.root import Root
@@ -126,6 +126,12 @@ class GenerateEntry:
         generation = self._generation({**dict(zip(names, args)), **kwargs}, intervention_locations)
         if adapter_names is not None:
             generation.adapter_names = self.root.check_adapter_names(adapter_names)
+        outer = innermost_generation(self.root)
+        if (
+            outer is not None and outer.seen == 0
+        ):  # a `generate` that only passes the call on, without what is not its own
+            generation.locations = outer.locations if generation.locations is None else generation.locations
+            generation.adapter_names = generation.adapter_names or outer.adapter_names
         with generation_scope(generation):
             return self.__wrapped__(*args, **kwargs)
 

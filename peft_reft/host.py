@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peft_reft.arguments import check_locations, past_length, token_device, token_shape, valid_columns, window_of
 from peft_reft.batching import paged_prompts
-from peft_reft.frame import Call, Frame, current_frame, state
+from peft_reft.frame import Call, Frame, current_frame, innermost_generation, state
 from peft_reft.positions import PositionSpec
 from peft_reft.prompt import Prompts, Tokens, align_shift_labels, document_starts
 from peft_reft.root import BASE, Root
@@ -123,7 +123,7 @@ class Host:
     def _call(
         self, module: nn.Module, arguments: dict[str, Any], own: dict[str, Any], shape: tuple[int, int] | None
     ) -> Call:
-        generation = next((g for g in reversed(state.generations) if g.root is self.root), None)
+        generation = innermost_generation(self.root)
         locations = own.get("intervention_locations")
         if locations is None and generation is not None and self.role != "decoder":
             locations = generation.locations
