@@ -17,12 +17,16 @@ def window_of(locations: Tensor, past: int | Tensor, columns: int) -> Tensor:
     return torch.where((locations >= 0) & (locations < columns), locations, -1)
 
 
-def token_shape(arguments: dict[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns of a call's tokens; None if it has none, or not as one row per sequence."""
-    for name, dims in (("inputs_embeds", 3), ("input_ids", 2)):
+def token_shape(arguments: dict[str, Any], ids_per_row: int = 1) -> tuple[int, int] | None:
+    """Rows and columns of a call's tokens; None if it has none, or not as one row per sequence.
+
+    Args:
+        ids_per_row: how many rows of `input_ids` make one row (audio models have one for each codebook).
+    """
+    for name, dims, per_row in (("inputs_embeds", 3, 1), ("input_ids", 2, ids_per_row)):
         value = arguments.get(name)
         if isinstance(value, Tensor) and value.dim() == dims:
-            return value.shape[0], value.shape[1]
+            return value.shape[0] // per_row, value.shape[1]
     return None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 
 from peft_reft.layout import CHANNELS_FIRST, PLAIN, Layout, edit_hidden_state, layout_from
 from peft_reft.structure import block_width, device_and_dtype, size_of, structural_stacks
-from peft_reft.trace import Run, entries, run
+from peft_reft.trace import Run, codebooks, entries, run
 
 __all__ = ["Survey", "block_width", "device_and_dtype", "edit_hidden_state", "find_blocks"]
 
@@ -58,15 +58,18 @@ class Survey:
 
     Attributes:
         runs: two forwards with different numbers of rows and columns; none if the model cannot be traced.
+        ids_per_row: how many rows of ids make one row of the hidden state.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
         self.runs: list[Run] = []
-        for entry in entries(model) if isinstance(getattr(model, "config", None), PretrainedConfig) else ():
+        self.ids_per_row = 1
+        is_traceable = isinstance(getattr(model, "config", None), PretrainedConfig)
+        for entry, ids_per_row in product(entries(model), codebooks(model)) if is_traceable else ():
             try:
-                self.runs = [run(model, entry, *tokens) for tokens in TOKENS]
-                self._entry = entry
+                self.runs = [run(model, entry, *tokens, ids_per_row) for tokens in TOKENS]
+                self._entry, self.ids_per_row = entry, ids_per_row
                 break
             except Exception:  # whatever a model's own code may raise on example inputs
                 continue
@@ -120,7 +123,8 @@ class Survey:
     def _first_column(self, name: str, layout: Layout) -> int | None:
         """Where the first token stands: the one column that changes when another token takes its place."""
         one, other = (
-            run(self.model, self._entry, *TOKENS[1], first_token=token).calls()[name][0].output for token in (0, 1)
+            run(self.model, self._entry, *TOKENS[1], self.ids_per_row, token).calls()[name][0].output
+            for token in (0, 1)
         )
         if one is None or other is None:
             return None
@@ -279,6 +283,7 @@ class Remembered:
         self._stacks: list[list[str]] | None = None
         self._shapes: dict[str, tuple[int, Layout]] = {}
         self._survey: Survey | None = None
+        self.ids_per_row = 1
 
     def stacks(self) -> list[list[str]]:
         """As `Survey.stacks`."""
@@ -295,6 +300,7 @@ class Remembered:
     def _ask(self) -> Survey:
         if self._survey is None:
             self._survey = Survey(self.model)
+            self.ids_per_row = self._survey.ids_per_row
         return self._survey
 
     def forget_trace(self) -> None:

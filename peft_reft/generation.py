@@ -159,8 +159,9 @@ class GenerateEntry:
         if embeds is None and not tokens.is_floating_point():
             pad, eos = self._setting("pad_token_id", arguments), self._setting("eos_token_id", arguments)
             if pad is not None and pad not in (eos if isinstance(eos, list) else [eos]):
-                return tokens != pad  # transformers infers the mask by the same rule
-        return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+                return (tokens != pad)[:: self.root.survey.ids_per_row]  # transformers infers the mask by the same rule
+        rows = tokens.shape[0] // (self.root.survey.ids_per_row if embeds is None else 1)
+        return torch.ones(rows, tokens.shape[1], dtype=torch.bool, device=tokens.device)
 
     def _ids(self, arguments: dict[str, Any]) -> Tensor | None:
         candidates = (arguments.get(name) for name in ("inputs", "input_ids"))

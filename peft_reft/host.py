@@ -106,7 +106,7 @@ class Host:
         return self.root.layers
 
     def _frame(self, module: nn.Module, outer: Frame | None, arguments: dict[str, Any], own: dict[str, Any]) -> Frame:
-        shape = token_shape(arguments)
+        shape = token_shape(arguments, self.root.survey.ids_per_row)
         if outer is not None and outer.host.role == self.role and shape in (None, (outer.rows, outer.columns)):
             # The same tokens one level further in, where labels and masks may be gone or have changed their form.
             return replace(outer, host=self)

@@ -181,10 +181,11 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
-def run(model: nn.Module, entry: str, rows: int, columns: int, first_token: int = 0) -> Run:
+def run(model: nn.Module, entry: str, rows: int, columns: int, ids_per_row: int = 1, first_token: int = 0) -> Run:
     """Run a stand-in for `model.<entry>` on tokens.
 
     Args:
+        ids_per_row: how many rows of ids make one row of the batch (one for each codebook of an audio model).
         first_token: which of the usable token ids the rows begin with.
 
     Raises:
@@ -206,11 +207,16 @@ def run(model: nn.Module, entry: str, rows: int, columns: int, first_token: int 
     for module in clone.modules():  # tied embeddings are modules of their own
         if module is embedding or (isinstance(module, nn.Embedding) and _same_table(module, embedding)):
             module.register_forward_hook(_distinct_vectors, prepend=True)
-    inputs = example_inputs(part, record, first_token)
+    inputs = example_inputs(part, record, ids_per_row, first_token)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _NoLargeProducts():
         warnings.simplefilter("ignore")
         part(**inputs)
     return record
+
+
+def codebooks(model: nn.Module) -> list[int]:
+    """The numbers of rows of ids that may make one row of the batch: one, or one for each codebook."""
+    return sorted({1, _setting(getattr(model, "config", None), "num_codebooks", 1)})
 
 
 def entries(model: nn.Module) -> list[str]:
@@ -245,7 +251,7 @@ def _distinct_vectors(module: nn.Module, args: tuple, output: Any) -> Any:
     return torch.sin(waves * (1.0 + args[0].unsqueeze(-1).float())).view(output.shape).to(output.dtype) + output
 
 
-def example_inputs(module: nn.Module, record: Run, first_token: int = 0) -> dict[str, Tensor]:
+def example_inputs(module: nn.Module, record: Run, ids_per_row: int = 1, first_token: int = 0) -> dict[str, Tensor]:
     """Tokens (or an image) for a module's forward, by the names of its parameters."""
     names = inspect.signature(type(module).forward).parameters
     config = getattr(module, "config", None)
@@ -254,7 +260,7 @@ def example_inputs(module: nn.Module, record: Run, first_token: int = 0) -> dict
         if name in names:
             ids = _usable_ids(module, columns + 1)
             row = torch.tensor([ids[first_token], *ids[2:]])
-            inputs[name] = row.repeat(record.rows, 1)
+            inputs[name] = row.repeat(record.rows * ids_per_row, 1)
     if "input_ids" not in names and "pixel_values" in names:
         inputs["pixel_values"] = torch.zeros(record.rows, *_image_shape(config))
     if "bbox" in names:
