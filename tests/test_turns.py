@@ -102,10 +102,10 @@ def test_a_marker_in_words_needs_a_tokenizer_and_says_so():
 
 @pytest.mark.parametrize("bad", [[], "", ["a"], 7])
 def test_a_marker_that_marks_nothing_is_refused(bad):
-    with pytest.raises(ValueError, match="marks nothing|token ids"):
+    with pytest.raises(ValueError, match="marks nothing"):
         ReftConfig(prompt_end=bad)
 
 
 def test_an_unknown_choice_of_turns_is_refused():
-    with pytest.raises(ValueError, match="turns='middle' must be one of|turns='middle' must be 'first'"):
+    with pytest.raises(ValueError, match="turns='middle' must be 'first'"):
         ReftConfig(turns="middle")
