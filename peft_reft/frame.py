@@ -177,7 +177,8 @@ class Frame:
         times, rest = divmod(rows, len(names))
         if rest or self.call.generation is None:
             raise ValueError(
-                f"adapter_names has {len(names)} names, but the batch has {rows} rows; pass one name per row."
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and {rows} "
+                "respectively. Pass one name per row of the batch."
             )
         return [name for name in names for _ in range(times)]
 
