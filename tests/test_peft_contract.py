@@ -1,0 +1,660 @@
+"""What PEFT's users do with any adapter, done with ReFT: several of them, together, by row, scaled, next to LoRA.
+
+Saving, loading, unloading and what is refused on loading are in test_checkpoint.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+
+import peft
+import pytest
+import torch
+import transformers
+from conftest import BLOCKS, HIDDEN, VOCAB, batch, inputs_of, logits, randomize, reft_model, tiny_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+from torch import nn
+
+from peft_reft import ReftConfig, get_interventions, set_strength
+
+CAUSAL = {"task_type": "CAUSAL_LM"}
+LORA = {"target_modules": ["q_proj", "v_proj"], "r": 2, "init_lora_weights": False}
+TASKS = {
+    "CAUSAL_LM": ("llama", transformers.AutoModelForCausalLM),
+    "SEQ_2_SEQ_LM": ("t5", transformers.AutoModelForSeq2SeqLM),
+    "SEQ_CLS": ("bert", transformers.AutoModelForSequenceClassification),
+    "TOKEN_CLS": ("roberta", transformers.AutoModelForTokenClassification),
+    "QUESTION_ANS": ("bert", transformers.AutoModelForQuestionAnswering),
+    "FEATURE_EXTRACTION": ("bert", transformers.AutoModel),
+}
+HEADS = {"SEQ_CLS": "classifier", "TOKEN_CLS": "classifier", "QUESTION_ANS": "qa_outputs"}
+
+
+def two_adapters(first: dict | None = None, second: dict | None = None) -> PeftModel:
+    """A tiny llama with the random adapters "a" (active) and "b"."""
+    model = reft_model(tiny_model("llama"), adapter="a", **CAUSAL, **(first or {}))
+    model.add_adapter("b", ReftConfig(**CAUSAL, **(second or {"intervention": "direft", "positions": "all"})))
+    return randomize(model, "b", seed=2).eval()
+
+
+def trainable(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def train(model: nn.Module, inputs: dict, steps: int = 2) -> None:
+    """A few optimizer steps on whatever the model puts out first."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(steps):
+        output = model(**inputs)
+        output = output if isinstance(output, torch.Tensor) else next(iter(output.values()))
+        output.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.fixture
+def inputs():
+    return batch(7, 4, 5)
+
+
+# Several adapters.
+
+
+def test_each_of_several_adapters_does_what_it_does_alone(inputs):
+    model = two_adapters()
+    for name, seed, settings in (("a", 1, {}), ("b", 2, {"intervention": "direft", "positions": "all"})):
+        model.set_adapter(name)
+        alone = reft_model(tiny_model("llama"), seed, **CAUSAL, **settings)
+        assert torch.equal(logits(model, inputs), logits(alone, inputs))
+    assert not torch.allclose(logits(model, inputs), logits(tiny_model("llama"), inputs), atol=1e-2)
+
+
+def test_adding_an_adapter_leaves_the_active_one_alone(inputs):
+    model = reft_model(tiny_model("llama"), adapter="a", **CAUSAL)
+    before, trained = logits(model, inputs), trainable(model)
+    model.add_adapter("b", ReftConfig(**CAUSAL, init_weights=False))
+    assert torch.equal(logits(model, inputs), before)
+    assert model.active_adapters == ["a"] and trainable(model) == trained
+
+
+def test_only_the_active_adapter_trains():
+    model = two_adapters()
+    assert all(".a." in name for name in trainable(model))
+    model.set_adapter("b")
+    assert trainable(model) and all(".b." in name for name in trainable(model))
+
+
+def test_deleting_the_active_adapter_activates_the_other(inputs):
+    model = two_adapters()
+    model.set_adapter("b")
+    only_b = logits(model, inputs)
+    model.set_adapter("a")
+    model.delete_adapter("a")
+    assert model.active_adapters == ["b"] and list(model.peft_config) == ["b"]
+    assert torch.equal(logits(model, inputs), only_b)
+    assert not any(".a." in name for name in model.state_dict())
+    model.delete_adapter("b")
+    base = logits(tiny_model("llama"), inputs)
+    assert torch.equal(logits(model.base_model, inputs), base)
+
+
+def test_an_unknown_adapter_cannot_be_deleted():
+    with pytest.raises(ValueError, match="Adapter c does not exist"):
+        two_adapters().delete_adapter("c")
+
+
+def test_requires_grad_is_set_for_one_adapter_or_several():
+    model = two_adapters()
+    model.set_requires_grad("b")
+    assert {name.split(".reft_interventions.")[1][0] for name in trainable(model)} == {"a", "b"}
+    model.set_requires_grad(["a", "b"], requires_grad=False)
+    assert not trainable(model)
+
+
+def test_active_adapters_are_summed_whatever_their_order(inputs):
+    """Of one block, each edit is computed on the block's own output."""
+    one_block = {"layers_to_transform": 1}
+    model = two_adapters(one_block, {**one_block, "intervention": "direft", "positions": "all"})
+
+    def after_block(*names):
+        model.base_model.set_adapter(list(names))
+        with torch.no_grad():
+            return model(**inputs, output_hidden_states=True).hidden_states[2]
+
+    with model.disable_adapter(), torch.no_grad():
+        base = model(**inputs, output_hidden_states=True).hidden_states[2]
+    a, b, both = after_block("a"), after_block("b"), after_block("a", "b")
+    torch.testing.assert_close(both - base, (a - base) + (b - base), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(after_block("b", "a"), both)
+    assert not torch.allclose(both, a, atol=1e-2) and not torch.allclose(both, b, atol=1e-2)
+
+
+def test_active_adapters_train_together(inputs):
+    model = two_adapters()
+    model.base_model.set_adapter(["a", "b"])
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    train(model, inputs)
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == trainable(model) and {".a." in name for name in moved} == {True, False}
+
+
+@pytest.mark.parametrize("name", ["layers", "0", "reft", "model", "basis", "default_2"])
+def test_an_adapter_may_be_named_like_a_module(name, inputs, tmp_path):
+    model = reft_model(tiny_model("llama"), adapter=name, share_weights=False, **CAUSAL)
+    want = logits(model, inputs)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / name, adapter_name=name)
+    assert torch.equal(logits(again, inputs), want)
+    again = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / name, adapter_name="default")
+    assert torch.equal(logits(again, inputs), want)
+
+
+# What PEFT reports.
+
+
+def test_layer_status_names_the_layer_beside_each_block():
+    model = two_adapters({"layers_to_transform": [0, 2]})
+    status = model.get_layer_status()
+    assert [layer.name for layer in status] == [f"model.model.layers.{i}.reft" for i in range(BLOCKS)]
+    by_name = {layer.name.split(".")[3]: layer for layer in status}
+    assert by_name["0"].available_adapters == ["a", "b"] and by_name["1"].available_adapters == ["b"]
+    assert by_name["0"].requires_grad == {"a": True, "b": False}
+    assert {layer.module_type for layer in status} == {"ReftLayer"}
+    assert all(layer.enabled and layer.merged_adapters == [] for layer in status)
+    assert by_name["0"].devices == {"a": ["cpu"], "b": ["cpu"]}
+
+
+def test_model_status_counts_adapters_and_parameters():
+    model = two_adapters()
+    status = model.get_model_status()
+    assert status.peft_types == {"a": "REFT", "b": "REFT"} and status.adapter_model_type == "ReftModel"
+    assert status.trainable_params == BLOCKS * (2 * 4 * HIDDEN + 4)
+    assert status.num_adapter_layers == BLOCKS and status.available_adapters == ["a", "b"]
+    assert status.active_adapters == ["a"] and status.enabled is True and status.merged_adapters == []
+    with model.disable_adapter():
+        assert model.get_model_status().enabled is False
+
+
+def test_trainable_parameters_are_printed(capsys):
+    get_peft_model(tiny_model("llama"), ReftConfig(**CAUSAL)).print_trainable_parameters()
+    assert f"trainable params: {BLOCKS * (2 * 4 * HIDDEN + 4):,} ||" in capsys.readouterr().out
+
+
+def test_a_model_card_is_written(tmp_path):
+    model = tiny_model("llama")
+    model.config._name_or_path = model.name_or_path = "someone/llama"
+    get_peft_model(model, ReftConfig(**CAUSAL)).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "library_name: peft" in card and "base_model: someone/llama" in card and "transformers" in card
+
+
+def test_adapters_are_found_at_the_targeted_module_too():
+    model = two_adapters()
+    block = model.base_model.model.model.layers[0]
+    assert block.active_adapters == ["a"] and block.adapter_layer_names == ("reft_interventions",)
+    model.set_adapter("b")
+    assert block.active_adapters == ["b"] and set(block.reft_interventions) == {"a", "b"}
+    copied = copy.deepcopy(model).base_model.model.model.layers[0]
+    assert copied.reft_interventions is copied.reft.reft_interventions is not block.reft_interventions
+    unloaded = model.unload().model.layers[0]
+    assert not {"active_adapters", "reft_interventions"} & set(vars(unloaded))
+
+
+# Which modules.
+
+
+def test_excluded_modules_are_not_edited():
+    model = get_peft_model(tiny_model("llama"), ReftConfig(exclude_modules=["layers.1"]))
+    assert list(get_interventions(model)) == ["model.layers.0", "model.layers.2"]
+
+
+@pytest.mark.parametrize("pattern", ["layers.1", r".*\.1"])
+def test_ranks_may_differ_by_module(pattern):
+    model = get_peft_model(tiny_model("llama"), ReftConfig(r=4, rank_pattern={pattern: 2}))
+    ranks = [interventions[0].subspace.shape[0] for interventions in get_interventions(model).values()]
+    assert ranks == [4, 2, 4]
+
+
+def test_all_linear_targets_every_linear_layer_but_the_head(inputs):
+    model = reft_model(tiny_model("llama"), target_modules="all-linear", **CAUSAL)
+    assert len(get_interventions(model)) == 7 * BLOCKS and "lm_head" not in get_interventions(model)
+    assert not torch.allclose(logits(model, inputs), logits(tiny_model("llama"), inputs), atol=1e-2)
+    model.add_adapter("b", ReftConfig(target_modules="all-linear", **CAUSAL))  # finds no linear layers of the first
+    assert get_interventions(model, "b").keys() == get_interventions(model, "default").keys()
+
+
+def test_a_state_dict_wins_over_the_config_in_saying_where_to_inject():
+    saved = get_peft_model_state_dict(
+        inject_adapter_in_model(ReftConfig(layers_to_transform=[0, 2]), tiny_model("llama"))
+    )
+    with pytest.warns(RuntimeWarning, match=r"additional target modules: \['model.layers.1'\]"):
+        model = inject_adapter_in_model(ReftConfig(layers_to_transform=[1]), tiny_model("llama"), state_dict=saved)
+    assert list(get_interventions(model)) == ["model.layers.0", "model.layers.2"]
+    assert get_peft_model_state_dict(model).keys() == saved.keys()
+
+
+class Plain(nn.Module):
+    """No transformers model: no config, no tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.lin0 = nn.Linear(6, 8)
+        self.norm = nn.LayerNorm(8)
+        self.lin1 = nn.Linear(8, 2)
+
+    def forward(self, X):
+        return self.lin1(self.norm(self.lin0(self.conv(X).mean((2, 3)))))
+
+
+@pytest.mark.parametrize("target, width", [("conv", 6), ("lin0", 8), ("norm", 8)])
+def test_plain_modules_are_edited_in_every_vector(target, width):
+    """Rows of a Linear's [B, d], and the channels at every place of a convolution's [B, d, H, W]."""
+    torch.manual_seed(0)
+    base = Plain().eval()
+    model = reft_model(copy.deepcopy(base), target_modules=[target], positions="all", r=2)
+    (intervention,) = get_interventions(model)[target]
+    X = torch.randn(5, 3, 7, 7)
+
+    def edit(module, args, output):
+        vectors = output.movedim(1, -1)
+        return intervention(vectors).movedim(-1, 1)
+
+    handle = base.get_submodule(target).register_forward_hook(edit)
+    with torch.no_grad():
+        want, got = base(X), model(X)
+        handle.remove()
+        torch.testing.assert_close(got, want)
+        assert intervention.subspace.shape == (2, width) and not torch.allclose(got, base(X), atol=1e-2)
+
+
+def test_rows_of_plain_vectors_are_prompts_of_one_token():
+    model = reft_model(Plain(), target_modules=["lin0"], positions="f1+l1")
+    every = reft_model(Plain(), target_modules=["lin0"], positions="all")
+    every.load_state_dict(model.state_dict())
+    X = torch.randn(5, 3, 7, 7)
+    with torch.no_grad():
+        torch.testing.assert_close(model(X), every(X))
+
+
+def test_plain_modules_take_adapters_by_row():
+    model = reft_model(Plain(), adapter="a", target_modules=["lin0"], positions="all", r=2)
+    model.add_adapter("b", ReftConfig(target_modules=["lin0", "conv"], positions="all", intervention="direft"))
+    randomize(model, "b", seed=2).eval()
+    X = torch.randn(6, 3, 7, 7)
+    names = ["a", "__base__", "b", "b", "a", "__base__"]
+    with torch.no_grad():
+        got = model(X, adapter_names=names)
+        for row, name in enumerate(names):
+            if name == "__base__":
+                with model.disable_adapter():
+                    want = model(X)
+            else:
+                model.set_adapter(name)
+                want = model(X)
+            torch.testing.assert_close(got[row], want[row])
+
+
+# What is trained in full, and task types.
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_type_trains_the_adapter_and_its_head(task):
+    family, auto = TASKS[task]
+    base = auto.from_config(tiny_model(family).config)
+    before = {name: parameter.clone() for name, parameter in base.named_parameters()}
+    model = get_peft_model(base, ReftConfig(task_type=task))
+    assert type(model).__name__ == type(peft.get_peft_model(copy.deepcopy(base), LoraConfig(task_type=task))).__name__
+    head = HEADS.get(task)
+    names = trainable(model)
+    assert any(".reft_interventions." in name for name in names)
+    assert all(".reft_interventions." in name or (head and f"{head}.modules_to_save" in name) for name in names)
+    assert any("modules_to_save" in name for name in names) == (head is not None)
+    train(model, inputs_of(base, 7, 4))
+    after = dict(model.unload().named_parameters())
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert all(head and head in name for name in changed) and bool(changed) == (head is not None)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_auto_peft_models_load_every_task_type(task, tmp_path):
+    family, auto = TASKS[task]
+    base = auto.from_config(tiny_model(family).config).eval()
+    base.save_pretrained(tmp_path / "base")
+    base = auto.from_pretrained(tmp_path / "base")
+    model = reft_model(base, task_type=task)
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            nn.init.normal_(parameter)
+    inputs = inputs_of(base, 7, 4)
+    with torch.no_grad():
+        want = next(iter(model(**inputs).values()))
+    model.save_pretrained(tmp_path / "adapter")
+    kind = "FeatureExtraction" if task == "FEATURE_EXTRACTION" else auto.__name__.removeprefix("AutoModelFor")
+    again = getattr(peft, f"AutoPeftModelFor{kind}").from_pretrained(tmp_path / "adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(next(iter(again(**inputs).values())), want)
+    assert type(again) is type(model)
+
+
+def test_auto_peft_model_loads_an_adapter_without_a_task_type(inputs, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    model = reft_model(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.AutoPeftModel.from_pretrained(tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(again, inputs), logits(model, inputs))
+
+
+def test_an_adapter_brings_its_own_classification_head(inputs):
+    model = get_peft_model(tiny_model("bert", "classifier"), ReftConfig(task_type="SEQ_CLS"), adapter_name="a")
+    model.add_adapter("b", ReftConfig(task_type="SEQ_CLS"))
+    outputs = {}
+    for number, name in enumerate(("a", "b")):
+        randomize(model, name, seed=number)
+        nn.init.normal_(model.base_model.model.classifier.modules_to_save[name].weight)
+    model.eval()
+    for name in ("a", "b"):
+        model.set_adapter(name)
+        outputs[name] = logits(model, inputs)
+    assert not torch.allclose(outputs["a"], outputs["b"], atol=1e-2)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, inputs), logits(tiny_model("bert", "classifier"), inputs))
+
+
+def test_trained_tokens_go_with_the_adapter(inputs):
+    model = get_peft_model(tiny_model("llama"), ReftConfig(trainable_token_indices=[5, 6], **CAUSAL))
+    ids = {"input_ids": torch.tensor([[5, 7, 6, 8]])}
+    base = logits(tiny_model("llama"), ids)
+    assert torch.equal(logits(model.eval(), ids), base)
+    train(model, ids)
+    tokens = [name for name in trainable(model) if "trainable_tokens_delta" in name]
+    assert tokens and get_peft_model_state_dict(model)[
+        "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    ].shape == (2, HIDDEN)
+    assert not torch.allclose(logits(model, ids), base)
+    unloaded = model.unload()
+    assert torch.equal(logits(unloaded, ids), base)
+    assert type(unloaded.model.embed_tokens) is nn.Embedding
+
+
+# Weights that change under a running model.
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_swapped_weights_show_in_the_next_forward(frozen, inputs):
+    """Also in a frozen model, which keeps what it multiplies with from forward to forward."""
+    model = reft_model(tiny_model("llama"), **CAUSAL)
+    model.requires_grad_(not frozen)
+    other = reft_model(tiny_model("llama"), seed=2, **CAUSAL)
+    first, want = logits(model, inputs), logits(other, inputs)
+    assert torch.equal(logits(model, inputs), first) and not torch.allclose(first, want, atol=1e-2)
+    peft.set_peft_model_state_dict(model, get_peft_model_state_dict(other))
+    assert torch.equal(logits(model, inputs), want)
+    with torch.no_grad():
+        next(iter(get_interventions(model).values()))[0].source.bias.add_(1)
+    assert not torch.allclose(logits(model, inputs), want, atol=1e-3)
+
+
+# One adapter for each row.
+
+BY_ROW = {
+    "a": {},
+    "b": {"intervention": "direft", "positions": "all", "r": 2},
+    "c": {"intervention": "noreft", "positions": "f1+l2", "share_weights": False, "layers_to_transform": [0, 1]},
+    "d": {"intervention": "lobireft", "positions": "l3", "r": 8},
+    "e": {"act_fn": "relu", "intervention": "odireft", "positions": "f2"},
+}
+ROWS = ["a", "__base__", "c", "b", "e", "d", "a"]
+
+
+def many_adapters(family: str = "llama", head: str | None = None, **common) -> PeftModel:
+    model = None
+    for seed, (name, settings) in enumerate(BY_ROW.items()):
+        settings = {**common, **settings}
+        if model is None:
+            model = reft_model(tiny_model(family, head), seed, name, **settings)
+        else:
+            model.add_adapter(name, ReftConfig(**settings))
+            randomize(model, name, seed)
+    return model.eval()
+
+
+def alone(model: PeftModel, name: str, run):
+    """What `run(model)` gives with one adapter active, or with none."""
+    if name == "__base__":
+        with model.disable_adapter():
+            return run(model)
+    model.set_adapter(name)
+    return run(model)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_row_with_its_own_adapter_gives_what_it_gives_alone(side):
+    model = many_adapters(**CAUSAL)
+    inputs = batch(7, 4, 6, 5, 8, 9, 3, side=side)
+    got = logits(model, inputs, adapter_names=ROWS)
+    for row, name in enumerate(ROWS):
+        want = alone(model, name, lambda m: logits(m, inputs))
+        real = inputs["attention_mask"][row].bool()
+        torch.testing.assert_close(got[row][real], want[row][real], atol=1e-4, rtol=1e-4)
+    with model.disable_adapter():
+        assert not torch.allclose(got[0], logits(model, inputs)[0], atol=1e-2)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"use_cache": False}], ids=str)
+def test_rows_generate_with_their_own_adapters(family, settings):
+    model = many_adapters(family, task_type="SEQ_2_SEQ_LM" if family == "t5" else "CAUSAL_LM")
+    inputs = batch(7, 4, 6, 5, 8, 9, 3, side="left")
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, **settings}
+    got = model.generate(**inputs, adapter_names=ROWS, **settings)
+    different = 0
+    for row, name in enumerate(ROWS):
+        want = alone(model, name, lambda m: m.generate(**inputs, **settings))
+        assert got[row].tolist() == want[row].tolist(), name
+        different += (
+            got[row].tolist() != alone(model, "__base__", lambda m: m.generate(**inputs, **settings))[row].tolist()
+        )
+    assert different
+
+
+def test_rows_take_their_own_classification_heads():
+    model = many_adapters("bert", "classifier", task_type="SEQ_CLS")
+    for name in BY_ROW:
+        nn.init.normal_(model.base_model.model.classifier.modules_to_save[name].weight)
+    inputs = batch(7, 4, 6, 5, 8, 9, 3)
+    got = logits(model, inputs, adapter_names=ROWS)
+    for row, name in enumerate(ROWS):
+        want = alone(model, name, lambda m: logits(m, inputs))
+        torch.testing.assert_close(got[row], want[row], atol=1e-4, rtol=1e-4)
+
+
+def test_adapters_by_row_work_without_a_peft_model():
+    model = tiny_model("llama")
+    for seed, name in enumerate(("a", "b")):
+        model.add_adapter(ReftConfig(positions="all"), name)
+        randomize(model, name, seed)
+    model.eval()
+    inputs = batch(5, 5, 5)
+    got = logits(model, inputs, adapter_names=["b", "__base__", "a"])
+    assert torch.equal(got[1], logits(tiny_model("llama"), inputs)[1])
+    model.set_adapter("b")
+    torch.testing.assert_close(got[0], logits(model, inputs)[0], atol=1e-4, rtol=1e-4)
+
+
+def test_the_base_model_alone_may_be_asked_for_by_row(inputs):
+    model = two_adapters()
+    assert torch.equal(logits(model, inputs, adapter_names=["__base__"] * 3), logits(tiny_model("llama"), inputs))
+
+
+@pytest.mark.parametrize(
+    "names, message", [(["a", "x", "b"], r"non-existing adapter\(s\): x\."), (["a", "b"], "got 2 and 3 respectively")]
+)
+def test_names_that_do_not_fit_the_batch_or_the_model_are_refused(names, message, inputs):
+    model = two_adapters()
+    before = logits(model, inputs)
+    with pytest.raises(ValueError, match=message):
+        model(**inputs, adapter_names=names)
+    assert torch.equal(logits(model, inputs), before)  # nothing stays behind
+
+
+def test_adapters_by_row_are_for_inference(inputs):
+    with pytest.raises(ValueError, match="Cannot pass `adapter_names` when the model is in training mode"):
+        two_adapters().train()(**inputs, adapter_names=["a", "b", "a"])
+
+
+# Strength.
+
+
+def test_strength_scales_the_edit(inputs):
+    model = reft_model(tiny_model("llama"), layers_to_transform=1, **CAUSAL)
+
+    def after_block(strength):
+        set_strength(model, strength)
+        with torch.no_grad():
+            return model(**inputs, output_hidden_states=True).hidden_states[2]
+
+    base, trained = after_block(0), after_block(1)
+    for strength in (-1.0, 0.5, 2.0):
+        torch.testing.assert_close(after_block(strength) - base, strength * (trained - base), atol=1e-4, rtol=1e-4)
+    set_strength(model, 0)
+    assert torch.equal(logits(model, inputs), logits(tiny_model("llama"), inputs))
+
+
+def test_strength_is_an_adapters_own_and_holds_by_row(inputs):
+    model = two_adapters()
+    full = {name: alone(model, name, lambda m: logits(m, inputs)) for name in ("a", "b")}
+    set_strength(model, 0.5, "b")
+    half = alone(model, "b", lambda m: logits(m, inputs))
+    assert torch.equal(alone(model, "a", lambda m: logits(m, inputs)), full["a"])
+    assert not torch.allclose(half, full["b"], atol=1e-2)
+    got = logits(model, inputs, adapter_names=["a", "b", "b"])
+    torch.testing.assert_close(got, torch.stack([full["a"][0], half[1], half[2]]), atol=1e-4, rtol=1e-4)
+    set_strength(model, 1.0, "b")
+    assert torch.equal(alone(model, "b", lambda m: logits(m, inputs)), full["b"])
+
+
+@pytest.mark.parametrize(
+    "strength, name, message", [(float("nan"), None, "finite"), ("1", None, "finite"), (1, "c", "'c'")]
+)
+def test_a_strength_that_makes_no_sense_is_refused(strength, name, message):
+    with pytest.raises(ValueError, match=message):
+        set_strength(two_adapters(), strength, name)
+
+
+# With LoRA on the same model.
+
+
+def lora_and_reft(reft_first: bool, **settings) -> transformers.PreTrainedModel:
+    """A tiny llama with both, made by transformers' own `add_adapter`."""
+    model = tiny_model("llama")
+    configs = {"lora_one": LoraConfig(**LORA), "reft_one": ReftConfig(**settings)}
+    for name in sorted(configs, reverse=reft_first):
+        torch.manual_seed(0)
+        model.add_adapter(configs[name], name)
+    randomize(model, "reft_one")
+    model.set_adapter(["lora_one", "reft_one"])
+    return model
+
+
+@pytest.mark.parametrize("reft_first", [True, False])
+def test_lora_and_reft_train_together(reft_first, inputs):
+    model = lora_and_reft(reft_first)
+    names = trainable(model)
+    assert {"lora_" in name for name in names} == {True, False}
+    assert all("lora_" in name or ".reft_interventions." in name for name in names)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    train(model, inputs)
+    assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == names
+
+
+@pytest.mark.parametrize("frozen", ["lora_one", "reft_one"])
+def test_one_of_lora_and_reft_may_be_frozen(frozen, inputs):
+    model = lora_and_reft(reft_first=True)
+    for name, parameter in model.named_parameters():
+        if f".{frozen}." in name:
+            parameter.requires_grad_(False)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    train(model, inputs)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == trainable(model) and moved and not any(frozen in name for name in moved)
+
+
+@pytest.mark.parametrize("reft_first", [True, False])
+def test_lora_and_reft_are_saved_and_loaded_each_for_itself(reft_first, inputs, tmp_path):
+    model = lora_and_reft(reft_first).eval()
+    both = logits(model, inputs)
+    for name in ("lora_one", "reft_one"):
+        model.set_adapter(name)
+        model.save_pretrained(tmp_path / name)
+    assert json.loads((tmp_path / "reft_one" / "adapter_config.json").read_text())["peft_type"] == "REFT"
+    again = tiny_model("llama")
+    for name in sorted(("lora_one", "reft_one"), reverse=not reft_first):
+        again.load_adapter(tmp_path / name, adapter_name=name)
+    again.set_adapter(["lora_one", "reft_one"])
+    assert torch.equal(logits(again, inputs), both)
+    again.disable_adapters()
+    assert torch.equal(logits(again, inputs), logits(tiny_model("llama"), inputs))
+    again.enable_adapters()
+    again.delete_adapter("reft_one")
+    again.set_adapter("lora_one")
+    model.set_adapter("lora_one")
+    assert torch.equal(logits(again, inputs), logits(model, inputs))
+    assert not any(".reft" in name for name in again.state_dict())
+
+
+def nested_peft_models(reft_first: bool, like: nn.Module) -> PeftModel:
+    """A PeftModel around a PeftModel, with the weights of the flat model `like`."""
+    configs = [LoraConfig(**LORA, **CAUSAL), ReftConfig(**CAUSAL)]
+    inner = get_peft_model(tiny_model("llama"), configs[reft_first], adapter_name="inner")
+    with pytest.warns(UserWarning, match="for a second time"):
+        outer = get_peft_model(inner, configs[not reft_first], adapter_name="outer").eval()
+    ours = {_anonymous(name): parameter for name, parameter in outer.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in like.named_parameters():
+            ours[_anonymous(name)].copy_(parameter)
+    return outer
+
+
+@pytest.mark.parametrize("reft_first", [True, False])
+def test_a_peft_model_can_be_put_around_a_peft_model(reft_first, inputs):
+    flat = lora_and_reft(reft_first).eval()
+    nested = nested_peft_models(reft_first, flat)
+    labels = torch.where(torch.arange(inputs["input_ids"].shape[1]) < 2, -100, inputs["input_ids"])
+    for extra in ({}, {"labels": labels}):
+        torch.testing.assert_close(logits(nested, inputs, **extra), logits(flat, inputs, **extra))
+    names = trainable(nested)
+    assert {"lora_" in name for name in names} == {True, False}
+    train(nested, inputs)
+
+
+@pytest.mark.parametrize("reft_first", [True, False])
+def test_a_peft_model_around_a_peft_model_generates(reft_first):
+    flat = lora_and_reft(reft_first).eval()
+    nested = nested_peft_models(reft_first, flat)
+    inputs, settings = batch(7, 4, side="left"), {"max_new_tokens": 4, "do_sample": False}
+    for extra in ({}, {"intervention_locations": torch.tensor([[0, 2], [3, 4]])}):
+        want = flat.generate(**inputs, **settings, **extra)
+        assert nested.generate(**inputs, **settings, **extra).tolist() == want.tolist()
+
+
+def _anonymous(name: str) -> str:
+    """A parameter's name without those of adapters and of what is around the model."""
+    return re.sub(r"base_layer\.|base_model\.model\.|\.(lora_one|reft_one|inner|outer)\b", "", name)
+
+
+def test_peft_refuses_what_it_cannot_combine():
+    model = get_peft_model(tiny_model("llama"), ReftConfig())
+    with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
+        model.add_adapter("other", LoraConfig(**LORA))
+    with pytest.raises(ValueError, match="'REFT' is not compatible with the `PeftMixedModel`"):
+        get_peft_model(tiny_model("llama"), ReftConfig(), mixed=True)
+
+
+def test_a_peft_model_in_use_stays_within_the_vocabulary(inputs):
+    """`resize_token_embeddings` after the adapter was added reaches the base model."""
+    model = reft_model(tiny_model("llama"), **CAUSAL)
+    model.resize_token_embeddings(VOCAB + 4, mean_resizing=False)
+    assert logits(model, inputs).shape[-1] == VOCAB + 4
