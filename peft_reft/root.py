@@ -60,8 +60,8 @@ class Root:
         unknown = sorted({str(name) for name in names} - {*known, BASE})
         if unknown:
             raise ValueError(
-                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. The ReFT adapters of this model are "
-                f"{known}; `adapter_names` holds one per row of the batch, {BASE!r} for rows without an edit."
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. The ReFT adapters of this model "
+                f"are {known}; `adapter_names` holds one per row of the batch, {BASE!r} for rows without an edit."
             )
         return list(names)
 
