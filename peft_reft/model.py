@@ -341,7 +341,10 @@ def roles_of(model: Any) -> dict[nn.Module, str]:
     """For an encoder-decoder model, which side each module is on; modules above both are left out."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "get_encoder"):
         return {}
-    sides = {"encoder": model.get_encoder(), "decoder": model.get_decoder()}
+    encoder, decoder = model.get_encoder(), model.get_decoder()
+    if decoder is not model and any(module is encoder for module in decoder.modules()):
+        decoder = decoder.get_decoder()  # a model around a text model gives the whole of it for its decoder
+    sides = {"encoder": encoder, "decoder": decoder}
     return {
         module: side
         for side, stack in sides.items()

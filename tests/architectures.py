@@ -68,6 +68,7 @@ LIMITS: list[tuple[str, int]] = [
     (r"num_mel_bins|input_feat_per_channel", 16),
     (r".*state_size|mamba_d_state", 8),
 ]
+STAGES = ("out_features", "out_indices", "_out_features", "_out_indices", "stage_names")  # by the depth before
 Settings = dict[str, Any]
 
 
@@ -80,7 +81,7 @@ def shrink(settings: Settings) -> Settings:
     depths = {v for k, v in settings.items() if is_count(v) and limit_of(k) == DEPTH}
     small = {}
     for name, value in settings.items():
-        if name.startswith("_") or name in ("transformers_version", "architectures", "torch_dtype", "dtype"):
+        if name.startswith("_") or name in ("transformers_version", "architectures", "torch_dtype", "dtype", *STAGES):
             continue
         limit = limit_of(name)
         if value is None or name == "vocab_size":
@@ -293,6 +294,8 @@ def batch_for(model: nn.Module, mapping: str, lengths: Sequence[int], side: str 
         if mapping not in ("sequence", "masked", "token"):
             decoder_columns = 4
             inputs["decoder_input_ids"] = torch.randint(5, FIRST_SPECIAL - 1, (rows, 4), generator=generator)
+    if "pixel_values" in names and names["pixel_values"].default is inspect.Parameter.empty:
+        inputs["pixel_values"] = torch.randn(rows, 3, IMAGE, IMAGE, generator=generator)
     if mapping == "image" and "pixel_values" in names:
         inputs = {"pixel_values": torch.randn(rows, 3, IMAGE, IMAGE, generator=generator)}
         valid = [[]] * rows
