@@ -239,12 +239,11 @@ def tiny_model(model_type: str, mapping: str = "causal", seed: int = 0) -> nn.Mo
     """A seeded tiny model of an architecture, with the head of a mapping, in eval mode."""
     config = tiny_config(model_type)
     cls = AUTO_CLASSES[mapping]._model_mapping[type(config)]
-    if not isinstance(cls, (list, tuple)) and not isinstance(config, cls.config_class):  # the class of a part
-        config = next(
-            getattr(config, n) for n in config.sub_configs if isinstance(getattr(config, n), cls.config_class)
-        )
+    if not isinstance(cls, (list, tuple)) and not isinstance(config, cls.config_class):  # perhaps the class of a part
+        parts = (getattr(config, name) for name in config.sub_configs)
+        part = next((part for part in parts if isinstance(part, cls.config_class)), config)
         torch.manual_seed(seed)
-        return cls._from_config(config).eval()
+        return cls._from_config(part).eval()
     torch.manual_seed(seed)
     return AUTO_CLASSES[mapping].from_config(config).eval()
 
