@@ -19,6 +19,8 @@ from transformers import AutoConfig
 
 from peft_reft import ReftConfig, get_interventions
 
+collect_ignore = ["peft_suite"]  # PEFT's own tests, which are run by a command of their own
+
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
