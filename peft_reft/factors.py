@@ -83,18 +83,27 @@ def fingerprint(entries: Iterable[Named]) -> tuple[Any, ...] | None:
         for intervention in interventions:
             if intervention.training:
                 return None
-            for parameter in intervention.parameters():
+            for parameter in _parameters_of(intervention):
                 if parameter.requires_grad or parameter.is_inference():
                     return None
                 marks.append((key, id(parameter), parameter.data_ptr(), parameter._version))
     return tuple(marks)
 
 
+def _parameters_of(module: nn.Module) -> list[nn.Parameter]:
+    """`list(module.parameters())`, but faster: it counts where hundreds of adapters are looked through."""
+    found = [parameter for parameter in module._parameters.values() if parameter is not None]
+    for part in module._modules.values():
+        if part is not None:
+            found += _parameters_of(part)
+    return found
+
+
 def values_on_cpu(entries: Iterable[Named]) -> Tensor | None:
     """All parameters of interventions in a row, to see writes that leave no trace (through `.data`); None if none is
     on the CPU.
     """
-    parameters = (p for _, interventions in entries for i in interventions for p in i.parameters())
+    parameters = (p for _, interventions in entries for i in interventions for p in _parameters_of(i))
     flat = [parameter.detach().flatten() for parameter in parameters if parameter.device.type == "cpu"]
     return torch.cat(flat) if flat else None
 
