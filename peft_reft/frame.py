@@ -177,8 +177,8 @@ class Frame:
         times, rest = divmod(rows, len(names))
         if rest or self.call.generation is None:
             raise ValueError(
-                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and {rows} "
-                "respectively. Pass one name per row of the batch."
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and "
+                f"{rows} respectively. Pass one name per row of the batch."
             )
         return [name for name in names for _ in range(times)]
 
@@ -200,7 +200,7 @@ class Frame:
             strength = [entry[2] if entry is not None and entry[:2] == (spec, share) else 0.0 for entry in wanted]
             if sites is not None:
                 parts.append((sites, torch.tensor(strength, device=h.device)))
-        return overlay(parts) if parts else None
+        return overlay(parts, h.shape[1]) if parts else None
 
     def factors(self, layer: Any, name: str) -> Any:
         """What the interventions of an adapter beside one block multiply with; None if only they themselves know."""
@@ -210,14 +210,14 @@ class Frame:
         if self.locations is not None:
             locations = self.locations.to(h.device)
             if share_weights is True:
-                return sites_at(locations.flatten(1).unsqueeze(1))
+                return sites_at(locations.flatten(1).unsqueeze(1), h.shape[1])
             groups = spec.num_interventions(share_weights)
             if locations.shape[1] != groups:
                 raise ValueError(
                     f"intervention_locations of shape {tuple(locations.shape)} cannot be split over the {groups} "
                     f"groups of positions={str(spec)!r} with share_weights={share_weights!r}; pass [B, {groups}, P]."
                 )
-            return sites_at(locations)
+            return sites_at(locations, h.shape[1])
         if self.find is None:
             prompts = find_prompts(torch.ones(h.shape[:2], dtype=torch.bool, device=h.device))
         else:
@@ -225,4 +225,5 @@ class Frame:
         sites = sites_of(spec, prompts, share_weights)
         if sites is None:
             return None
-        return Sites(None if sites.columns is None else sites.columns.to(h.device), sites.keep.to(h.device))
+        moved: Any = [None if tensor is None else tensor.to(h.device) for tensor in sites]
+        return Sites(*moved)

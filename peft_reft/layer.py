@@ -20,7 +20,7 @@ from peft_reft.frame import Frame, frame_of_block
 from peft_reft.interventions import Factors, build_intervention, edit_of, low_rank_edit
 from peft_reft.layout import PLAIN, Layout, edit_hidden_state
 from peft_reft.positions import PositionSpec, parse_positions
-from peft_reft.sites import Sites, add_edit
+from peft_reft.sites import add_edit
 from peft_reft.structure import device_and_dtype
 
 SHOWN = ("active_adapters", "adapter_layer_names", "other_param_names", "reft_interventions")  # on the block, too
@@ -131,7 +131,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         if sites is None:
             return out
         if scale != 1:
-            sites = Sites(sites.columns, sites.keep * scale)
+            sites = sites._replace(keep=sites.keep * scale)
         return add_edit(out, h, sites, self._edit_of(name, frame.factors(self, name)))
 
     def _edit_rows(self, h: Tensor, names: Sequence[str], frame: Frame) -> Tensor:

@@ -22,14 +22,19 @@ class Sites(NamedTuple):
     Attributes:
         columns: long [B, G * P], every entry a column that exists; None if all S columns are looked at (P = S).
         keep: [B, G, P, 1], 1 where the place is edited and 0 where it only fills up the shape.
+        places: long [B * G * P], the same places in the hidden state as [B * S, d]; None without `columns`.
     """
 
     columns: Tensor | None
     keep: Tensor
+    places: Tensor | None = None
 
 
-def sites_at(locations: Tensor) -> Sites | None:
-    """Sites from columns [B, G, P], -1 = unused; None if there is no place at all (P = 0).
+def sites_at(locations: Tensor, columns: int) -> Sites | None:
+    """Sites from locations [B, G, P], -1 = unused; None if there is no place at all (P = 0).
+
+    Args:
+        columns: S, how many columns the hidden state has.
 
     An unused place looks at the row's last used column instead: at a token that is edited anyway, not at
     padding, whose vector may hold anything, NaN included.
@@ -38,8 +43,13 @@ def sites_at(locations: Tensor) -> Sites | None:
         return None
     used = locations >= 0
     spare = locations.flatten(1).amax(1).clamp(min=0)
-    columns = torch.where(used, locations, spare[:, None, None])
-    return Sites(columns.flatten(1), used.unsqueeze(-1).to(torch.float32))
+    chosen = torch.where(used, locations, spare[:, None, None]).flatten(1)
+    return Sites(chosen, used.unsqueeze(-1).to(torch.float32), (chosen + first_of_rows(chosen, columns)).flatten())
+
+
+def first_of_rows(chosen: Tensor, columns: int) -> Tensor:
+    """Where each of B rows begins in a hidden state as [B * S, d]: long [B, 1]."""
+    return torch.arange(chosen.shape[0], device=chosen.device).unsqueeze(1) * columns
 
 
 def sites_of(spec: PositionSpec, prompts: Prompts, share_weights: bool | str) -> Sites | None:
@@ -53,7 +63,8 @@ def sites_of(spec: PositionSpec, prompts: Prompts, share_weights: bool | str) ->
     bounded = share_weights == "position" or spec.widths(prompts.answer is not None) is not None
     if bounded and (prompts.document is None or prompts.num_documents is not None):
         locations = locate(spec, prompts, share_weights)
-        return sites_at(locations.flatten(1).unsqueeze(1) if share_weights is True else locations)
+        locations = locations.flatten(1).unsqueeze(1) if share_weights is True else locations
+        return sites_at(locations, prompts.inside.shape[1])
     # No bound on the number of places that could be known without looking at the data: mark them among all columns.
     marks = mark(spec, prompts, share_weights)
     if share_weights is True:
@@ -61,15 +72,16 @@ def sites_of(spec: PositionSpec, prompts: Prompts, share_weights: bool | str) ->
     return Sites(None, marks.unsqueeze(-1).to(torch.float32))
 
 
-def overlay(parts: Sequence[tuple[Sites, Tensor]]) -> Sites:
+def overlay(parts: Sequence[tuple[Sites, Tensor]], columns: int) -> Sites:
     """Sites of a batch in which each row takes part in one of several.
 
     Args:
         parts: sites for all rows, and the strength [B] with which each row takes part in them (0: not at all).
             Either all have columns, or none.
+        columns: S, how many columns the hidden state has.
     """
     groups, places = (max(sites.keep.shape[dim] for sites, _ in parts) for dim in (1, 2))
-    columns: Tensor | None = None
+    chosen: Tensor | None = None
     keep: Tensor | None = None
     for sites, strength in parts:
         size = sites.keep.shape[1:3]
@@ -81,9 +93,9 @@ def overlay(parts: Sequence[tuple[Sites, Tensor]]) -> Sites:
             own = sites.columns.unflatten(1, size)
             own = own[:, :, torch.arange(places, device=own.device).clamp(max=size[1] - 1)]
             own = own[:, torch.arange(groups, device=own.device).clamp(max=size[0] - 1)].flatten(1)
-            columns = own if columns is None else torch.where(strength[:, None] != 0, own, columns)
+            chosen = own if chosen is None else torch.where(strength[:, None] != 0, own, chosen)
     assert keep is not None
-    return Sites(columns, keep)
+    return Sites(chosen, keep, None if chosen is None else (chosen + first_of_rows(chosen, columns)).flatten())
 
 
 def add_edit(out: Tensor, h: Tensor, sites: Sites, edit: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -98,10 +110,11 @@ def add_edit(out: Tensor, h: Tensor, sites: Sites, edit: Callable[[Tensor, Tenso
     """
     rows, _, d = h.shape
     groups = sites.keep.shape[1]
-    if sites.columns is None:
+    if sites.places is None:
         delta = edit(h.unsqueeze(1).expand(-1, groups, -1, -1), sites.keep)
         delta = delta.squeeze(1) if groups == 1 else delta.sum(1)
         return out + delta.to(h.dtype)
-    index = sites.columns.unsqueeze(-1).expand(-1, -1, d)
-    delta = edit(h.gather(1, index).view(rows, groups, -1, d), sites.keep)
-    return out.scatter_add(1, index, delta.view(rows, -1, d).to(h.dtype))
+    # Whole rows of [B * S, d]: faster than along the columns, and autograd keeps the index, not h.
+    selected = h.reshape(-1, d).index_select(0, sites.places)
+    delta = edit(selected.view(rows, groups, -1, d), sites.keep)
+    return out.reshape(-1, d).index_add(0, sites.places, delta.view(-1, d).to(h.dtype)).view(out.shape)

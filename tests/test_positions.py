@@ -108,8 +108,9 @@ def test_random_batches_of_packed_rows_match_the_loop(seed):
 
 
 def test_unused_places_look_at_a_token_that_is_edited_anyway():
-    sites = sites_at(torch.tensor([[[2, -1], [5, -1]], [[-1, -1], [-1, 3]]]))
+    sites = sites_at(torch.tensor([[[2, -1], [5, -1]], [[-1, -1], [-1, 3]]]), columns=6)
     assert sites.columns.tolist() == [[2, 5, 5, 5], [3, 3, 3, 3]]
+    assert sites.places.tolist() == [2, 5, 5, 5, 9, 9, 9, 9]
     assert sites.keep.squeeze(-1).tolist() == [[[1, 0], [1, 0]], [[0, 0], [0, 1]]]
 
 
