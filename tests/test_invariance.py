@@ -1,4 +1,4 @@
-"""The result of an adapter depends on the text alone: padding, batch mates, packing, checkpointing make no difference."""
+"""The result of an adapter depends on the text alone: not on padding, batch mates, packing or checkpointing."""
 
 import functools
 import threading
