@@ -40,13 +40,15 @@ class Host:
         module: the module; its forward's parameter names are read once.
         root: shared by all hosts of a model.
         role: "encoder" or "decoder" in an encoder-decoder model, "router" for the module above both, else "".
+        depth: how many modules it lies in: a call of a module at the same or a smaller depth is another call.
     """
 
-    def __init__(self, module: nn.Module, root: Root, role: str = ""):
+    def __init__(self, module: nn.Module, root: Root, role: str = "", depth: int = 0):
         parameters = inspect.signature(type(module).forward).parameters.values()
         self.names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
         self.root = root
         self.role = role
+        self.depth = depth
 
     def attach(self, module: nn.Module) -> None:
         module.register_forward_pre_hook(self.enter, prepend=True, with_kwargs=True)
@@ -77,8 +79,8 @@ class Host:
         kwargs = {name: value for name, value in kwargs.items() if name not in OWN_ARGUMENTS}
         arguments = {**dict(zip(self.names, args)), **kwargs}
         outer = current_frame()
-        if outer is not None and outer.host.root is not self.root:
-            outer = None
+        if outer is not None and (outer.host.root is not self.root or outer.host.depth >= self.depth):
+            outer = None  # another model's, another call of this one, or left over from an interrupted one
         frame = self._frame(module, outer, arguments, own)
         names = frame.call.adapter_names
         if frame.call.factors is None and frame.edits and self.role != "router":

@@ -329,7 +329,8 @@ def attach_hosts(model: nn.Module, causal: bool, survey: Remembered | None = Non
         if name and not TOKENS & set(inspect.signature(type(module).forward).parameters):
             continue
         if Host.of(module) is None:
-            Host(module, root, roles.get(module, "router" if roles else "")).attach(module)
+            depth = len(name.split(".")) if name else 0
+            Host(module, root, roles.get(module, "router" if roles else ""), depth).attach(module)
         if hasattr(type(module), "generate") and not isinstance(module.__dict__.get("generate"), GenerateEntry):
             module.generate = GenerateEntry(module, root)  # type: ignore[assignment]
             if hasattr(type(module), "init_continuous_batching"):

@@ -271,9 +271,10 @@ def test_threads_do_not_see_each_others_positions():
     assert not failures
 
 
-def test_a_call_within_a_call_has_positions_of_its_own():
+@pytest.mark.parametrize("inner_lengths", [(6, 5, 2), (9, 2)], ids=["another shape", "the same shape"])
+def test_a_call_within_a_call_has_positions_of_its_own(inner_lengths):
     model = family("llama", positions="f2+l2")
-    outer, inner = batch(9, 4, side="left"), batch(6, 5, 2, seed=7)
+    outer, inner = batch(9, 4, side="left"), batch(*inner_lengths, seed=7)
     expected, expected_inner = logits(model, outer), logits(model, inner)
     found = []
 
@@ -306,6 +307,23 @@ def test_a_forward_that_fails_leaves_nothing_behind():
         model(**inputs, intervention_locations=torch.zeros(5, 1, dtype=torch.long))
     assert current_frame() is None
     torch.testing.assert_close(logits(model, inputs), expected)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["model", "backbone"])
+def test_an_interrupted_forward_does_not_lend_its_positions_to_the_next(whole):
+    model = family("llama", positions="f2+l2")
+    called = model if whole else model.get_base_model().model
+    interrupted, inputs = batch(9, 4, side="left"), batch(9, 6)
+    expected = logits(called, inputs)
+
+    def interrupt(module, args, output):
+        raise KeyboardInterrupt  # torch calls no hooks for it
+
+    handle = model.get_base_model().model.layers[1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        called(**interrupted)
+    handle.remove()
+    torch.testing.assert_close(logits(called, inputs), expected)
 
 
 @pytest.mark.parametrize(
