@@ -253,13 +253,6 @@ def tensors_alive() -> dict[int, int]:
     return found
 
 
-def resident_bytes() -> int:
-    """This process's resident memory."""
-    gc.collect()
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 # The record.
 
 

@@ -1,6 +1,6 @@
 """Does ReFT learn as well here as in the paper's own parametrisation? A small fixed task, 5 seeds, the curves drawn.
 
-    python benchmarks/learning.py            # about two minutes on one idle core
+    python benchmarks/learning.py            # about five minutes on one core
     python benchmarks/learning.py --quick    # two seeds, few steps
 
 A tiny Llama is first trained on a family of tasks (a task token and 4 symbols: answer one of them, as it is or moved
@@ -122,6 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--lr", type=float, default=5e-3)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--no-write", action="store_true", help="print only")
     arguments = parser.parse_args()
@@ -129,7 +130,7 @@ def main() -> None:
     torch.set_num_threads(1)  # the model is so small that a second thread only waits
     register_intervention("householder_loreft", Householder)
     seeds = range(2) if arguments.quick else range(5)
-    steps, base_steps = (50, 300) if arguments.quick else (300, 500)
+    steps, base_steps = (50, 300) if arguments.quick else (arguments.steps, 500)
     record: dict[str, Any] = {**common.environment(), "lr": arguments.lr, "rank": arguments.rank, "steps": steps}
 
     base = common.llama(
