@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peft_reft.arguments import check_locations, keeps_a_cache, past_length, token_device, valid_columns, window_of
 from peft_reft.frame import Call, Frame, generation_scope, innermost_generation
-from peft_reft.positions import PositionSpec
+from peft_reft.positions import PositionSpec, mark
 from peft_reft.prompt import Prompts, Tokens, generated
 from peft_reft.root import Root
 
@@ -146,7 +146,34 @@ class GenerateEntry:
             )
         ids = self._ids(arguments) if arguments.get("inputs_embeds") is None else None
         tokens = Tokens(valid, ids=ids if ids is not None and ids.shape == valid.shape else None, given=True)
+        if locations is None:
+            self._take_back_earlier_turns(tokens, arguments.get("past_key_values"))
         return Generation(self.root, tokens, locations, edits_answers=self.root.edits_answers())
+
+    def _take_back_earlier_turns(self, tokens: Tokens, cache: Any) -> None:
+        """Crop a reused cache to before the first edit of a turn that is not the last any more (`turns="last"`).
+
+        What is cropped runs once more as part of the prompt, so that the cache makes no difference.
+        """
+        past = past_length({"past_key_values": cache}, 0, 0)
+        if tokens.ids is None or (isinstance(past, int) and past == 0):
+            return
+        keep = past = int(past)
+        for spec in self.root.specs():
+            if spec.turns == "last" and spec.prompt_end:
+                before, now = (mark(spec, tokens.prompts(turns, spec.prompt_end)).any(1) for turns in ("all", "last"))
+                # Answers were generated without the edits of a prompt, which they are a part of now.
+                answered = tokens.prompts("first", spec.prompt_end).inside.logical_not() & now
+                changed = ((before != now) | answered)[:, :past].any(0)
+                keep = min([keep, *changed.nonzero().flatten().tolist()])
+        if keep < past:
+            try:
+                cache.crop(keep - past)
+            except (AttributeError, RuntimeError, ValueError) as error:
+                raise ValueError(
+                    f"turns='last' has to take back edits of earlier turns, but this {type(cache).__name__} of {past} "
+                    f"columns cannot be cropped to {keep}. Start with an empty cache, or use turns='all'."
+                ) from error
 
     def _valid_columns(self, arguments: dict[str, Any]) -> Tensor | None:
         """Bool [B, S]: the columns of the prompts that are no padding, as transformers' `generate` sees them."""

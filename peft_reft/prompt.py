@@ -30,8 +30,8 @@ class Prompts:
         length: long [B, 1], or [B, S] where it differs within a row: tokens in the prompt that the column belongs to.
         document: long [B, S], number of the column's document within its row; None if no row holds several.
         num_documents: the most documents a row can hold, None if that is not known without looking at the data.
-        answer: bool [B, S], True for tokens of an answer; None if there are none.
-        answer_order: long [B, S], number of the token among the answer tokens of its document, from 0.
+        answer: bool [B, S], True for generated tokens, in training for those of an answer; None if there are none.
+        answer_order: long [B, S], number of the token within its answer, from 0 (meaningful where `answer`).
     """
 
     inside: Tensor
@@ -121,12 +121,12 @@ def find_prompts(
     answer = answer_order = None
     inside = valid
     if labels is not None:
-        answer = valid & (labels != IGNORED) & (order > 0)
-        answer_order = counted(answer) - 1
+        predicted = valid & (labels != IGNORED) & (order > 0)
         if turns == "first":
-            inside = valid & (answer_order < 0)
+            inside = valid & (counted(predicted) == 0)
         else:
-            closing = F.pad(answer[:, 1:], (0, 1)) & ~answer & valid
+            closing = F.pad(predicted[:, 1:], (0, 1)) & ~predicted & valid
+        answer, answer_order = _answers(predicted, valid if starts is None else valid & ~starts)
     if closing is not None and (labels is None or turns != "first"):
         number = counted(closing) - closing.long()  # prompts that ended before the column
         total = over_document(closing)
@@ -137,7 +137,25 @@ def find_prompts(
             length = torch.where(total == 0, over_document(valid), _length_at_next(order, closing))
             turn = closing.long().cumsum(1) - closing.long() + (0 if document is None else document)
             return Prompts(inside, order, length, turn, None, answer, answer_order)
+    if answer is not None:
+        answer = answer & ~inside  # earlier answers are part of the last turn's prompt
     return Prompts(inside, order, over_document(inside), document, num_documents, answer, answer_order)
+
+
+def _answers(predicted: Tensor, goes_on: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens that generation would have run as generated ones, and their numbers, which begin anew with every answer.
+
+    The last token of an answer is run only if the conversation goes on, and then with the prompt of the next turn.
+
+    Args:
+        predicted: bool [B, S], tokens with a label.
+        goes_on: bool [B, S], tokens that belong to the same document as the token before, if that is one.
+    """
+    count = predicted.long().cumsum(1)
+    begins = predicted & ~F.pad(predicted[:, :-1], (1, 0))
+    order = count - 1 - torch.where(begins, count - 1, 0).cummax(1).values
+    handed_on = predicted & ~F.pad(predicted[:, 1:], (0, 1)) & F.pad(goes_on[:, 1:], (0, 1))
+    return predicted & ~handed_on, order
 
 
 def _length_at_next(order: Tensor, closing: Tensor) -> Tensor:

@@ -65,14 +65,13 @@ class Root:
             )
         return list(names)
 
+    def specs(self) -> set[Any]:
+        """The position specs of all adapters that are not disabled."""
+        return {spec for layer in self.layers if not layer.disable_adapters for spec in layer.position_specs.values()}
+
     def edits_answers(self) -> bool:
         """Whether some adapter edits generated tokens."""
-        return any(
-            layer.position_specs[name].edits_answers
-            for layer in self.layers
-            for name in layer.position_specs
-            if not layer.disable_adapters
-        )
+        return any(spec.edits_answers for spec in self.specs())
 
     def warn_once(self, message: str) -> None:
         if message not in self.warned and not torch.compiler.is_compiling():

@@ -318,22 +318,39 @@ def test_a_forward_that_continues_a_cache_by_itself_edits_nothing():
     assert (logits(model, {"input_ids": ids})[:, 6:] - got).abs().max() > 1e-3
 
 
-def test_multi_turn_generation_with_a_cache_equals_training_on_all_turns():
-    model = family(positions="f2+l2", turns="all")
-    first = batch(6, seed=1)["input_ids"]
+@pytest.mark.parametrize("positions", ["f2+l2", "l3", "f1+e2", "l2+d2", "all"])
+@pytest.mark.parametrize("turns", ["first", "last", "all"])
+def test_multi_turn_generation_with_a_cache_equals_training_on_the_same_turns(turns, positions):
+    model = family(positions=positions, turns=turns, prompt_end=[7, 8])
+    marker = torch.tensor([[7, 8]])
+    first = torch.cat([batch(6, seed=1)["input_ids"].clamp(min=9), marker], dim=1)
     cache = DynamicCache(config=model.config)
-    out = model.generate(input_ids=first, past_key_values=cache, max_new_tokens=3, do_sample=False)
-    second = torch.cat([out, batch(5, seed=2)["input_ids"]], dim=1)
+    out = model.generate(input_ids=first, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    second = torch.cat([out, batch(5, seed=2)["input_ids"].clamp(min=9), marker], dim=1)
+    assert cache.get_seq_length() == out.shape[1] - 1
     scores = []
     handle = model.get_base_model().lm_head.register_forward_hook(lambda m, a, output: scores.append(output[:, -1]))
     model.generate(input_ids=second, past_key_values=cache, max_new_tokens=1, do_sample=False)
     handle.remove()
-    labels = torch.full_like(second, -100)
-    labels[:, 6:9] = second[:, 6:9]
-    row, answers = torch.cat([second, second[:, :1]], 1), torch.cat([labels, second[:, :1]], 1)
-    trained = logits(model, {"input_ids": row}, labels=answers)[:, second.shape[1] - 1]
+    # The same conversation as a training example, with labels on both answers.
+    row = torch.cat([second, second[:, :1]], 1)
+    labels = torch.full_like(row, -100)
+    labels[:, first.shape[1] : out.shape[1]] = out[:, first.shape[1] :]
+    labels[:, -1] = row[:, -1]
+    trained = logits(model, {"input_ids": row}, labels=labels)[:, second.shape[1] - 1]
     torch.testing.assert_close(scores[0], trained, rtol=1e-4, atol=1e-4)
-    assert (logits(model, {"input_ids": row})[:, second.shape[1] - 1] - trained).abs().max() > 1e-3
+    with model.disable_adapter():
+        assert (logits(model, {"input_ids": row})[:, second.shape[1] - 1] - trained).abs().max() > 1e-3
+
+
+def test_a_cache_that_cannot_be_cropped_is_refused_where_it_would_have_to_be():
+    model = family(positions="l2", turns="last", prompt_end=[7, 8])
+    first = torch.cat([batch(6, seed=1)["input_ids"].clamp(min=9), torch.tensor([[7, 8]])], dim=1)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=64)
+    out = model.generate(input_ids=first, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    second = torch.cat([out, first], dim=1)
+    with pytest.raises(ValueError, match=r"turns='last' has to take back edits.*Start with an empty cache"):
+        model.generate(input_ids=second, past_key_values=cache, max_new_tokens=1, do_sample=False)
 
 
 def test_a_text_generation_pipeline_pads_and_continues_like_single_texts():

@@ -34,7 +34,8 @@ def prompt_tokens(labels: list[int], turns: str) -> tuple[list[int], list[int]]:
         return list(range(ends[0])), [ends[0]] * n
     if turns == "last":
         return list(range(ends[-1])), [ends[-1]] * n
-    inside = [token for token in range(ends[-1]) if not answer[token]]
+    # Of an answer that the conversation goes on from, the last token is run with the next turn's prompt.
+    inside = [token for token in range(ends[-1]) if not answer[token] or (token + 1 < n and not answer[token + 1])]
     return inside, [next((end for end in ends if end > token), n) for token in range(n)]
 
 
@@ -89,16 +90,22 @@ def test_thousands_of_random_batches_match_the_loop(turns, packed):
             assert {column: int(length[column]) for column in inside} == lengths, message
 
 
-def test_answer_tokens_are_counted_from_the_first_generated_one():
-    labels = torch.tensor([[-100, -100, 5, 5, -100, -100, 5], [5, 5, -100, -100, -100, -100, -100]])
-    valid = torch.tensor([[1] * 7, [1] * 2 + [0] * 5]).bool()
+def test_answer_tokens_are_counted_anew_in_every_answer_as_generation_would():
+    labels = torch.tensor([[-100, -100, 5, 5, 5, -100, 5, 5], [5, 5, -100, -100, -100, -100, -100, -100]])
+    valid = torch.tensor([[1] * 8, [1] * 2 + [0] * 6]).bool()
     found = find_prompts(valid, labels)
-    assert found.answer.tolist() == [
-        [False, False, True, True, False, False, True],
-        [False, True, False, False, False, False, False],
-    ]
-    assert [int(found.answer_order[0, c]) for c in (2, 3, 6)] == [0, 1, 2]
+    # The last token of the first answer is run with what follows it; the last one of the row ends it.
+    assert [row.nonzero().flatten().tolist() for row in found.answer] == [[2, 3, 6, 7], [1]]
+    assert [int(found.answer_order[0, c]) for c in (2, 3, 6, 7)] == [0, 1, 0, 1]
     assert int(found.answer_order[1, 1]) == 0
+
+
+def test_answers_of_packed_documents_end_with_their_document():
+    labels = torch.tensor([[-100, 5, 5, -100, -100, 5]])
+    starts = torch.tensor([[1, 0, 0, 1, 0, 0]]).bool()
+    found = find_prompts(torch.ones(1, 6).bool(), labels, starts)
+    assert found.answer[0].nonzero().flatten().tolist() == [1, 2, 5]
+    assert [int(found.answer_order[0, c]) for c in (1, 2, 5)] == [0, 1, 0]
 
 
 def test_a_first_token_is_prompt_even_if_it_has_a_label():
