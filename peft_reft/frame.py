@@ -167,7 +167,8 @@ class Frame:
 
     def edits_something(self) -> bool:
         """Whether some block was told to edit a token. Waits for the device."""
-        return any(sites is not None and bool(sites.keep.any()) for sites in self._sites.values())
+        keeps = [sites.keep for sites in self._sites.values() if sites is not None]
+        return any(keep.is_meta or bool(keep.any()) for keep in keeps)
 
     def adapters_by_row(self, rows: int) -> list[str] | None:
         """The adapter of each of `rows` rows, which may be the given ones each several times; None if not by row."""

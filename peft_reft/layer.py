@@ -96,6 +96,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def edit(self, h: Tensor, frame: Frame | None) -> Tensor:
         """`h` with the edits of all active adapters, each computed on `h` itself and summed."""
+        if frame is not None and not frame.edits:
+            return h
         rows = frame.adapters_by_row(h.shape[0]) if frame is not None else None
         names = self.active_adapters if rows is None else dict.fromkeys(rows)
         names = [name for name in names if name in self.reft_interventions]  # others belong to other blocks

@@ -239,6 +239,15 @@ def test_continuous_batching_gives_each_request_its_own_positions(positions, max
     assert base != alone
 
 
+def test_continuous_batching_shares_no_cached_blocks_between_requests_that_begin_alike():
+    model = family(positions="f2+l2")
+    config = transformers.ContinuousBatchingConfig(allow_block_sharing=True)
+    settings = GenerationConfig(max_new_tokens=NEW, eos_token_id=-1)
+    manager = model.init_continuous_batching(generation_config=settings, continuous_batching_config=config)
+    assert manager.continuous_batching_config.allow_block_sharing is False
+    assert config.allow_block_sharing is True  # the caller's own stays as it was
+
+
 def test_generation_in_a_thread_streams_the_same_tokens():
     class Streamer(transformers.generation.streamers.BaseStreamer):
         def __init__(self):

@@ -175,6 +175,21 @@ def test_labels_locations_and_shift_labels_say_the_same():
     assert (by_labels - logits(model, inputs)).abs().max() > 1e-3  # without any of them, the whole row is the prompt
 
 
+@pytest.mark.parametrize(("labels", "column"), [([5, 6, 7, 8], 0), ([-100, 5, 6, 7], 1), ([-100, -100, 5, 6], 2)])
+def test_a_decoders_prompt_ends_with_the_token_that_predicts_its_first_label(labels, column):
+    model = reft_model(tiny_model("t5"), task_type="SEQ_2_SEQ_LM", positions="l1")
+    base, seen = model.get_base_model(), []
+    handle = base.decoder.block[0].register_forward_hook(lambda module, args, output: seen.append(output[0].clone()))
+    with torch.no_grad():
+        encoded = base.encoder(batch(7)["input_ids"])
+        model(encoder_outputs=encoded, labels=torch.tensor([labels]))
+        with model.disable_adapter():
+            model(encoder_outputs=encoded, labels=torch.tensor([labels]))
+    handle.remove()
+    changed = (seen[0] != seen[1]).any(-1)[0]
+    assert changed.nonzero().flatten().tolist() == [column]
+
+
 def gradients(model, batches):
     """Gradients of one loss over several forwards, taken in a single backward."""
     loss = sum((-1) ** i * model(**inputs, use_cache=False).loss for i, inputs in enumerate(batches))
