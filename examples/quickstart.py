@@ -45,8 +45,8 @@ SUBJECTS = {
     "🐢": "turtle turtles pen turtlescreen",
     "🧵": "thread threads process processes lock locks semaphore",
 }
-# The emoji that the small model gets to know: these, Unicode's animals, and its office and computer symbols.
-EMOJI = sorted({*SUBJECTS, *map(chr, range(0x1F400, 0x1F43F)), *map(chr, range(0x1F4A0, 0x1F531))})
+# The emoji that the small model gets to know: these, and Unicode's animals.
+EMOJI = sorted({*SUBJECTS, *map(chr, range(0x1F400, 0x1F43F))})
 
 NO_TEXT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "encodings", "pydoc_data"}
 
@@ -100,7 +100,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 def train_base_model(texts: list[str], tokenizer: PreTrainedTokenizerFast, steps: int) -> LlamaForCausalLM:
     """A small Llama, trained to continue `texts`; on a slow machine for 100 seconds only."""
-    seconds, rows, columns, peak = 100.0, 12, 96, 4e-3
+    seconds, rows, columns, peak = 100.0, 6, 96, 2.5e-3
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -242,7 +242,7 @@ def main() -> None:
         texts = docstrings + emoji_lines(100 if options.smoke else 6000)
         random.Random(0).shuffle(texts)
         tokenizer = train_tokenizer(texts)
-        train_base_model(texts, tokenizer, steps=3 if options.smoke else 800).save_pretrained(base_name)
+        train_base_model(texts, tokenizer, steps=3 if options.smoke else 1000).save_pretrained(base_name)
         tokenizer.save_pretrained(base_name)
     else:
         print(f"1. Loading {options.model}", flush=True)
