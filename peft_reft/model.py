@@ -1,42 +1,31 @@
-"""ReftModel: the PEFT tuner. Puts a ReftLayer beside every chosen block, and hooks on the modules around them."""
+"""ReftModel: the PEFT tuner, with what PEFT asks of one; and looking at the interventions of a model."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from peft import PeftModel
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _ExcludedModule,
-    _maybe_include_all_linear_layers,
-    check_target_module_exists,
-)
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
-from peft.utils.peft_types import TaskType
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from peft_reft.batching import BatchingEntry
+from peft_reft.attach import attach_hosts, is_causal_lm, reft_layers, remove_reft
 from peft_reft.blocks import Remembered, refuse_unsound
 from peft_reft.checkpoint import blocks_of, intervention_shapes, mismatch
 from peft_reft.config import ReftConfig, prompt_end_ids
 from peft_reft.frame import adapter_names_scope
-from peft_reft.generation import GenerateEntry
 from peft_reft.host import Host
-from peft_reft.layer import CHILD, FactorCache, ReftLayer, attach_layer, detach_layer
-from peft_reft.numbering import group_by_stack, pick_layers
-from peft_reft.root import Root
+from peft_reft.layer import CHILD, ReftLayer, attach_layer, detach_layer
 from peft_reft.structure import device_and_dtype
+from peft_reft.targets import check_shapes, choose_targets, own_name, rank_of
 
 INTERVENTIONS = f".{CHILD}.reft_interventions."  # what stands between a block's name and the adapter's in a key
-TOKENS = {"input_ids", "inputs_embeds", "decoder_input_ids"}  # parameters by which a module takes tokens
 
 
 class ReftModel(BaseTuner):
@@ -219,149 +208,6 @@ def pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict[str, Any], n
     return args, {**kwargs, "adapter_names": [name for name in names for _ in range(times)]}
 
 
-def set_strength(model: nn.Module, strength: float, adapter_name: str | None = None) -> None:
-    """Scale an adapter's edits: 0 leaves the base model, 1 is as trained; negative and larger values work too.
-
-    Args:
-        model: a `PeftModel`, or a model that adapters were injected into.
-        strength: the factor of every edit, until it is set again; not saved with the adapter.
-        adapter_name: None for the active adapters.
-
-    Raises:
-        ValueError: if there is no such adapter, or the strength is no finite number.
-    """
-    if not isinstance(strength, (int, float)) or not math.isfinite(strength):
-        raise ValueError(
-            f"strength={strength!r} is not a finite number; 0 is the base model, 1 the adapter as trained."
-        )
-    layers = reft_layers(model).values()
-    known = {name for layer in layers for name in layer.scaling}
-    if adapter_name is not None and adapter_name not in known:
-        raise ValueError(f"The model has no ReFT adapter {adapter_name!r}; its ReFT adapters are {sorted(known)}.")
-    for layer in layers:
-        for name in layer.active_adapters if adapter_name is None else [adapter_name]:
-            if name in layer.scaling:
-                layer.scaling[name] = float(strength)
-
-
-def reft_layers(model: nn.Module) -> dict[str, ReftLayer]:
-    """The ReFT layers of a model, by the names of their blocks."""
-    suffix = f".{CHILD}"
-    return {name.removesuffix(suffix): layer for name, layer in model.named_modules() if isinstance(layer, ReftLayer)}
-
-
-def choose_targets(config: ReftConfig, model: nn.Module, survey: Remembered) -> tuple[set[str], set[str]]:
-    """Names of the modules to edit, and of those that would be if `exclude_modules` did not name them.
-
-    Raises:
-        ValueError: if the model's blocks cannot be found, or `layers_to_transform` names none of them.
-    """
-    names = [name for name, module in model.named_modules() if name and not isinstance(module, BaseTunerLayer)]
-    inside_layers = tuple(f"{name}.{CHILD}." for name in reft_layers(model))
-    names = [name for name in names if not name.startswith(inside_layers)] if inside_layers else names
-    stacks = survey.stacks() if config.target_modules is None else [names]
-    # PEFT's rules for names, but not for block numbers: it looks for those inside of blocks only.
-    rules = SimpleNamespace(
-        target_modules=".*" if config.target_modules is None else config.target_modules,
-        exclude_modules=config.exclude_modules,
-        modules_to_save=config.modules_to_save,
-        target_parameters=None,
-    )
-    results = {name: check_target_module_exists(rules, name) for stack in stacks for name in stack}
-    excluded = {name for name, result in results.items() if isinstance(result, _ExcludedModule)}
-    matched = [name for name, result in results.items() if result]
-    if not matched:
-        return set(), excluded  # PEFT says so, with the reason
-    if config.target_modules is not None:
-        stacks = group_by_stack(matched)
-    chosen = set(pick_layers(stacks, config.layers_to_transform))
-    return chosen & set(matched), excluded
-
-
-def own_name(name: str) -> str:
-    """A module's name in the model itself, should torch.compile have wrapped that."""
-    return name.removeprefix("_orig_mod.")
-
-
-def rank_of(config: ReftConfig, name: str) -> int:
-    """The rank in the module of this name."""
-    patterns = config.rank_pattern or {}
-    return patterns.get(get_pattern_key(list(patterns), name), config.r)
-
-
-def check_shapes(config: ReftConfig, targets: Mapping[str, tuple[int, int]]) -> None:
-    """Refuse ranks and widths that cannot be.
-
-    Args:
-        targets: width and rank of each module to edit, by its name.
-
-    Raises:
-        ValueError: if a rank is larger than the width, or layers of different widths are to share interventions.
-    """
-    for name, (width, r) in targets.items():
-        if r > width:
-            raise ValueError(
-                f"r={r} is not a rank for hidden states of width {width}, which {name!r} puts out: it must be between "
-                f"1 and {width}."
-            )
-    widths = sorted({width for width, _ in targets.values()})
-    if config.share_layers and len(widths) > 1:
-        raise ValueError(
-            f"share_layers=True needs blocks of one width, but these are {widths} wide. Choose blocks of one width "
-            "with layers_to_transform or target_modules, or do not share."
-        )
-
-
-def attach_hosts(model: nn.Module, causal: bool, survey: Remembered | None = None) -> None:
-    """Hook every module around the blocks that takes tokens, and `generate`; what is hooked already stays so."""
-    layers = reft_layers(model)
-    host = Host.of(model)
-    root = host.root if host is not None else Root(causal, [], FactorCache(), survey or Remembered(model))
-    root.causal = root.causal or causal
-    root.layers[:] = layers.values()
-    around = {""}
-    for name in layers:
-        parts = name.split(".")
-        around.update(".".join(parts[:depth]) for depth in range(1, len(parts)))
-    roles = roles_of(model)
-    for name in sorted(around):
-        module = model.get_submodule(name)
-        if name and not TOKENS & set(inspect.signature(type(module).forward).parameters):
-            continue
-        if Host.of(module) is None:
-            depth = len(name.split(".")) if name else 0
-            Host(module, root, roles.get(module, "router" if roles else ""), depth).attach(module)
-        if hasattr(type(module), "generate") and not isinstance(module.__dict__.get("generate"), GenerateEntry):
-            module.generate = GenerateEntry(module, root)  # type: ignore[assignment]
-            if hasattr(type(module), "init_continuous_batching"):
-                module.init_continuous_batching = entry = BatchingEntry(module)  # type: ignore[assignment]
-                root.batching = entry.requests
-
-
-def roles_of(model: Any) -> dict[nn.Module, str]:
-    """For an encoder-decoder model, which side each module is on; modules above both are left out."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "get_encoder"):
-        return {}
-    encoder, decoder = model.get_encoder(), model.get_decoder()
-    if decoder is not model and any(module is encoder for module in decoder.modules()):
-        decoder = decoder.get_decoder()  # a model around a text model gives the whole of it for its decoder
-    sides = {"encoder": encoder, "decoder": decoder}
-    return {
-        module: side
-        for side, stack in sides.items()
-        if isinstance(stack, nn.Module) and stack is not model
-        for module in stack.modules()
-    }
-
-
-def is_causal_lm(model: nn.Module, config: PeftConfig) -> bool:
-    """Whether labels of the shape of `input_ids` are next-token targets, so that they tell where the prompt ends."""
-    if config.task_type is not None:
-        return config.task_type == TaskType.CAUSAL_LM
-    can_generate = getattr(model, "can_generate", None)
-    return bool(can_generate is not None and can_generate()) and not model.config.is_encoder_decoder  # type: ignore[union-attr]
-
-
 def peft_is_loading() -> bool:
     """Whether PEFT is loading an adapter just now, and not a user making one.
 
@@ -388,17 +234,6 @@ def remove_if_being_loaded(model: nn.Module, adapter_name: str) -> None:
         if not layer.reft_interventions:
             detach_layer(base.get_submodule(name))
     attach_hosts(base, False)
-
-
-def remove_reft(model: nn.Module) -> None:
-    """Take all layers and hooks off a model."""
-    for name in reft_layers(model):
-        detach_layer(model.get_submodule(name))
-    for module in model.modules():
-        Host.detach(module)
-        for name, entry in list(module.__dict__.items()):
-            if isinstance(entry, (GenerateEntry, BatchingEntry)):
-                del module.__dict__[name]
 
 
 def get_interventions(model: nn.Module, adapter_name: str | None = None) -> dict[str, nn.ModuleList]:
@@ -432,3 +267,28 @@ def get_interventions(model: nn.Module, adapter_name: str | None = None) -> dict
         known = sorted({name for layer in layers.values() for name in layer.reft_interventions})
         raise ValueError(f"The model has no ReFT adapter {adapter_name!r}; its ReFT adapters are {known}.")
     return found  # type: ignore[return-value]
+
+
+def set_strength(model: nn.Module, strength: float, adapter_name: str | None = None) -> None:
+    """Scale an adapter's edits: 0 leaves the base model, 1 is as trained; negative and larger values work too.
+
+    Args:
+        model: a `PeftModel`, or a model that adapters were injected into.
+        strength: the factor of every edit, until it is set again; not saved with the adapter.
+        adapter_name: None for the active adapters.
+
+    Raises:
+        ValueError: if there is no such adapter, or the strength is no finite number.
+    """
+    if not isinstance(strength, (int, float)) or not math.isfinite(strength):
+        raise ValueError(
+            f"strength={strength!r} is not a finite number; 0 is the base model, 1 the adapter as trained."
+        )
+    layers = reft_layers(model).values()
+    known = {name for layer in layers for name in layer.scaling}
+    if adapter_name is not None and adapter_name not in known:
+        raise ValueError(f"The model has no ReFT adapter {adapter_name!r}; its ReFT adapters are {sorted(known)}.")
+    for layer in layers:
+        for name in layer.active_adapters if adapter_name is None else [adapter_name]:
+            if name in layer.scaling:
+                layer.scaling[name] = float(strength)

@@ -15,6 +15,8 @@ ORDER = [
     ["sites", "factors", "blocks", "config"],
     ["frame", "collator"],
     ["layer", "host", "generation"],
+    ["attach"],
+    ["targets"],
     ["model"],
     ["register"],
     ["__init__"],

@@ -1,0 +1,86 @@
+"""Puts the hooks on a model and takes everything off again; finds the ReFT layers that are on it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.utils.peft_types import TaskType
+from torch import nn
+
+from peft_reft.batching import BatchingEntry
+from peft_reft.blocks import Remembered
+from peft_reft.generation import GenerateEntry
+from peft_reft.host import Host
+from peft_reft.layer import CHILD, FactorCache, ReftLayer, detach_layer
+from peft_reft.root import Root
+
+TOKENS = {"input_ids", "inputs_embeds", "decoder_input_ids"}  # parameters by which a module takes tokens
+
+
+def reft_layers(model: nn.Module) -> dict[str, ReftLayer]:
+    """The ReFT layers of a model, by the names of their blocks."""
+    suffix = f".{CHILD}"
+    return {name.removesuffix(suffix): layer for name, layer in model.named_modules() if isinstance(layer, ReftLayer)}
+
+
+def attach_hosts(model: nn.Module, causal: bool, survey: Remembered | None = None) -> None:
+    """Hook every module around the blocks that takes tokens, and `generate`; what is hooked already stays so."""
+    layers = reft_layers(model)
+    host = Host.of(model)
+    root = host.root if host is not None else Root(causal, [], FactorCache(), survey or Remembered(model))
+    root.causal = root.causal or causal
+    root.layers[:] = layers.values()
+    around = {""}
+    for name in layers:
+        parts = name.split(".")
+        around.update(".".join(parts[:depth]) for depth in range(1, len(parts)))
+    roles = roles_of(model)
+    for name in sorted(around):
+        module = model.get_submodule(name)
+        if name and not TOKENS & set(inspect.signature(type(module).forward).parameters):
+            continue
+        if Host.of(module) is None:
+            depth = len(name.split(".")) if name else 0
+            Host(module, root, roles.get(module, "router" if roles else ""), depth).attach(module)
+        if hasattr(type(module), "generate") and not isinstance(module.__dict__.get("generate"), GenerateEntry):
+            module.generate = GenerateEntry(module, root)  # type: ignore[assignment]
+            if hasattr(type(module), "init_continuous_batching"):
+                module.init_continuous_batching = entry = BatchingEntry(module)  # type: ignore[assignment]
+                root.batching = entry.requests
+
+
+def roles_of(model: Any) -> dict[nn.Module, str]:
+    """For an encoder-decoder model, which side each module is on; modules above both are left out."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "get_encoder"):
+        return {}
+    encoder, decoder = model.get_encoder(), model.get_decoder()
+    if decoder is not model and any(module is encoder for module in decoder.modules()):
+        decoder = decoder.get_decoder()  # a model around a text model gives the whole of it for its decoder
+    sides = {"encoder": encoder, "decoder": decoder}
+    return {
+        module: side
+        for side, stack in sides.items()
+        if isinstance(stack, nn.Module) and stack is not model
+        for module in stack.modules()
+    }
+
+
+def is_causal_lm(model: nn.Module, config: PeftConfig) -> bool:
+    """Whether labels of the shape of `input_ids` are next-token targets, so that they tell where the prompt ends."""
+    if config.task_type is not None:
+        return config.task_type == TaskType.CAUSAL_LM
+    can_generate = getattr(model, "can_generate", None)
+    return bool(can_generate is not None and can_generate()) and not model.config.is_encoder_decoder  # type: ignore[union-attr]
+
+
+def remove_reft(model: nn.Module) -> None:
+    """Take all layers and hooks off a model."""
+    for name in reft_layers(model):
+        detach_layer(model.get_submodule(name))
+    for module in model.modules():
+        Host.detach(module)
+        for name, entry in list(module.__dict__.items()):
+            if isinstance(entry, (GenerateEntry, BatchingEntry)):
+                del module.__dict__[name]
