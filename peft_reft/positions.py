@@ -143,6 +143,7 @@ def select(spec: PositionSpec, prompts: Prompts) -> list[tuple[Tensor, Tensor]]:
     """
     order, length, inside = prompts.order, prompts.length, prompts.inside
     first, last = spec.count("f"), spec.count("l")
+    overlap = spec.count("m") or spec.count("e")  # prefix and suffix never meet, and "d" names other tokens
     groups: list[tuple[Tensor, Tensor]] = []
     prefix = torch.zeros_like(length)  # tokens taken by the prefix, [B, S] or [B, 1]
     for kind, count in ((term.kind, term.count) for term in spec.terms):
@@ -164,17 +165,11 @@ def select(spec: PositionSpec, prompts: Prompts) -> list[tuple[Tensor, Tensor]]:
                 member = prompts.answer & (prompts.answer_order % count == count - 1)
         else:
             member, slot = inside, order
-        if kind in "em" or "m" in kinds_before(spec, kind) or "e" in kinds_before(spec, kind):
+        if overlap:
             for earlier, _ in groups:
                 member = member & ~earlier
         groups.append((member, slot))
     return groups
-
-
-def kinds_before(spec: PositionSpec, kind: str) -> list[str]:
-    """Kinds of the terms that stand before the one of this kind."""
-    kinds = [term.kind for term in spec.terms]
-    return kinds[: kinds.index(kind)]
 
 
 def split_positions(
