@@ -202,7 +202,11 @@ class Tokens:
                     order = self.valid.long().cumsum(1)
                     closing = closing | (self.valid & (order == order[:, -1:]))
         turns = turns or ("first" if closing is None else "last")
-        return find_prompts(self.valid, self.labels, self.starts, self.num_documents, turns, closing)
+        found = find_prompts(self.valid, self.labels, self.starts, self.num_documents, turns, closing)
+        if closing is None or self.given or turns == "all":
+            return found
+        # What stands behind the marker would have been generated.
+        return replace(found, answer=self.valid & ~found.inside, answer_order=found.order - found.length)
 
     def marked(self, prompt_end: Sequence[int]) -> Tensor:
         """Bool [B, S]: where the marker ends."""

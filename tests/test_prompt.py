@@ -213,6 +213,13 @@ def test_the_last_marker_ends_the_prompt_unless_turns_says_otherwise(turns, insi
     assert found.inside.long().tolist() == [inside]
 
 
+def test_what_stands_behind_the_marker_counts_as_generated():
+    ids = torch.tensor([[5, 7, 8, 1, 2, 3], [1, 2, 3, 4, 5, 6]])
+    found = Tokens(torch.ones_like(ids).bool(), ids=ids).prompts(None, MARKER)
+    assert found.answer.long().tolist() == [[0, 0, 0, 1, 1, 1], [0] * 6]
+    assert found.answer_order[0, 3:].tolist() == [0, 1, 2]
+
+
 def test_a_row_without_the_marker_is_all_prompt():
     ids = torch.tensor([[1, 2, 3], [7, 8, 1]])
     found = Tokens(torch.ones_like(ids).bool(), ids=ids).prompts(None, MARKER)
