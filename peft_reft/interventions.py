@@ -131,7 +131,9 @@ class Intervention(nn.Module):
             else:
                 nn.init.uniform_(self.source.weight)  # type: ignore[arg-type]
             if self.orthonormal:
-                nn.init.orthogonal_(self.basis.weight)
+                # Rows of length 1/2: an optimizer's step then turns R as far as it does in the Householder
+                # parametrisation of the paper's code. R itself does not depend on their length.
+                nn.init.orthogonal_(self.basis.weight, gain=0.5)
             else:
                 nn.init.kaiming_uniform_(self.basis.weight, a=5**0.5)
             if identity:
