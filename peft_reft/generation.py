@@ -127,9 +127,8 @@ class GenerateEntry:
         if adapter_names is not None:
             generation.adapter_names = self.root.check_adapter_names(adapter_names)
         outer = innermost_generation(self.root)
-        if (
-            outer is not None and outer.seen == 0
-        ):  # a `generate` that only passes the call on, without what is not its own
+        if outer is not None and outer.seen == 0:
+            # That `generate` only passes the call on, without the arguments that it took out.
             generation.locations = outer.locations if generation.locations is None else generation.locations
             generation.adapter_names = generation.adapter_names or outer.adapter_names
         with generation_scope(generation):

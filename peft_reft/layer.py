@@ -246,9 +246,8 @@ def attach_layer(block: nn.Module, width: int, layout: Layout = PLAIN) -> ReftLa
     if not isinstance(layer, ReftLayer):
         layer = ReftLayer(block, width, layout)
         block.add_module(CHILD, layer)
-        block.register_forward_hook(
-            edit_block_output, prepend=True, with_kwargs=True
-        )  # before whatever records hidden states
+        # First of the block's hooks: before whatever records hidden states.
+        block.register_forward_hook(edit_block_output, prepend=True, with_kwargs=True)
     return layer
 
 

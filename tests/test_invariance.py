@@ -82,14 +82,17 @@ def test_a_row_gives_the_same_logits_alone_and_in_any_padded_batch(name, positio
         assert_adapter_matters(model, {**inputs, **ids}, got)
 
 
+@pytest.mark.parametrize("share_weights", [True, False])
 @pytest.mark.parametrize("kind", ["loreft", "noreft", "direft", "odireft", "consreft", "lobireft"])
-def test_every_intervention_gives_a_row_the_same_logits_in_any_padded_batch(kind):
-    model = family("llama", positions="f2+l1", intervention=kind, share_weights=False)
-    for side in ("left", "right"):
-        inputs = batch(*LENGTHS, side=side)
-        got = logits(model, inputs)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_intervention_gives_a_row_the_same_logits_in_any_padded_batch(name, kind, share_weights):
+    model = family(name, positions="f2+l1", intervention=kind, share_weights=share_weights)
+    right = batch(*LENGTHS)
+    for inputs in (right, batch(*LENGTHS, side="left"), pad_both_sides(right)):
+        ids = {"position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)}
+        got = logits(model, {**inputs, **ids})
         assert_rows(got, inputs["attention_mask"], rows_alone(model, inputs))
-        assert_adapter_matters(model, inputs, got)
+        assert_adapter_matters(model, {**inputs, **ids}, got)
 
 
 def packed(lengths, seed=3):
