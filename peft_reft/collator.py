@@ -15,9 +15,10 @@ from torch import Tensor
 
 from peft_reft.config import ReftConfig, prompt_end_ids
 from peft_reft.positions import locate, parse_positions
-from peft_reft.prompt import Tokens, align_shift_labels, document_starts
+from peft_reft.prompt import IGNORED, Tokens, align_shift_labels, document_starts
 
 KEY = "intervention_locations"
+KL = "KL_"  # TRL's KTO trainer runs two sets of rows per batch; the names of the second begin so
 
 
 class ReftDataCollator:
@@ -30,7 +31,9 @@ class ReftDataCollator:
 
     The batch gets `intervention_locations`, a LongTensor [B, G, P]: per row and position group the columns to edit,
     left to right, -1 = unused. P is the largest number in `positions` (times the documents of a packed row; the number
-    of columns for "all"). Examples that bring `intervention_locations` of their own ([P] or [G, P]) keep them.
+    of columns for "all"). The prompt's end is told by `labels`, `shift_labels` or, of TRL's preference trainers, by
+    `completion_mask`. Batches of TRL's KTO trainer get no locations if they do not hold for their `KL_input_ids` too;
+    that trainer passes labels. Examples that bring `intervention_locations` of their own ([P] or [G, P]) keep them.
 
     It passes for an instance of what it wraps, and reads and sets the wrapped collator's attributes.
     """
@@ -56,7 +59,9 @@ class ReftDataCollator:
             return batch
         batch = self.inner_collator(features, *args, **kwargs)
         if KEY not in batch:
-            batch[KEY] = self._locations(batch)
+            locations = self._locations(batch)
+            if _same_for_kl_rows(locations, batch, self._locations):
+                batch[KEY] = locations
         return batch
 
     def _locations(self, batch: Mapping[str, Any]) -> Tensor:
@@ -93,6 +98,9 @@ class ReftDataCollator:
             return labels
         if isinstance(shift_labels, Tensor) and shift_labels.shape == shape:
             return align_shift_labels(shift_labels)
+        completion_mask = batch.get("completion_mask")  # of which TRL's preference trainers make the labels
+        if isinstance(completion_mask, Tensor) and completion_mask.shape == shape:
+            return batch["input_ids"].masked_fill(completion_mask == 0, IGNORED)
         return None
 
     # Standing in for the wrapped collator.
@@ -118,6 +126,15 @@ class ReftDataCollator:
 
     def __repr__(self) -> str:
         return f"ReftDataCollator({self.inner_collator!r}, positions={self.config.positions!r})"
+
+
+def _same_for_kl_rows(locations: Tensor, batch: Mapping[str, Any], find: Callable[[Mapping[str, Any]], Tensor]) -> bool:
+    """Whether a batch's locations also hold for the second set of rows that TRL's KTO trainer makes of it, if any.
+
+    That trainer passes the same locations to both. It passes labels too, which tell the prompts where locations cannot.
+    """
+    second = {name.removeprefix(KL): value for name, value in batch.items() if name.startswith(KL)}
+    return "input_ids" not in second or torch.equal(locations, find(second))
 
 
 def pad_locations(rows: list[Any]) -> Tensor:
