@@ -95,7 +95,8 @@ class ReftModel(BaseTuner):
         self._prompt_end = prompt_end_ids(
             peft_config, None, getattr(getattr(model, "config", None), "_name_or_path", None)
         )
-        self._shared: ReftLayer | None = None  # the layer whose interventions the others share
+        self._shared: list[ReftLayer] = []  # the layer whose interventions the others share; in a list, so that it is
+        # no submodule of the tuner, whose parameters would be saved once more
 
     def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> Any:
         return _ExcludedModule() if own_name(key) in self._excluded else own_name(key) in self._matched
@@ -112,9 +113,9 @@ class ReftModel(BaseTuner):
         name = own_name(current_key)
         width, r = self._targets[name]
         layer = attach_layer(target, width, self._layouts[name])
-        layer.add_adapter(adapter_name, peft_config, r, self._prompt_end, self._shared)
+        layer.add_adapter(adapter_name, peft_config, r, self._prompt_end, *self._shared)
         if peft_config.share_layers:
-            self._shared = layer
+            self._shared = [layer]
         if peft_is_loading():
             layer.being_loaded[adapter_name] = True
         if adapter_name not in self.active_adapters:

@@ -612,3 +612,12 @@ def test_lora_inside_edited_blocks_and_reft_do_what_each_does_alone(reft_first, 
         expected = reference.forward(base, get_interventions(llama, "edits"), reft, inputs).logits
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(with_lora, expected)
+
+
+def test_interventions_that_all_blocks_share_are_stored_and_listed_once(tmp_path):
+    model = reft_model(tiny_model("llama"), share_layers=True)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    (interventions,) = next(iter(get_interventions(model).values()))
+    assert sum(tensor.numel() for tensor in stored.values()) == sum(p.numel() for p in interventions.parameters())
+    assert all(".layers." in name for name in model.state_dict() if "reft_interventions" in name)
