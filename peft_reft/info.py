@@ -362,11 +362,14 @@ def ordinal(n: int) -> str:
 
 
 def prompt_in_words(config: Mapping[str, Any]) -> str:
-    """Where the prompt ends, for calls that do not say so by labels, locations or `generate`."""
-    marker, turns = config.get("prompt_end"), config.get("turns")
-    text = "ends where labels, intervention_locations or generate say"
-    text += ", else the whole input" if marker is None else f", else behind {marker!r}"
-    return text + (f"; with several turns: {turns!r}" if turns else "")
+    """What counts as the prompt, unless a call names its places itself with `intervention_locations`."""
+    marker, turns, task = config.get("prompt_end"), config.get("turns"), config.get("task_type")
+    whole = "the whole input" if marker is None else f"what stands before {marker!r}, the marker included"
+    if task in (None, "CAUSAL_LM"):
+        text = f"what labels or generate say, else {whole}"
+    else:
+        text = whole + ("; in decoder blocks the decoder's prompt" if task == "SEQ_2_SEQ_LM" else "")
+    return text + (f"; of several turns: {turns}" if turns else "")
 
 
 def weights_in_words(config: Mapping[str, Any], spec: PositionSpec) -> str:
