@@ -19,6 +19,7 @@ from peft_reft.frame import Call, Frame, current_frame, innermost_generation, st
 from peft_reft.positions import PositionSpec
 from peft_reft.prompt import Prompts, Tokens, align_shift_labels, document_starts
 from peft_reft.root import BASE, Root
+from peft_reft.scoring import warn_if_scored_blindly
 
 OWN_ARGUMENTS = ("intervention_locations", "adapter_names")  # taken out of the call: the model does not know them
 UNLABELLED_TRAINING = (
@@ -146,15 +147,11 @@ class Host:
         if isinstance(labels, Tensor) and isinstance(ids, Tensor) and not torch.compiler.is_compiling():
             state.labelled = (self.root, weakref.ref(ids), labels)
         labelled = any(arguments.get(name) is not None for name in ("labels", "shift_labels"))
-        if (
-            self.root.causal
-            and module.training
-            and torch.is_grad_enabled()
-            and generation is None
-            and locations is None
-            and not labelled
-        ):
-            self.root.warn_once(UNLABELLED_TRAINING)
+        if self.root.causal and generation is None and locations is None and not labelled:
+            if module.training and torch.is_grad_enabled():
+                self.root.warn_once(UNLABELLED_TRAINING)
+            elif not torch.compiler.is_compiling():
+                warn_if_scored_blindly(self.root)
         return Call(self, labels, arguments.get("shift_labels"), locations, names, generation)
 
     def _remembered_labels(self, module: nn.Module, arguments: dict[str, Any]) -> Tensor | None:
