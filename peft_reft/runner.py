@@ -58,7 +58,7 @@ def run(argv: list[str]) -> Any:
 
 
 def tell_children() -> None:
-    """Make REFT known to the Python processes that this one starts; and to lm-eval in all of them, this one included."""
+    """Make REFT known to the Python processes that this one starts, and to lm-eval in all of them and this one."""
     folder = str(Path(children.__file__).parent)
     inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     os.environ["PYTHONPATH"] = os.pathsep.join([folder, *(entry for entry in inherited if entry not in ("", folder))])
@@ -103,7 +103,7 @@ def run_script(argv: list[str]) -> None:
     if pkgutil.get_importer(path) is not None:
         return run_folder(argv)
     with io.open_code(path) as file:
-        code = pkgutil.read_code(file)  # type: ignore[arg-type]
+        code = pkgutil.read_code(file)
     if code is None:
         with io.open_code(path) as file:
             code = compile(file.read(), path, "exec")
@@ -147,7 +147,7 @@ def lead_path_with(folder: str | None) -> None:
 
 
 def run_as_main(code: CodeType, file: str | None, spec: ModuleSpec | None) -> None:
-    """Run code as the module `__main__`, which it stays until the process ends: threads and exit handlers look there."""
+    """Run code as the module `__main__`, which stays until the process ends: threads and exit handlers look there."""
     module = ModuleType("__main__")
     module.__file__ = file
     module.__spec__ = spec

@@ -1,1 +1,1 @@
-"""The folder that runner.py puts into PYTHONPATH: what stands here, every Python process that a program starts imports."""
+"""The folder that runner.py puts into PYTHONPATH: Python processes that a program starts import what stands here."""
