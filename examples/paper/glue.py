@@ -1,0 +1,122 @@
+"""Classification: train a task of GLUE with transformers' Trainer, keep the best epoch, and report on held-out rows.
+
+The validation set is split in two by the seed: one part selects the epoch, the other is reported (appendix C.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+from accelerate import PartialState
+from methods import adapter_config, load_model, load_tokenizer, parameters, size, trained, trainer_arguments
+from recipe import RecipeError
+from report import peak_memory
+from scores import TASKS, glue_scores, halves, main_metric
+from sources import rows
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+
+# The one or two columns with the text.
+COLUMNS = {
+    "cola": ("sentence",),
+    "sst2": ("sentence",),
+    "mnli": ("premise", "hypothesis"),
+    "qnli": ("question", "sentence"),
+    "qqp": ("question1", "question2"),
+    "mrpc": ("sentence1", "sentence2"),
+    "rte": ("sentence1", "sentence2"),
+    "stsb": ("sentence1", "sentence2"),
+}
+LABELS = {"mnli": 3, "stsb": 1}  # the others have 2; one label is a regression
+
+
+def texts(settings: Mapping[str, Any]) -> Iterator[str]:
+    """All texts of a recipe's task, for a smoke run's vocabulary."""
+    (task,) = settings["evaluation"]["tasks"]
+    for row in rows(_source(settings, task)):
+        yield from (row[column] for column in COLUMNS[task])
+
+
+def _source(settings: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """The training rows: those of the task, unless the recipe's `train` names others."""
+    return {"name": task, **settings["evaluation"]["tasks"][task], "split": "train", **settings["train"]}
+
+
+def run(settings: Mapping[str, Any], seed: int, folder: Path) -> dict[str, Any]:
+    """Train and evaluate the one task that the settings are resolved for; the adapter is saved in `folder`.
+
+    Returns:
+        `parameters`, `training`, `memory_bytes`, and for the task `score` (the metric that the paper reports), all
+        metrics by name, `rows`, and `selection` (the score of the selected epoch on the selection half).
+    """
+    (task,) = settings["evaluation"]["tasks"]
+    if task not in TASKS:
+        raise RecipeError(f"The task {task!r} is not in GLUE as the paper uses it; use one of {', '.join(TASKS)}.")
+    source = {"name": task, **settings["evaluation"]["tasks"][task]}
+    arguments = trainer_arguments(settings, folder, seed)
+    tokenizer, max_length = load_tokenizer(settings), arguments.pop("max_length")
+
+    def encoded(part: Any) -> Any:
+        kept = [column for column in part.column_names if column not in ("label", *COLUMNS[task])]
+        return part.map(
+            lambda batch: tokenizer(
+                *(batch[column] for column in COLUMNS[task]), truncation=True, max_length=max_length
+            ),
+            batched=True,
+            remove_columns=[*kept, *COLUMNS[task]],
+        ).rename_column("label", "labels")
+
+    train = encoded(rows(_source(settings, task), seed))
+    validation = encoded(rows(source, seed, split="validation"))
+    selection, held_out = halves(len(validation), seed)
+
+    base = load_model(settings, num_labels=LABELS.get(task, 2))
+    base_size = size(base)
+    adapter = adapter_config(settings)
+    model = base if adapter is None else peft.get_peft_model(base, adapter)
+
+    def compute_metrics(prediction: Any) -> dict[str, float]:
+        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        predicted = logits.squeeze(-1) if task == "stsb" else np.argmax(logits, axis=-1)
+        return glue_scores(task, predicted, prediction.label_ids)
+
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            save_total_limit=1,
+            load_best_model_at_end=True,
+            metric_for_best_model=main_metric(task),
+            greater_is_better=True,
+            per_device_eval_batch_size=settings["evaluation"]["batch_size"],
+            **arguments,
+        ),
+        train_dataset=train,
+        eval_dataset=validation.select(selection),
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=compute_metrics,
+    )
+    counted = parameters(trainer.model, base_size)
+    training = trained(trainer)
+    found = trainer.predict(validation.select(held_out), metric_key_prefix="held_out").metrics
+    metrics = {name: found[f"held_out_{name}"] for name in glue_scores(task, [0, 1], [0, 1])}
+    if adapter is not None and PartialState().is_main_process:
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder / "adapter")
+    return {
+        "parameters": counted,
+        "training": training,
+        "memory_bytes": peak_memory(),
+        "tasks": {
+            task: {
+                "score": metrics[main_metric(task)],
+                **metrics,
+                "rows": len(held_out),
+                "selection": trainer.state.best_metric,
+                "seconds": found["held_out_runtime"],
+            }
+        },
+    }
