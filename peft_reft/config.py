@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,6 +108,21 @@ class ReftConfig(PeftConfig):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))  # as PEFT's own configs do
         self._validate()
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json, and a section of the README.md if the adapter's weights are there too.
+
+        PEFT calls this last when it saves an adapter (see card.py).
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        try:
+            from peft_reft.card import describe_saved
+
+            describe_saved(save_directory)
+        except Exception as error:  # never at the cost of what is being saved
+            warnings.warn(
+                f"The adapter is saved in {str(save_directory)!r}, but its README.md lacks ReFT's section: {error!r}"
+            )
 
     def _validate(self) -> None:
         def is_int(value: Any) -> bool:
