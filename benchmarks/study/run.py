@@ -1,0 +1,94 @@
+"""The study, in one command; every finished cell is stored at once, and not run again.
+
+    python -m benchmarks.study.run                      # all of it: under an hour on 2 cores
+    python -m benchmarks.study.run --quick              # five minutes
+    python -m benchmarks.study.run --seeds 5,6,7 --split 1
+    python -m benchmarks.study.run --report             # tables and pictures of what is there, nothing run
+
+Run in the root of a clone. Results go to benchmarks/results/study (--quick: study-quick; other splits: study-split1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from benchmarks.study import cells, encoder, task
+from benchmarks.study.store import Store
+
+RESULTS = Path(__file__).parent.parent / "results"
+
+
+def setup_of(split: int, scale: cells.Scale) -> str:
+    """What all cells have in common: data, sizes, steps. A change of it makes stored cells old."""
+    data = task.load(split, scale.sizes).fingerprint
+    fixed = [encoder.MAX_TOKENS, encoder.BATCH, encoder.WARMUP, encoder.HEAD_LR, scale.epochs, scale.sizes]
+    return f"split {split}, data {data}, settings {hashlib.sha256(json.dumps(fixed).encode()).hexdigest()[:8]}"
+
+
+def prepare_worker() -> None:
+    """One thread in each process: two that wait for each other are slower."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def run_all(store: Store, seeds: list[int], split: int, scale: cells.Scale, workers: int, until: float) -> None:
+    """Run what is not stored yet, until that is all or the time is over (cells that have begun are finished)."""
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, prepare_worker) as pool:
+        running: dict[Future, dict[str, Any]] = {}
+        while True:
+            busy = {cells.key(cell) for cell in running.values()}
+            for cell in cells.plan(store, seeds, scale):
+                if len(running) == workers or time.time() > until:
+                    break
+                if cells.key(cell) not in store.cells and cells.key(cell) not in busy:
+                    busy.add(cells.key(cell))
+                    running[pool.submit(cells.run, cell, split, scale)] = cell
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                cell = running.pop(future)
+                store.add(cells.key(cell), {**cell, "result": future.result()})
+                print(f"{time.strftime('%H:%M:%S')} {cells.key(cell)}: {summary(future.result())}", flush=True)
+
+
+def summary(result: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in result.items() if isinstance(value, (int, float)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small data, few methods, one seed")
+    parser.add_argument("--seeds", default=None, help="comma-separated; default 0,1,2,3,4, or 0 with --quick")
+    parser.add_argument("--split", type=int, default=0, help="which random division of the files")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further cell after that long")
+    parser.add_argument("--output", type=Path, default=None, help="folder of the results")
+    parser.add_argument("--report", action="store_true", help="only write the report of what is there")
+    arguments = parser.parse_args()
+    scale = cells.QUICK if arguments.quick else cells.FULL
+    seeds = [int(seed) for seed in (arguments.seeds or ("0" if arguments.quick else "0,1,2,3,4")).split(",")]
+    name = "study" + "-quick" * arguments.quick + f"-split{arguments.split}" * bool(arguments.split)
+    folder = arguments.output or RESULTS / name
+    store = Store(folder, setup_of(arguments.split, scale))
+    if store.others:
+        print(f"{store.others} stored cells are of another setup, and not used.")
+    if not arguments.report:
+        run_all(store, seeds, arguments.split, scale, arguments.workers, time.time() + 60 * arguments.minutes)
+
+
+if __name__ == "__main__":
+    main()
