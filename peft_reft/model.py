@@ -15,13 +15,14 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from peft_reft.attach import attach_hosts, is_causal_lm, reft_layers, remove_reft
+from peft_reft.attach import attach_hosts, is_causal_lm, reft_layers, remove_reft, tidy_up
 from peft_reft.blocks import Remembered, refuse_unsound
-from peft_reft.checkpoint import blocks_of, intervention_shapes, mismatch
+from peft_reft.checkpoint import blocks_of, does_not_fit, intervention_shapes, mismatch
 from peft_reft.config import ReftConfig, prompt_end_ids
 from peft_reft.frame import adapter_names_scope
 from peft_reft.host import Host
-from peft_reft.layer import CHILD, ReftLayer, attach_layer, detach_layer
+from peft_reft.layer import CHILD, ReftLayer, attach_layer
+from peft_reft.native import check_what_is_loaded
 from peft_reft.structure import device_and_dtype
 from peft_reft.targets import check_shapes, choose_targets, own_name, rank_of
 
@@ -73,6 +74,7 @@ class ReftModel(BaseTuner):
             kwargs["state_dict"] = {k.replace(middle, f".{self.prefix}"): v for k, v in kwargs["state_dict"].items()}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         attach_hosts(model, is_causal_lm(model, self.peft_config[adapter_name]), self._survey)
+        check_what_is_loaded(model, adapter_name, self.peft_config[adapter_name])
 
     def _prepare_adapter_config(self, peft_config: ReftConfig, model_config: dict) -> ReftConfig:
         return peft_config  # None means the model's own blocks, and is saved as such: it fits models of other depths
@@ -146,8 +148,10 @@ class ReftModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        own = [name for name in state_dict if f"{INTERVENTIONS}{adapter_name}." in name]
+        # PEFT looks for the names of modules, which are others than in the state dict where FSDP1 has wrapped blocks.
+        selected.update({name: state_dict[name] for name in own})
         if config.share_layers:
-            own = [name for name in selected if f"{INTERVENTIONS}{adapter_name}." in name]
             repeated = {name for name in own if blocks_of([name]) != blocks_of(own)[:1]}
             selected = {name: tensor for name, tensor in selected.items() if name not in repeated}
         return selected
@@ -176,10 +180,7 @@ class ReftModel(BaseTuner):
         if reason is not None:
             remove_if_being_loaded(model, adapter_name)
             base = model.get_base_model() if isinstance(model, PeftModel) else model
-            raise ValueError(
-                f"This ReFT adapter does not fit {type(base).__name__}: {reason}. Load it into the model it was "
-                f"trained on (base_model_name_or_path={config.base_model_name_or_path!r})."
-            )
+            raise ValueError(does_not_fit(base, reason, config))
         for layer in reft_layers(model).values():
             layer.being_loaded.pop(adapter_name, None)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
@@ -230,11 +231,7 @@ def remove_if_being_loaded(model: nn.Module, adapter_name: str) -> None:
         model.base_model.unload()
         return
     model.delete_adapter(adapter_name)
-    base = model.get_base_model()
-    for name, layer in reft_layers(base).items():
-        if not layer.reft_interventions:
-            detach_layer(base.get_submodule(name))
-    attach_hosts(base, False)
+    tidy_up(model.get_base_model())
 
 
 def get_interventions(model: nn.Module, adapter_name: str | None = None) -> dict[str, nn.ModuleList]:
