@@ -1,0 +1,200 @@
+"""Drawing an inspection: blocks and tokens as a heat map, and beside it what each block is worth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from peft_reft.inspect import Inspection
+
+LABELS = {
+    "relative": "‖Δh‖ / ‖h‖   (1: the edit is as long as h)",
+    "edit_norm": "‖Δh‖   (units of the hidden state)",
+    "turn": "angle between h and h + Δh   (degrees)",
+    "angle_before": "angle of h to the subspace   (degrees)",
+    "angle_after": "angle of h + Δh to the subspace   (degrees)",
+    "edit_angle": "angle of Δh to the subspace   (degrees)",
+}
+UNEDITED = "#e6e6e6"
+GAP = "…"  # stands for a run of tokens that no block edits
+CELL, ROW, MARGIN = 0.34, 0.26, 1.5  # inches
+
+
+def draw(
+    inspection: Inspection,
+    value: str = "relative",
+    *,
+    adapter: str | None = None,
+    prompts: Sequence[int] | None = None,
+    max_tokens: int = 48,
+) -> Figure:
+    """A panel per prompt (and per stack of an encoder-decoder model): blocks upwards, tokens to the right.
+
+    Tokens that are not edited are grey, padding is not shown. Of a prompt with more than `max_tokens` tokens those that
+    no block edits are left out, with "…" in their place.
+
+    Args:
+        inspection: what `inspect_adapter` returned.
+        value: what the colours show: a key of `LABELS`.
+        adapter: whose edits; None for the sum of all active ones (of which there are no angles to a subspace).
+        prompts: numbers of the prompts to draw; None for all.
+        max_tokens: how many tokens are shown in full.
+
+    Raises:
+        ValueError: for a value, adapter or prompt that is not in the inspection.
+    """
+    from matplotlib.figure import Figure
+
+    if value not in LABELS:
+        raise ValueError(f"value={value!r} cannot be drawn; use one of {', '.join(LABELS)}.")
+    known = list(dict.fromkeys(row["adapter"] for row in inspection.edits))
+    chosen = "+".join(inspection.adapters) if adapter is None else adapter
+    wanted = {row["prompt"] for row in inspection.edits} if prompts is None else set(prompts)
+    rows = [row for row in inspection.edits if row["adapter"] == chosen and row["prompt"] in wanted]
+    if not rows:
+        numbers = sorted({row["prompt"] for row in inspection.edits})
+        raise ValueError(
+            f"There is nothing to draw for adapter={adapter!r}, prompts={prompts!r}: the inspection has the adapters "
+            f"{known} and the prompts {numbers}."
+        )
+    keys = dict.fromkeys((row["prompt"], row["stack"]) for row in rows)
+    panels = [Panel(rows, *key, value, max_tokens) for key in keys]
+    effects = [row for row in inspection.effects if row["tv"] == row["tv"]]
+    finite = [number for panel in panels for line in panel.grid for number in line if math.isfinite(number)]
+    low = min(finite, default=0.0) if value.startswith("angle") else 0.0
+    high = max(finite, default=1.0)
+    high = high if high > low else low + 1
+
+    widest = max(len(panel.tokens) for panel in panels)
+    width = max(4.5, MARGIN + CELL * widest) + (2.2 if effects else 0) + 1
+    heights = [ROW * len(panel.blocks) + MARGIN for panel in panels]
+    figure = Figure(figsize=(width, sum(heights)), layout="constrained", dpi=110)
+    ratios = [max(3.0, CELL * widest), 1.8] if effects else [1]
+    grid = figure.subplots(len(panels), len(ratios), squeeze=False, width_ratios=ratios, height_ratios=heights)
+    image: Any = None
+    for panel, axes in zip(panels, grid):
+        image = panel.draw(axes[0], low, high)
+        total = next((row for row in inspection.totals if row["prompt"] == panel.prompt), None)
+        axes[0].set_xlim(-0.5, widest - 0.5)  # cells of one size in all panels
+        axes[0].set_title(panel.title(total, len(panels) > 1), fontsize=9, loc="left", parse_math=False)
+        if effects:
+            panel.draw_effects(axes[1], effects)
+    bar = figure.colorbar(image, ax=grid[:, 0].tolist(), pad=0.01, aspect=max(8, 25 * sum(heights) / 6), shrink=0.9)
+    bar.set_label(LABELS[value], fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+    return figure
+
+
+class Panel:
+    """The heat map of one prompt in one stack.
+
+    Attributes:
+        tokens: texts of the columns.
+        blocks: names of the lines, lowest first.
+        grid: [blocks][tokens], NaN where nothing is edited.
+    """
+
+    def __init__(self, rows: list[dict[str, Any]], prompt: int, stack: str, value: str, max_tokens: int):
+        self.prompt, self.stack = prompt, stack
+        own = [row for row in rows if (row["prompt"], row["stack"]) == (prompt, stack)]
+        lines = list(dict.fromkeys((row["block"], row["call"]) for row in own))
+        repeated = len({block for block, _ in lines}) < len(lines)
+        self.blocks = [block for block, _ in lines]
+        self.lines = [f"{block} ({call})" if repeated else block for block, call in lines]
+        names = {row["position"]: row for row in own}
+        edited = {row["position"] for row in own if row["edited"]}
+        kept: list[int | None] = list(names)
+        if len(names) > max_tokens:
+            kept = []
+            for position in names:
+                if position in edited:
+                    kept.append(position)
+                elif kept[-1:] != [None]:
+                    kept.append(None)
+        self.tokens = [GAP if position is None else shown(names[position]["token"]) for position in kept]
+        cells = {((row["block"], row["call"]), row["position"]): row[value] for row in own if row["edited"]}
+        self.grid = [[cells.get((line, position), math.nan) for position in kept] for line in lines]
+        parts = [None if position is None else names[position]["part"] for position in kept]
+        self.answer = parts.index("answer") if "answer" in parts else None
+
+    def draw(self, axes: Axes, low: float, high: float) -> Any:
+        """The map itself; returns matplotlib's image."""
+        import matplotlib
+        import numpy
+
+        colours = matplotlib.colormaps["viridis"].with_extremes(bad=UNEDITED)
+        values = numpy.ma.masked_invalid(numpy.array(self.grid))
+        settings: dict[str, Any] = {"vmin": low, "vmax": high, "cmap": colours, "interpolation": "none"}
+        image = axes.imshow(values, aspect="auto", origin="lower", **settings)
+        upright = all(len(token) <= 2 for token in self.tokens)
+        axes.set_xticks(range(len(self.tokens)))
+        texts = axes.set_xticklabels(self.tokens, rotation=0 if upright else 90, fontsize=8)
+        for text in texts:
+            text.set_parse_math(False)  # a token may be a dollar sign
+        step = max(1, math.ceil(len(self.lines) / 40))
+        axes.set_yticks(range(0, len(self.lines), step), short(self.lines)[::step], fontsize=8)
+        axes.set_xticks([n - 0.5 for n in range(1, len(self.tokens))], minor=True)
+        axes.set_yticks([n - 0.5 for n in range(1, len(self.lines))], minor=True)
+        axes.grid(which="minor", color="white", linewidth=0.8)
+        axes.tick_params(which="both", length=0)
+        for side in axes.spines.values():
+            side.set_visible(False)
+        if self.answer is not None:
+            axes.axvline(self.answer - 0.5, color="black", linewidth=1.2, linestyle="--")
+        legend = "grey: not edited" if self.answer is None else "grey: not edited; dashed line: the answer begins"
+        axes.set_xlabel(f"token   ({legend})", fontsize=8)
+        axes.set_ylabel("block", fontsize=8)
+        return image
+
+    def draw_effects(self, axes: Axes, effects: list[dict[str, Any]]) -> None:
+        """A bar per block: how much of the prediction is lost without it. All panels have the same scale."""
+        own = {row["block"]: row["tv"] for row in effects if row["prompt"] == self.prompt}
+        sizes = [own.get(block, 0.0) for block in self.blocks]
+        axes.barh(range(len(sizes)), sizes, color="#440154", height=0.7)
+        axes.set_ylim(-0.5, len(sizes) - 0.5)
+        axes.set_xlim(0, max(1e-6, 1.08 * max(row["tv"] for row in effects)))
+        axes.set_yticks([])
+        axes.tick_params(labelsize=8)
+        axes.locator_params(axis="x", nbins=4)
+        axes.set_xlabel("change of the prediction without\nthe block (total variation)", fontsize=8)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+
+    def title(self, total: dict[str, Any] | None, several: bool) -> str:
+        parts = [f"prompt {self.prompt}"] if several else []
+        parts += [self.stack] if self.stack else []
+        text = ", ".join(parts)
+        if total is not None and total["tv"] == total["tv"]:
+            words = f"most likely {total['top']!r}, unedited {total['top_unedited']!r}"
+            words += f"; total variation between the two {total['tv']:.2f}"
+            text = f"{text}: {words}" if text else words
+        return text
+
+
+def shown(token: str) -> str:
+    """A token as a label: blanks and line ends made visible, nothing that could break the line.
+
+    >>> shown(" the"), shown("x" * 30)
+    ('␣the', 'xxxxxxxxxxxxxxx…')
+    """
+    text = token.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r").replace(" ", "␣")
+    text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    return text if len(text) <= 16 else text[:15] + "…"
+
+
+def short(names: list[str]) -> list[str]:
+    """Names of blocks without what all of them begin with, down to the numbers.
+
+    >>> short(["model.layers.0", "model.layers.1"]), short(["encoder.0.x", "decoder.0.x"])
+    (['0', '1'], ['encoder.0.x', 'decoder.0.x'])
+    """
+    parts = [name.split(".") for name in names]
+    common = 0
+    while all(len(part) > common + 1 and part[common] == parts[0][common] for part in parts):
+        common += 1
+    return [".".join(part[common:]) for part in parts]
