@@ -1,9 +1,9 @@
-"""What a model answered: the option, number or letter in a generated text, by two rules each, and whether it is right.
+"""What a model answered: the option, number or letter in a generated text, by two rules each; and whether it is right.
 
-`paper` is the rule that the paper's numbers were scored by, faults included (pyreft 0.1.0, which follows Hu et al. 2023):
-an option must be spelled exactly, a number is the last one once all commas are deleted, a letter is the first capital A to E
-anywhere in the text. `careful` reads the text as a person would. A wide gap between the two means that the model
-answers in another format than it was taught, not that it reasons better or worse.
+`paper` is the rule that the paper's numbers were scored by, faults included (pyreft 0.1.0, which follows Hu et al.
+2023): an option must be spelled exactly, a number is the last one once all commas are deleted, a letter is the first
+capital A to E anywhere in the text. `careful` reads the text as a person would. A wide gap between the two means that
+the model answers in another format than it was taught, not that it reasons better or worse.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import torch
 import transformers
 from peft import PeftConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from recipe import RecipeError
 from torch import nn
 
 _CLASSES = {
@@ -34,15 +35,23 @@ def load_model(settings: Mapping[str, Any], **changes: Any) -> transformers.PreT
         changes: of the model's config, such as num_labels.
     """
     dtype = getattr(torch, settings.get("dtype", "float32")) if torch.cuda.is_available() else torch.float32
-    return _CLASSES[settings["kind"]][0].from_pretrained(settings["model"], dtype=dtype, **changes)
+    return _from_hub(_CLASSES[settings["kind"]][0], settings["model"], dtype=dtype, **changes)
 
 
 def load_tokenizer(settings: Mapping[str, Any]) -> transformers.PreTrainedTokenizerBase:
-    """The base model's tokenizer; one without a padding token pads with the unknown or the last token, as pyreft does."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(settings["model"])
+    """The base model's tokenizer. One without a padding token pads with the unknown token, or with the last."""
+    tokenizer = _from_hub(transformers.AutoTokenizer, settings["model"])
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def _from_hub(of_class: Any, name: str, **options: Any) -> Any:
+    try:
+        return of_class.from_pretrained(name, **options)
+    except OSError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise RecipeError(f"The model {name!r} cannot be loaded ({reason}). Give another with --model.") from error
 
 
 def trainer_arguments(settings: Mapping[str, Any], folder: Path, seed: int) -> dict[str, Any]:

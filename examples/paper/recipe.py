@@ -1,12 +1,13 @@
 """A recipe: one YAML file with all settings of an experiment, resolved for a method, a task and what a user overrides.
 
-The file has the settings that all methods share, and under `methods` what differs by method, and by task of that method.
-Resolving merges these, later ones over earlier ones: shared, `methods.<method>`, `methods.<method>.tasks.<task>`,
-`smoke` (if asked for), then `key=value` from the command line.
+The file has the settings that all methods share, and under `methods` what differs by method, and by task of that
+method. Resolving merges these, later ones over earlier ones: shared, `methods.<method>`,
+`methods.<method>.tasks.<task>`, `smoke` (if asked for), then `key=value` from the command line.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -125,10 +126,8 @@ def _parse_override(text: str) -> Settings:
     except yaml.YAMLError as error:
         raise RecipeError(f"{text!r}: the value is not valid YAML.") from error
     if isinstance(parsed, str):
-        try:  # YAML takes 1e-3 for text
+        with contextlib.suppress(ValueError):  # YAML takes 1e-3 for text
             parsed = float(parsed)
-        except ValueError:
-            pass
     for part in reversed(key.split(".")):
         parsed = {part: parsed}
     return parsed

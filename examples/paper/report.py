@@ -50,7 +50,8 @@ def collect(folder: Path) -> list[dict[str, Any]]:
 def table(results: list[dict[str, Any]]) -> str:
     """One Markdown table for each recipe, a row for each method and model: mean (standard deviation) over seeds, in %.
 
-    "avg" is the mean over the tasks shown. Rows marked "paper" have the numbers that the recipe quotes; smoke runs have none.
+    "avg" is the mean over the tasks shown. Rows marked "paper" have the numbers that the recipe quotes; beside smoke
+    runs there are none.
     """
     lines: list[str] = []
     for name in dict.fromkeys(result["recipe"] for result in results):

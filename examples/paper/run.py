@@ -2,7 +2,7 @@
 
     python examples/paper/run.py examples/paper/commonsense.yaml                    # LoReFT, the first seed
     python examples/paper/run.py examples/paper/glue_base.yaml --method lora --tasks cola,rte --seed all
-    python examples/paper/run.py examples/paper/arithmetic.yaml --model meta-llama/Llama-3.2-1B training.num_train_epochs=3
+    python examples/paper/run.py examples/paper/arithmetic.yaml --model meta-llama/Llama-3.2-1B adapter.r=4
     accelerate launch examples/paper/run.py examples/paper/instruct.yaml            # on all GPUs of the machine
     python examples/paper/run.py examples/paper/commonsense.yaml --smoke            # a tiny model and data, no network
 
@@ -12,7 +12,6 @@ A run that has its results already is not run again, so that the same command go
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import platform
 import sys
@@ -22,13 +21,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import classifying
 import datasets
+import generating
 import report
 import torch
 import transformers
 from accelerate import PartialState
 from recipe import RecipeError, load, resolve
 from tiny import save_tiny
+
+KINDS = {"causal": generating, "glue": classifying}
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -75,7 +78,7 @@ def run_one(settings: dict[str, Any], method: str, seed: int, folder: Path, smok
     """One training with its evaluation; the results are returned and saved as `results.json`."""
     wanted = json.loads(json.dumps(settings))
     transformers.set_seed(seed)
-    kind = importlib.import_module(settings["kind"])
+    kind = KINDS[settings["kind"]]
     name = settings["model"]
     if isinstance(name, Mapping):
         if not smoke:

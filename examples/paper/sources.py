@@ -16,9 +16,9 @@ def rows(source: Mapping[str, Any], seed: int = 0, split: str = "train") -> Data
     """The rows that a recipe's `data` entry names.
 
     Args:
-        source: `data` is a JSON or JSON-lines file (a path, as seen from here or from this folder, or a URL), or else the
-            hub name of a data set, with its configuration's `name` and its `split`. `max_examples` takes that many rows,
-            drawn by `seed`.
+        source: `data` is a JSON or JSON-lines file (a path, as seen from here or from this folder, or a URL), or else
+            the hub name of a data set, with its configuration's `name` and its `split`. `max_examples` takes that many
+            rows, drawn by `seed`.
         split: which split, where the source does not say.
 
     Raises:
@@ -33,8 +33,9 @@ def rows(source: Mapping[str, Any], seed: int = 0, split: str = "train") -> Data
         else:
             loaded = load_dataset(data, source.get("name"), split=source.get("split", split))
     except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise RecipeError(
-            f"The data {source['data']!r} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}). Give "
+            f"The data {source['data']!r} cannot be loaded ({reason}). Give "
             "another hub name, URL or .json file, as in train.data=... or evaluation.tasks.<task>.data=..."
         ) from error
     limit = source.get("max_examples")
