@@ -393,11 +393,14 @@ def edit_rows(noted: Row, batch: Batch, stack: str, tokenizer: Any) -> list[Row]
 
 
 def text_of(token: int, tokenizer: Any) -> str:
-    """The text of a token; what a single token cannot be decoded to has its name in the vocabulary."""
+    """The text of a token; its name in the vocabulary where it has no text of its own."""
     if tokenizer is None or token < 0:
         return str(token)
     text: str = tokenizer.decode([token])
-    return text if text and "\ufffd" not in text else str(tokenizer.convert_ids_to_tokens(token))
+    if text and "\ufffd" not in text:
+        return text
+    name = tokenizer.convert_ids_to_tokens(token)
+    return str(token if name is None else name)
 
 
 # What a prediction owes to each block.

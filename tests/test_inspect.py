@@ -1,4 +1,4 @@
-"""Tables and pictures of what an adapter does: against slow hooks, and against models in which a block does not edit."""
+"""Tables and pictures of what an adapter does: against slow hooks, and models in which a block does not edit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def tokenizer():
 
 
 def slow(base, interventions, config, inputs, columns):
-    """The blocks' own outputs and the edited ones, from plain hooks on a model without an adapter: two dicts by block."""
+    """The blocks' own outputs and the edited ones, from plain hooks on a model without an adapter, by block."""
     before, after, handles = {}, {}, []
 
     def recorder(seen, name):
@@ -147,10 +147,8 @@ def test_an_effect_is_that_of_a_model_in_which_the_block_does_not_edit(settings)
         all_tv, all_kl = distance(full[prompt], none[prompt])
         total = found.totals[prompt]
         assert (total["tv"], total["kl"]) == pytest.approx((all_tv, all_kl), rel=1e-3)
-        assert (total["top"], total["top_unedited"]) == (
-            str(int(full[prompt].argmax())),
-            str(int(none[prompt].argmax())),
-        )
+        assert total["top"] == str(int(full[prompt].argmax()))
+        assert total["top_unedited"] == str(int(none[prompt].argmax()))
         for block in interventions:
             without = prediction(set(interventions) - {block})
             tv, kl = distance(full[prompt], without[prompt])
@@ -539,9 +537,8 @@ def test_the_command_writes_a_picture_and_tables(saved, tmp_path, capsys, tokeni
     expected = inspect_adapter(saved, "one two four", tokenizer, answers="five six")
     with open(table, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [float(row["relative"]) for row in rows] == pytest.approx(
-        [row["relative"] for row in expected.edits], rel=1e-5
-    )
+    written = [float(row["relative"]) for row in rows]
+    assert written == pytest.approx([row["relative"] for row in expected.edits], rel=1e-5)
     with open(tmp_path / "table-effects.csv", encoding="utf-8", newline="") as file:
         assert [row["block"] for row in csv.DictReader(file)] == [f"model.layers.{n}" for n in range(BLOCKS)]
 
