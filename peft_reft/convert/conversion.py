@@ -1,0 +1,189 @@
+"""What a conversion makes: the config and tensors of a PEFT adapter, and what could not be translated.
+
+Where interventions came from is known to pyreft.py and adapterhub.py, which hand over `Edit`s by block; how a
+directory is written is known to writing.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from peft_reft.config import ReftConfig
+from peft_reft.convert.structure import Structure
+from peft_reft.numbering import block_number
+from peft_reft.positions import parse_positions
+
+PREFIX = "base_model.model."  # of every key in a PEFT checkpoint
+
+
+class ConversionError(ValueError):
+    """A checkpoint that cannot be converted as it is; the message says why, and what to do."""
+
+
+@dataclass
+class Edit:
+    """The tensors of one intervention, in this package's equation h + basisᵀ(act(source h + bias) − basis h).
+
+    Attributes:
+        basis: [r, d], rows of R or of W2.
+        bias: [r], b or the constant.
+        source: [r, d], or None where the equation has only a constant.
+    """
+
+    basis: Tensor
+    bias: Tensor
+    source: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(r, d)."""
+        return self.basis.shape[0], self.basis.shape[1]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By the names that an intervention's parameters have in this package."""
+        if self.source is None:
+            return {"basis.weight": self.basis, "source.weight": self.bias}
+        return {"basis.weight": self.basis, "source.weight": self.source, "source.bias": self.bias}
+
+
+@dataclass
+class Conversion:
+    """A converted adapter.
+
+    Attributes:
+        origin: the library whose checkpoint it was, "pyreft" or "AdapterHub"; "PEFT" for an export.
+        config: the adapter's config.
+        edits: its interventions by name of the block, one or one per position group.
+        head: trained modules of the model itself, such as a classifier, by name of the tensor.
+        notes: what could not be translated exactly, or had to be assumed; one sentence or two each.
+        dst: where it was written, None if nowhere.
+    """
+
+    origin: str
+    config: ReftConfig
+    edits: dict[str, list[Edit]]
+    head: dict[str, Tensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    dst: Path | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state dict of the adapter, as PEFT saves it."""
+        own = {
+            f"{PREFIX}{block}.reft.reft_interventions.{group}.{name}": tensor.detach().clone().contiguous()
+            for block, edits in self.edits.items()
+            for group, edit in enumerate(edits)
+            for name, tensor in edit.tensors().items()
+        }
+        return own | {f"{PREFIX}{name}": tensor.detach().clone().contiguous() for name, tensor in self.head.items()}
+
+    def __str__(self) -> str:
+        config = self.config
+        groups = {len(edits) for edits in self.edits.values()}
+        shared = "shared weights" if groups == {1} else "separate weights for prefix and suffix"
+        ranks = sorted({edit.shape[0] for edits in self.edits.values() for edit in edits})
+        lines = [
+            f"from:       {self.origin}",
+            f"kind:       {config.intervention}" + (f" with {config.act_fn}" if config.act_fn else ""),
+            f"rank:       {', '.join(map(str, ranks))}",
+            f"blocks:     {len(self.edits)}: {', '.join(self.edits)}",
+            f"positions:  {config.positions}, {shared}",
+        ]
+        if self.head:
+            lines.append(f"head:       {', '.join(config.modules_to_save or [])}")
+        if self.dst is not None:
+            lines.append(f"written to: {self.dst}")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def assemble(
+    origin: str,
+    kind: str,
+    edits: Mapping[str, list[Edit]],
+    positions: str,
+    structure: Structure | None,
+    *,
+    head: Mapping[str, Tensor] | None = None,
+    act_fn: str | None = None,
+    dropout: float = 0.0,
+    every_block: bool = False,
+    base_model_name_or_path: str | None = None,
+    task_type: str | None = None,
+) -> Conversion:
+    """Put interventions and a head together to an adapter.
+
+    Args:
+        edits: by name of the block in the base model.
+        structure: of the base model, where it is known.
+        every_block: whether these are all blocks of the model, as far as the checkpoint tells.
+
+    Raises:
+        ConversionError: if they do not fit each other, the positions or the model.
+    """
+    groups = {len(found) for found in edits.values()}
+    terms = len(parse_positions(positions).terms)
+    if len(groups) != 1 or not groups <= {1, terms}:
+        raise ConversionError(
+            f"The checkpoint has {' or '.join(map(str, sorted(groups)))} interventions per block, but "
+            f"positions={positions!r} has {terms} term(s): one intervention is shared by all terms, and more are one "
+            "per term, as in 'f2+l2'. Pass the positions that it was trained with."
+        )
+    if structure is not None:
+        for block, found in edits.items():
+            width = structure.width_of(block)
+            if width != found[0].shape[1]:
+                raise ConversionError(
+                    f"The checkpoint's hidden states are {found[0].shape[1]} wide, those of {block!r} in "
+                    f"{structure.name} are {width}. Pass the model that it was trained on."
+                )
+    ranks = {block: {edit.shape[0] for edit in found} for block, found in edits.items()}
+    uneven = [block for block, found in ranks.items() if len(found) > 1]
+    if uneven:
+        raise ConversionError(
+            f"The interventions of {uneven[0]!r} have the ranks {sorted(ranks[uneven[0]])}; an adapter has one rank "
+            "per block. Convert them as two adapters, each with one term of the positions, and activate both."
+        )
+    rank = {block: next(iter(found)) for block, found in ranks.items()}
+    usual = Counter(rank.values()).most_common(1)[0][0]
+    if structure is not None and structure.has_blocks(edits):
+        own, all_of_them = True, structure.has_all_blocks(edits)
+    else:
+        own, all_of_them = every_block, every_block
+    numbers = sorted({number for number in map(block_number, edits) if number is not None})
+    modules = list(dict.fromkeys(name.split(".")[0] for name in head or {}))
+    config = ReftConfig(
+        task_type=task_type or (structure.task_type if structure else None),
+        base_model_name_or_path=base_model_name_or_path or (structure.path if structure else None),
+        inference_mode=True,
+        r=usual,
+        intervention=kind,
+        positions=positions,
+        share_weights=groups == {1},
+        layers_to_transform=numbers if own and not all_of_them else None,
+        target_modules=None if own else list(edits),
+        modules_to_save=modules or None,
+        rank_pattern={block: r for block, r in rank.items() if r != usual},
+        dropout=dropout,
+        act_fn=act_fn,
+    )
+    made = Conversion(origin, config, dict(edits), dict(head or {}))
+    vanished = {block: int(sum((edit.basis == 0).all(1).sum() for edit in found)) for block, found in edits.items()}
+    for block, count in vanished.items():
+        if count:
+            made.notes.append(
+                f"{count} of the {sum(edit.shape[0] for edit in edits[block])} directions in {block} are zero, and so "
+                "edit nothing, as in the original: weight decay does that to torch's orthogonal parametrisation."
+            )
+    return made
+
+
+def is_orthonormal(rows: Tensor, tolerance: float) -> bool:
+    """Whether the rows [r, d] that are not zero have length 1 and stand at right angles."""
+    rows = rows.double()
+    wanted = torch.diag_embed((rows != 0).any(1).double())
+    return bool((rows @ rows.mT - wanted).abs().max() <= tolerance)

@@ -1,0 +1,147 @@
+"""The base model's structure without its weights: names of its blocks, their widths, what it is for.
+
+A checkpoint of pyreft numbers the blocks, this package names them, so that the model has to be asked. It is built from
+its config on the meta device, which takes no memory; no code of a model that is not part of transformers is run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from peft_reft.blocks import Survey
+
+TASK_TYPES = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+ModelLike = str | os.PathLike[str] | PretrainedConfig | nn.Module
+
+
+def task_of(class_name: str) -> str | None:
+    """The task type of PEFT for a model class of transformers, None if its name tells none.
+
+    >>> task_of("RobertaForSequenceClassification"), task_of("RobertaModel")
+    ('SEQ_CLS', None)
+    """
+    return next((task for ending, task in TASK_TYPES.items() if class_name.endswith(ending)), None)
+
+
+class Structure:
+    """What is known about a base model.
+
+    Args:
+        model: a path or hub name, from which only the config is read; a config; or a model.
+
+    Attributes:
+        name: the model's class.
+        path: the path or hub name, None if a model or config was given.
+        task_type: what the class is for, by PEFT's names, None if its name does not say.
+
+    Raises:
+        ValueError: if the model cannot be built from what was given, or its blocks cannot be found.
+    """
+
+    def __init__(self, model: ModelLike):
+        self.path = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
+        self.model = model if isinstance(model, nn.Module) else on_meta(model)
+        self.name = type(self.model).__name__
+        self.task_type = task_of(self.name)
+        self._survey = Survey(self.model)
+        self._modules = [name for name, _ in self.model.named_modules() if name]
+        self.stacks = self._survey.stacks()
+
+    def block(self, number: int) -> str:
+        """The name of the block with a number, in a model with one stack of blocks.
+
+        Raises:
+            ValueError: if there is no such block, or several.
+        """
+        if len(self.stacks) > 1:
+            raise ValueError(
+                f"{self.name} has {len(self.stacks)} stacks of blocks, so that block {number} is not one of them."
+            )
+        (stack,) = self.stacks
+        if not 0 <= number < len(stack):
+            raise ValueError(
+                f"The checkpoint edits block {number}, but {self.name} has {len(stack)} block(s). Pass the model that "
+                "it was trained on."
+            )
+        return stack[number]
+
+    def module(self, name: str) -> str:
+        """The module that another version or head of the model calls `name`: `layers.3` for `model.layers.3`.
+
+        Raises:
+            ValueError: if there is none, or several.
+        """
+        if name in self._modules:
+            return name
+        longer = [own for own in self._modules if own.endswith(f".{name}")]
+        shorter = [own for own in self._modules if name.endswith(f".{own}") and own not in ("",)]
+        found = longer or [own for own in shorter if len(own) == max(map(len, shorter))]
+        if len(found) != 1:
+            raise ValueError(
+                f"The checkpoint edits {name!r}, which {self.name} {'has several of' if found else 'does not have'}; "
+                f"its blocks are {', '.join(stack[0] + ' ...' for stack in self.stacks)}. Pass the model that it was "
+                "trained on."
+            )
+        return found[0]
+
+    def has_blocks(self, names: Iterable[str]) -> bool:
+        """Whether these are blocks that are found in the model by their numbers alone."""
+        names = set(names)
+        if not names <= {name for stack in self.stacks for name in stack}:
+            return False
+        numbers = [{index for index, name in enumerate(stack) if name in names} for stack in self.stacks]
+        return all(found == numbers[0] for found in numbers)
+
+    def has_all_blocks(self, names: Iterable[str]) -> bool:
+        """Whether these are all of the model's blocks."""
+        return set(names) == {name for stack in self.stacks for name in stack}
+
+    def has_module(self, name: str) -> bool:
+        """Whether the model has a module of this name."""
+        return name in self._modules
+
+    def width_of(self, name: str) -> int:
+        """The width of the hidden states that a module puts out."""
+        return self._survey.shape_of(name)[0]
+
+
+def on_meta(model: str | os.PathLike[str] | PretrainedConfig) -> nn.Module:
+    """A model without weights, from its config."""
+    if isinstance(model, PretrainedConfig):
+        config = model
+    else:
+        try:
+            config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        except Exception as error:
+            raise ValueError(
+                f"model={os.fspath(model)!r}: its config cannot be read ({one_line(error)}). Pass a directory with the "
+                "model's config.json, a name on the hub, or in Python the model itself."
+            ) from error
+    named = [getattr(transformers, name, None) for name in getattr(config, "architectures", None) or []]
+    classes = [found for found in named if isinstance(found, type) and issubclass(found, PreTrainedModel)]
+    build: Any = classes[0] if classes else None
+    with torch.device("meta"):
+        if build is not None:
+            return build(config)
+        auto = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
+        return auto.from_config(config)
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message, with its class."""
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    return f"{type(error).__name__}: {text[:200]}"
