@@ -7,15 +7,26 @@ columns to edit are named one by one.
 from __future__ import annotations
 
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 import warnings
+from pathlib import Path
 
 import pytest
+import resume_program
 import torch
-from conftest import PAD, batch, logits, randomize, tiny_model
+import transformers
+from conftest import PAD, batch, logits, randomize, reft_model, tiny_model
+from datasets import Dataset
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from trainer_kit import (
     QUIET,
     answer_log_probs,
+    locations_in_prompt,
     rows_of_text,
     sequence_scores,
     tokens_of,
@@ -28,6 +39,8 @@ from trl import (
     GRPOTrainer,
     KTOConfig,
     KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
     RLOOConfig,
     RLOOTrainer,
 )
@@ -253,3 +266,229 @@ def test_completions_are_scored_with_the_positions_that_they_were_sampled_with(k
         assert (steps_of_row - expected).abs().amax(1).min() < 1e-4  # as it was when it was sampled
         whole_row = answer_log_probs(made.model, own, prompt, None, 0.7)
         assert (whole_row - expected).abs().max() > 1e-2
+
+
+# Rewards and classes.
+
+
+def rewarded(folder, **settings):
+    config = ReftConfig(task_type="SEQ_CLS", positions="f2+l2")
+    return randomized(
+        RewardTrainer(
+            model=tiny_model("llama", "classifier", num_labels=1),
+            args=RewardConfig(**QUIET, output_dir=str(folder), max_steps=2, **settings),
+            train_dataset=preferences(),
+            processing_class=word_tokenizer(),
+            peft_config=config,
+        )
+    )
+
+
+@torch.no_grad()
+def class_logits(model, ids, prompt=None):
+    """Logits of a row alone, its edited columns named; `prompt`: how many of its tokens count."""
+    locations = locations_in_prompt("f2+l2", len(ids) if prompt is None else prompt)
+    return model(input_ids=ids[None], intervention_locations=locations).logits[0]
+
+
+def test_rewards_count_positions_over_the_whole_conversation(tmp_path):
+    made = rewarded(tmp_path)
+    inputs = first_batch(made)
+    assert "labels" not in inputs
+    made.model.eval()
+    _, outputs = made.compute_loss(made.model, dict(inputs), return_outputs=True)
+    assert inputs["attention_mask"].sum(1).unique().numel() > 1
+    for row, got in enumerate(outputs.logits.detach()):
+        ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
+        torch.testing.assert_close(got, class_logits(made.model, ids), rtol=1e-4, atol=1e-4)
+        if len(ids) > 4:
+            assert (got - class_logits(made.model, ids, len(ids) - 1)).abs().max() > 1e-3
+
+
+def test_a_reward_model_trains_its_head_and_is_saved_with_it(tmp_path):
+    made = rewarded(tmp_path)
+    before = {name: p.detach().clone() for name, p in made.model.named_parameters() if p.requires_grad}
+    assert any("score" in name for name in before)
+    made.train()
+    changed = [name for name, p in made.model.named_parameters() if name in before and not torch.equal(p, before[name])]
+    assert set(changed) == set(before)
+    made.save_model(str(tmp_path / "saved"))
+    loaded = PeftModel.from_pretrained(tiny_model("llama", "classifier", num_labels=1), tmp_path / "saved").eval()
+    assert torch.equal(logits(loaded, batch(9, 6)), logits(made.model.eval(), batch(9, 6)))
+
+
+def plain_trainer(folder, model, rows, evaluated=None, metrics=None, **settings):
+    """transformers' Trainer with its padding collators; `model` is a PeftModel."""
+    tokenizer = word_tokenizer()
+    classes = not isinstance(rows[0]["labels"], list) or isinstance(rows[0]["labels"][0], float)
+    collator = (transformers.DataCollatorWithPadding if classes else transformers.DataCollatorForSeq2Seq)(tokenizer)
+    return transformers.Trainer(
+        model=model,
+        args=transformers.TrainingArguments(**{**QUIET, "output_dir": str(folder), "max_steps": 4, **settings}),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(evaluated or rows),
+        data_collator=collator,
+        processing_class=tokenizer,
+        compute_metrics=metrics,
+    )
+
+
+def token_rows(count=12, label=None):
+    """Rows of 2 to 8 tokens; label: a function of the row's number, or None for labels behind a prompt."""
+    made = []
+    for row, text in enumerate(rows_of_text(count, prompt=(2, 7))["prompt"]):
+        ids = word_tokenizer()(text)["input_ids"]
+        prompt = 1 + row % (len(ids) - 1)
+        made.append({"input_ids": ids, "labels": label(row) if label else [-100] * prompt + ids[prompt:]})
+    return made
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("several", [False, True], ids=["one class", "as many labels as columns"])
+def test_class_labels_say_nothing_about_prompts(family, several, tmp_path):
+    settings = {"num_labels": 8, "problem_type": "multi_label_classification"} if several else {"num_labels": 2}
+    model = reft_model(tiny_model(family, "classifier", **settings), task_type="SEQ_CLS", positions="f2+l2")
+    rows = token_rows(
+        label=(lambda row: [float((row + k) % 3 == 0) for k in range(8)]) if several else lambda row: row % 2
+    )
+    made = plain_trainer(tmp_path, model, rows, metrics=lambda p: {"widest": float(p.predictions.shape[1])})
+    predicted = made.predict(made.eval_dataset)
+    assert predicted.metrics["test_widest"] == settings["num_labels"]
+    for row, got in zip(rows, torch.tensor(predicted.predictions)):
+        ids = torch.tensor(row["input_ids"])
+        torch.testing.assert_close(got, class_logits(model, ids), rtol=1e-4, atol=1e-4)
+    longest = max(rows, key=lambda row: len(row["input_ids"]))["input_ids"]
+    assert len(longest) == 8
+    one_less = class_logits(model, torch.tensor(longest), 7)
+    assert (one_less - class_logits(model, torch.tensor(longest))).abs().max() > 1e-3
+    before = tokens_of(model)
+    made.train()
+    assert any((p - q).abs().max() > 1e-3 for p, q in zip(before, tokens_of(model)))
+
+
+# transformers' Trainer on causal language models.
+
+
+def causal(folder, **settings):
+    return plain_trainer(
+        folder, reft_model(tiny_model("llama"), **{**CONFIG, "positions": "f2+l2"}), token_rows(), **settings
+    )
+
+
+def test_predictions_are_those_of_the_labelled_rows_alone(tmp_path):
+    made = causal(tmp_path, metrics=lambda p: {"rows": len(p.predictions)})
+    predicted = made.predict(made.eval_dataset)
+    assert predicted.metrics["test_rows"] == 12 and made.evaluate()["eval_rows"] == 12
+    for row, got in zip(token_rows(), torch.tensor(predicted.predictions)):
+        ids, prompt = torch.tensor(row["input_ids"]), row["labels"].count(-100)
+        scores = got[prompt - 1 : len(ids) - 1].log_softmax(-1).gather(-1, ids[prompt:, None])[:, 0]
+        expected = answer_log_probs(made.model, ids, prompt, "f2+l2")
+        torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
+        if prompt < len(ids) - 1:
+            assert (answer_log_probs(made.model, ids, prompt, None) - expected).abs().max() > 1e-3
+
+
+def test_rows_grouped_by_length_are_trained_at_the_same_positions(tmp_path):
+    made = causal(tmp_path, train_sampling_strategy="group_by_length", learning_rate=0.0, max_steps=3)
+    lengths, total, tokens = [], 0.0, 0
+    for inputs in made.get_train_dataloader():
+        lengths += inputs["attention_mask"].sum(1).tolist()
+        for ids, labels, mask in zip(inputs["input_ids"], inputs["labels"], inputs["attention_mask"].bool()):
+            prompt = int((labels[mask] == -100).sum())
+            total -= float(answer_log_probs(made.model.eval(), ids[mask], prompt, "f2+l2").sum())
+            tokens += len(ids[mask]) - prompt
+    assert sorted(lengths) != lengths and max(lengths[:4]) == max(lengths)  # the longest batch comes first
+    made.train()
+    losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+    shares = [int((inputs["labels"] != -100).sum()) for inputs in made.get_train_dataloader()]
+    assert sum(loss * share for loss, share in zip(losses, shares)) / tokens == pytest.approx(total / tokens, rel=1e-3)
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
+    scores = iter([0.1, 0.9, 0.3, 0.2])
+    made = causal(
+        tmp_path,
+        metrics=lambda prediction: {"score": next(scores)},
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+    )
+    made.train()
+    assert made.state.best_model_checkpoint.endswith("checkpoint-2")
+    inputs = batch(9, 6)
+    got = logits(made.model.eval(), inputs)
+    best, last = (
+        logits(PeftModel.from_pretrained(tiny_model("llama"), tmp_path / f"checkpoint-{step}").eval(), inputs)
+        for step in (2, 4)
+    )
+    assert torch.equal(got, best)
+    assert (got - last).abs().max() > 1e-4
+
+
+# Going on where a run ended.
+
+
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path):
+    def made(folder):
+        model = reft_model(tiny_model("llama"), **{**CONFIG, "positions": "f2+l2", "dropout": 0.2}).train()
+        return plain_trainer(folder, model, token_rows(), save_strategy="steps", save_steps=2)
+
+    (whole := made(tmp_path / "whole")).train()
+    made(tmp_path / "parts").train()
+    again = made(tmp_path / "parts")
+    randomize(again.model, seed=7)  # what it starts from must not matter
+    again.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))
+    for got, expected in zip(tokens_of(again.model), tokens_of(whole.model)):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_with_a_reference_ends_with_the_same_weights(kind, tmp_path):
+    def made(folder):
+        return make(kind, folder, ready=True, max_steps=4, save_strategy="steps", save_steps=2)
+
+    (whole := made(tmp_path / "whole")).train()
+    made(tmp_path / "parts").train()
+    again = made(tmp_path / "parts")
+    for name in ("default", "ref"):
+        randomize(again.model, name, seed=7)
+    again.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))
+    ended = dict(whole.model.named_parameters())
+    compared = [name for name in ended if "reft_interventions" in name]
+    assert len(compared) == 18
+    for name, parameter in again.model.named_parameters():
+        if name in compared:
+            assert torch.equal(parameter, ended[name]), name
+            assert parameter.requires_grad == (".default." in name)
+
+
+def test_a_killed_and_resumed_run_ends_with_the_same_weights(tmp_path):
+    program = [sys.executable, str(Path(__file__).parent / "resume_program.py"), str(tmp_path / "parts")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+    with open(tmp_path / "log", "w") as log:
+        killed = subprocess.Popen(
+            [*program, "--hold", "5"], env={**environment, "PYTHONHASHSEED": "1"}, stdout=log, stderr=log
+        )
+        until = time.monotonic() + 180
+        while not (tmp_path / "parts" / "holding").exists():
+            assert killed.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    assert not (tmp_path / "parts" / "final").exists()
+    checkpoints = {path.name for path in (tmp_path / "parts" / "trainer").glob("checkpoint-*")}
+    assert checkpoints == {"checkpoint-2", "checkpoint-4"}
+    resumed = subprocess.run(
+        [*program, "--resume"], env={**environment, "PYTHONHASHSEED": "2"}, capture_output=True, text=True
+    )
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    resume_program.train(tmp_path / "whole")
+    got, expected = (load_file(tmp_path / run / "final" / "adapter_model.safetensors") for run in ("parts", "whole"))
+    start = load_file(tmp_path / "parts" / "trainer" / "checkpoint-4" / "adapter_model.safetensors")
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in got)
+    assert not all(torch.equal(got[name], start[name]) for name in got)
