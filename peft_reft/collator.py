@@ -81,7 +81,8 @@ class ReftDataCollator:
             starts, num_documents = (starts, int(counts.max())) if counts.max() > 1 else (None, None)
         tokens = Tokens(valid, self._labels(batch), starts, num_documents, ids)
         tokenizer = getattr(self.inner_collator, "tokenizer", None)
-        marker = prompt_end_ids(self.config, tokenizer) if tokens.labels is None else ()
+        needed = tokens.labels is None or bool(tokens.labels_cover_prompts().any())
+        marker = prompt_end_ids(self.config, tokenizer) if needed else ()
         prompts = tokens.prompts(self.config.turns, marker)
         if prompts.document is not None and prompts.num_documents is None:  # several turns of one document
             prompts = replace(prompts, num_documents=int(prompts.document.max()) + 1)

@@ -56,8 +56,8 @@ class ReftConfig(PeftConfig):
         default=None,
         metadata={
             "help": "What ends a prompt, as token ids or as a string that the model's tokenizer encodes, for callers "
-            "that pass neither labels nor intervention_locations. Its last occurrence counts, unless `turns` says "
-            "otherwise."
+            "that pass neither labels nor intervention_locations, or labels that cover the prompt too. Its last "
+            "occurrence counts, unless `turns` says otherwise."
         },
     )
     turns: str | None = field(

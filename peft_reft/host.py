@@ -216,6 +216,8 @@ class Host:
                 tokens.ids is None or not tokens.marked(spec.prompt_end).any(1).all()
             ):
                 self.root.warn_once(unmarked)
+        if self.role == "decoder" and tokens.labels is not None:  # which never cover more than the start token
+            return tokens.prompts(spec.turns)
         return tokens.prompts(spec.turns, spec.prompt_end)
 
     def _labels(self, call: Call, rows: int, columns: int) -> Tensor | None:

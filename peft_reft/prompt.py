@@ -192,6 +192,9 @@ class Tokens:
             turns: "first", "last" or "all"; None for the first by labels, and the last by a marker.
             prompt_end: token ids that end a prompt, where neither labels nor `generate` tell.
         """
+        if prompt_end and self.labels is not None and self.ids is not None and turns != "all":
+            masked = self._labels_behind(prompt_end, turns or "last")
+            return replace(self, labels=masked).prompts(turns)
         closing = None
         if prompt_end and self.labels is None and self.ids is not None:
             closing = self.marked(prompt_end)
@@ -207,6 +210,21 @@ class Tokens:
             return found
         # What stands behind the marker would have been generated.
         return replace(found, answer=self.valid & ~found.inside, answer_order=found.order - found.length)
+
+    def labels_cover_prompts(self) -> Tensor:
+        """Bool [B, 1] or [B, S]: the document's labels begin with its second token, so that they show no prompt."""
+        return find_prompts(self.valid, self.labels, self.starts, self.num_documents).length <= 1
+
+    def _labels_behind(self, prompt_end: Sequence[int], turns: str) -> Tensor:
+        """The labels; where they cover the prompt too, only those behind the marker, if there is one."""
+        assert self.labels is not None
+        marked = self.marked(prompt_end)
+        whole, prompts = (
+            find_prompts(self.valid, None, self.starts, self.num_documents, turns, closing)
+            for closing in (None, marked)
+        )
+        ends = prompts.length < whole.length
+        return self.labels.masked_fill(self.labels_cover_prompts() & ends & prompts.inside, IGNORED)
 
     def marked(self, prompt_end: Sequence[int]) -> Tensor:
         """Bool [B, S]: where the marker ends."""

@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import batch, logits, reft_model, tiny_model
 from peft import PeftModel
+from transformers import default_data_collator
 
-from peft_reft import ReftConfig
+from peft_reft import ReftConfig, ReftDataCollator
 
 MARKER = [7, 8]
 
@@ -63,6 +64,24 @@ def test_labels_win_over_a_marker_and_locations_over_both():
     assert_edits(model, {"input_ids": ids}, [0, 4], labels=labels)
     got = logits(model, {"input_ids": ids}, labels=labels, intervention_locations=torch.tensor([[3]]))
     torch.testing.assert_close(got, logits(family(), {"input_ids": ids}, intervention_locations=torch.tensor([[3]])))
+
+
+@pytest.mark.parametrize("masked", [0, 1])
+@pytest.mark.parametrize(("turns", "column"), [(None, 6), ("last", 6), ("first", 2)])
+def test_labels_that_cover_the_prompt_leave_its_end_to_the_marker(masked, turns, column):
+    """As where labels are a copy of the tokens: training edits what generation from the prompt will edit."""
+    model = family(prompt_end=MARKER, turns=turns)
+    ids = conversation(2, 6)
+    labels = ids.masked_fill(torch.arange(10) < masked, -100)
+    assert_edits(model, {"input_ids": ids}, [0, column], labels=labels)
+    got = logits(model, {"input_ids": conversation()}, labels=labels)  # no marker: the first token is the prompt
+    torch.testing.assert_close(
+        got, logits(model, {"input_ids": conversation()}, intervention_locations=torch.tensor([[0]]))
+    )
+    batch = ReftDataCollator(default_data_collator, ReftConfig(positions="f1+l1", prompt_end=MARKER, turns=turns))(
+        [{"input_ids": ids[0], "labels": labels[0]}]
+    )
+    assert batch["intervention_locations"].flatten().tolist() == [0, column]
 
 
 def test_a_row_without_the_marker_warns_once_and_is_all_prompt():
