@@ -15,8 +15,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
 from peft_reft import ReftDataCollator
@@ -469,3 +470,62 @@ def test_the_table_has_means_over_seeds_beside_the_paper_s_numbers():
     assert "| loreft | m | 2 | 0.0310 | 70.0 (14.1) | 50.0 (0.0) | 60.0 | 20 | 4 | 1,024 |" in table
     assert "| lora | m | 1 | 0.0310 | 10.0 | 50.0 | 30.0 |" in table
     assert "| loreft (paper) | M |  | 0.03 | 80.0 | 60.0 | 70.0 |" in table
+
+
+# PEFT's method comparison.
+
+EXPERIMENTS = sorted((PAPER / "metamathqa" / "experiments" / "reft").iterdir())
+QUERY = "Question: {query} Think step by step.\nAnswer:"  # PEFT's default_training_params.json
+
+
+@pytest.fixture(scope="module")
+def llama_folder(tmp_path_factory) -> str:
+    """A tiny model and a tokenizer that knows the template."""
+    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 4, "tie_word_embeddings": True}
+    texts = [QUERY.format(query="What is half of 8?") + "It is 4. The answer is: 4"] * 2
+    return tiny.save_tiny(tmp_path_factory.mktemp("llama"), "causal", config, texts)
+
+
+@pytest.mark.parametrize("folder", EXPERIMENTS, ids=lambda path: path.name)
+def test_an_experiment_for_peft_s_comparison_loads_and_builds(folder, llama_folder):
+    config = PeftConfig.from_pretrained(folder)  # as PEFT's run.py does
+    assert set(json.loads((folder / "training_params.json").read_text(encoding="utf-8"))) == {"optimizer_kwargs"}
+    llama_3b = transformers.LlamaConfig(
+        vocab_size=128256,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        tie_word_embeddings=True,
+    )
+    llama_3b._name_or_path = llama_folder  # for the tokenizer that encodes the marker
+    with torch.device("meta"):
+        base = transformers.LlamaForCausalLM(llama_3b)
+    trainable, _ = get_peft_model(base, config, low_cpu_mem_usage=True).get_nb_trainable_parameters()
+    assert trainable == 28 * (2 * config.r * 3072 + config.r)
+
+
+@pytest.mark.parametrize("folder", EXPERIMENTS, ids=lambda path: path.name)
+def test_peft_s_comparison_edits_the_same_tokens_in_training_and_generation(folder, llama_folder):
+    """Its labels are a copy of the tokens, and padding tokens have labels too."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama_folder)
+    base = transformers.AutoModelForCausalLM.from_pretrained(llama_folder)
+    config = PeftConfig.from_pretrained(folder)
+    config.init_weights = False
+    model = get_peft_model(base, config).eval()
+    queries = [QUERY.format(query=query) for query in ("What is half of 8?", "How many is 3 and 4, and 2 more?")]
+    rows = [tokenizer(query + "It is 4. The answer is: 4") for query in queries]
+    batch = tokenizer.pad(rows, return_tensors="pt")
+    columns = torch.arange(7).expand(2, -1)
+    with torch.no_grad():
+        got = model(**batch, labels=batch["input_ids"].clone()).logits
+        torch.testing.assert_close(got, model(**batch, intervention_locations=columns).logits)
+        assert not torch.allclose(got, model(**batch, intervention_locations=columns[:, :1]).logits, atol=1e-3)
+    given = tokenizer(queries, return_tensors="pt", padding=True, padding_side="left")
+    padding = (given["attention_mask"] == 0).sum(1, keepdim=True)
+    settings = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    free = model.generate(**given, **settings).logits
+    told = model.generate(**given, **settings, intervention_locations=columns + padding).logits
+    torch.testing.assert_close(torch.stack(free), torch.stack(told))
