@@ -133,7 +133,9 @@ class Panel:
         image = axes.imshow(values, aspect="auto", origin="lower", **settings)
         upright = all(len(token) <= 2 for token in self.tokens)
         axes.set_xticks(range(len(self.tokens)))
-        texts = axes.set_xticklabels(self.tokens, rotation=0 if upright else 90, fontsize=8)
+        texts = axes.set_xticklabels(
+            [drawable(token) for token in self.tokens], rotation=0 if upright else 90, fontsize=8
+        )
         for text in texts:
             text.set_parse_math(False)  # a token may be a dollar sign
         step = max(1, math.ceil(len(self.lines) / 40))
@@ -170,7 +172,7 @@ class Panel:
         parts += [self.stack] if self.stack else []
         text = ", ".join(parts)
         if total is not None and total["tv"] == total["tv"]:
-            words = f"most likely {total['top']!r}, unedited {total['top_unedited']!r}"
+            words = f"most likely {drawable(total['top'])!r}, unedited {drawable(total['top_unedited'])!r}"
             words += f"; total variation between the two {total['tv']:.2f}"
             text = f"{text}: {words}" if text else words
         return text
@@ -185,6 +187,23 @@ def shown(token: str) -> str:
     text = token.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r").replace(" ", "␣")
     text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
     return text if len(text) <= 16 else text[:15] + "…"
+
+
+def drawable(text: str) -> str:
+    """Text with the numbers of those characters that no font of matplotlib's settings has, in their place.
+
+    >>> drawable("a🐢")
+    'aU+1F422'
+    """
+    from matplotlib import font_manager, rcParams
+
+    families = rcParams["font.family"]
+    families = [families] if isinstance(families, str) else families
+    fonts = [
+        font_manager.get_font(font_manager.findfont(font_manager.FontProperties(family=[family])))
+        for family in families
+    ]
+    return "".join(c if any(font.get_char_index(ord(c)) for font in fonts) else f"U+{ord(c):04X}" for c in text)
 
 
 def short(names: list[str]) -> list[str]:

@@ -662,7 +662,10 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     more = {} if arguments.num_labels is None else {"num_labels": arguments.num_labels}
     base = auto.from_pretrained(name, dtype=arguments.dtype, **more)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = PeftModel.from_pretrained(base.to(device), arguments.directory)
+    try:
+        model = PeftModel.from_pretrained(base.to(device), arguments.directory)
+    except RuntimeError as error:
+        raise ValueError(f"the adapter does not fit {name!r}; a classifier may need --num-labels: {error}") from error
     has_tokenizer = (Path(arguments.directory) / "tokenizer_config.json").is_file()
     tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.directory if has_tokenizer else name)
     return model.eval(), tokenizer
