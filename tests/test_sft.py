@@ -1,0 +1,267 @@
+"""`python -m peft_reft sft`: TRL's arguments and trainer, with the options of ReftConfig, on data that have prompts."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+from dataclasses import fields
+
+import pytest
+import torch
+import yaml
+from conftest import EOS, PAD, tiny_model
+from datasets import Dataset
+from peft import PeftModel
+from peft.config import PeftConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
+
+from peft_reft import ReftConfig, get_interventions, sft
+
+CHAT = (
+    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+SETTINGS = {
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "max_steps": 3,
+    "learning_rate": 1e-2,
+    "per_device_train_batch_size": 4,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+
+
+def text(draw, size):
+    return " ".join(f"w{int(number)}" for number in torch.randint(3, 90, (size,), generator=draw))
+
+
+def rows(chat=False, count=16):
+    draw = torch.Generator().manual_seed(1)
+    pairs = [(text(draw, 3 + row % 6), text(draw, 2 + row % 4)) for row in range(count)]
+    if not chat:
+        return [{"prompt": prompt, "completion": f" {completion}"} for prompt, completion in pairs]
+    return [
+        {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]}
+        for prompt, completion in pairs
+    ]
+
+
+def write(path, data):
+    path.write_text("".join(json.dumps(row) + "\n" for row in data))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base model with its tokenizer, and data: prompts and completions, chats, and plain text."""
+    folder = tmp_path_factory.mktemp("sft")
+    tiny_model("llama").save_pretrained(folder / "base")
+    words = {"<pad>": PAD, "<eos>": EOS, "<unk>": 2, **{f"w{i}": i for i in range(3, 90)}, "user": 90, "assistant": 91}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder / "base")
+    write(folder / "pairs.jsonl", rows())
+    write(folder / "chats.jsonl", rows(chat=True))
+    write(folder / "texts.jsonl", [{"text": "w3 w4"}])
+    write(folder / "unanswered.jsonl", [{"messages": [{"role": "user", "content": "w3"}]}])
+    (folder / "two").mkdir()
+    write(folder / "two" / "train.jsonl", rows())
+    write(folder / "two" / "test.jsonl", rows(count=3))
+    return folder
+
+
+def options(**settings):
+    found = []
+    for name, value in settings.items():
+        found += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return found
+
+
+def train(folder, out, data="pairs.jsonl", **settings):
+    """Weights of the adapter that the command saved."""
+    arguments = {"model": folder / "base", "dataset": folder / data, "output_dir": out, **SETTINGS, **settings}
+    assert sft.main(options(**arguments)) == 0
+    return saved_weights(folder, out)
+
+
+def saved_weights(folder, out):
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), out)
+    return torch.cat(
+        [p.detach().flatten() for module in get_interventions(model).values() for p in module.parameters()]
+    )
+
+
+def trl_weights(folder, out, config, data=None):
+    """The weights after training with TRL's SFTTrainer and the same settings, without the command."""
+    trainer = SFTTrainer(
+        model=str(folder / "base"),
+        args=SFTConfig(output_dir=str(out), model_init_kwargs={"dtype": "float32"}, **SETTINGS),
+        train_dataset=Dataset.from_list(data or rows()),
+        peft_config=config,
+    )
+    trainer.train()
+    return torch.cat([p.detach().flatten() for m in get_interventions(trainer.model).values() for p in m.parameters()])
+
+
+@pytest.fixture(scope="module")
+def reference(folder, tmp_path_factory):
+    config = ReftConfig(task_type="CAUSAL_LM", positions="f2+l2", r=2, layers_to_transform=[0, -1])
+    return trl_weights(folder, tmp_path_factory.mktemp("trl"), config)
+
+
+REFT = {"reft_positions": "f2+l2", "reft_r": 2, "reft_layers": [0, -1]}
+
+
+def test_it_trains_what_trls_trainer_trains(folder, tmp_path, reference):
+    torch.testing.assert_close(train(folder, tmp_path / "out", **REFT), reference)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["positions"] == "f2+l2"
+    other = train(folder, tmp_path / "other", **{**REFT, "reft_positions": "f2+l1"})
+    assert (other - reference).abs().max() > 1e-3
+
+
+def test_a_yaml_file_says_the_same_and_the_command_line_wins(folder, tmp_path, reference):
+    values = {**SETTINGS, **REFT, "model": str(folder / "base"), "dataset": str(folder / "pairs.jsonl"), "max_steps": 9}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    arguments = [f"--config={tmp_path / 'run.yaml'}", "--max_steps", "3", f"--output-dir={tmp_path / 'out'}"]
+    assert sft.main(arguments) == 0
+    torch.testing.assert_close(saved_weights(folder, tmp_path / "out"), reference)
+
+
+def test_the_last_message_of_a_chat_is_the_completion(folder, tmp_path):
+    pairs = [{"prompt": row["messages"][:1], "completion": row["messages"][1:]} for row in rows(chat=True)]
+    config = ReftConfig(task_type="CAUSAL_LM", positions="f2+l2", r=2, layers_to_transform=[0, -1])
+    expected = trl_weights(folder, tmp_path / "trl", config, pairs)
+    torch.testing.assert_close(train(folder, tmp_path / "out", "chats.jsonl", **REFT), expected)
+
+
+@pytest.mark.parametrize(
+    ("data", "settings"), [("pairs.jsonl", {"test_split_size": 0.2}), ("two", {"load_best_model_at_end": True})]
+)
+def test_it_evaluates(data, settings, folder, tmp_path):
+    if data == "two":
+        settings = {**settings, "save_strategy": "steps", "save_steps": 2}
+    train(folder, tmp_path, data, eval_strategy="steps", eval_steps=2, **settings)
+    results = json.loads((tmp_path / "eval_results.json").read_text())
+    assert 0 < results["eval_loss"] < 20
+
+
+def test_label_smoothing_leaves_the_positions_where_they_are(folder, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        weights = train(folder, tmp_path, label_smoothing_factor=0.1, **REFT)
+    assert weights.abs().max() > 0
+
+
+FORBIDDEN = {
+    "positions that are none": (["--reft_positions", "l7+f7"], r"positions='l7\+f7'.*Did you mean 'f7\+l7'"),
+    "an unknown intervention": (["--reft_intervention", "loraft"], "intervention='loraft' is unknown"),
+    "LoRA's rank": (["--lora_r", "8"], "--lora_r would have no effect"),
+    "LoRA's default rank": (["--lora_r", "16"], "--lora_r would have no effect"),
+    "LoRA's flag": (["--use_dora"], "--use_dora would have no effect"),
+    "an unknown option": (["--reft_rang", "4"], "reft_rang"),
+    "the prompt's loss": (["--completion_only_loss", "False"], "completion_only_loss"),
+    "a file that is not there": (["--config", "nothing.yaml"], "nothing.yaml"),
+    "data that are not there": (["--dataset", "nothing.jsonl"], "'nothing.jsonl' cannot be read"),
+    "plain text": (["--dataset", "texts.jsonl"], r"columns \['text'\].*`prompt` and a `completion`"),
+    "a chat without an answer": (["--dataset", "unanswered.jsonl"], r"roles \['user'\]"),
+    "no split to evaluate on": (["--eval_strategy", "steps"], "not 'test'.*--test_split_size"),
+    "a model that is not there": ([], "no-such-model"),
+}
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_what_cannot_be_used_ends_as_one_line_before_a_model_is_loaded(what, folder, monkeypatch, capsys):
+    arguments, message = FORBIDDEN[what]
+    monkeypatch.chdir(folder)
+    common = options(model="./no-such-model", dataset="pairs.jsonl", output_dir="never", **SETTINGS)
+    assert sft.main([*common, *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("python -m peft_reft sft: error: ")
+    assert re.search(message, error), error
+    assert not (folder / "never").exists()
+
+
+def test_a_model_and_data_are_asked_for(folder, capsys):
+    common = options(output_dir="never", use_cpu=True, bf16=False)
+    assert sft.main(common) == 2
+    assert "--model is missing" in capsys.readouterr().err
+    assert sft.main([*common, "--model", "m"]) == 2
+    assert "--dataset is missing" in capsys.readouterr().err
+
+
+GIVEN = {
+    "r": ("8", 8),
+    "intervention": ("direft", "direft"),
+    "positions": ("f1+l3", "f1+l3"),
+    "share_weights": ("false", False),
+    "share_layers": ("true", True),
+    "prompt_end": ("<|assistant|>", "<|assistant|>"),
+    "turns": ("last", "last"),
+    "layers_to_transform": (["0", "-1"], [0, -1]),
+    "target_modules": (["mlp", "self_attn"], {"mlp", "self_attn"}),
+    "exclude_modules": (["lm_head"], {"lm_head"}),
+    "modules_to_save": (["score"], ["score"]),
+    "rank_pattern": ('{"layers.0": 2}', {"layers.0": 2}),
+    "trainable_token_indices": (["3", "4"], [3, 4]),
+    "dropout": ("0.1", 0.1),
+    "act_fn": ("gelu", "gelu"),
+    "init_weights": ("false", False),
+}
+
+
+def parse(*arguments):
+    classes = (sft.ReftArguments, ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
+    return sft.Parser(classes).parse(["--model", "m", "--use_cpu", "--bf16", "False", *arguments])[0]
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_every_field_of_the_config_is_an_option(name):
+    value, expected = GIVEN[name]
+    extra = [] if name != "rank_pattern" else ["--reft_share_layers", "false"]
+    config = parse(f"--reft_{name}", *([value] if isinstance(value, str) else value), *extra)
+    assert getattr(config, name) == expected
+    assert config.task_type == "CAUSAL_LM"
+
+
+def test_the_options_are_those_of_the_config_and_their_defaults_too():
+    inherited = {f.name for f in fields(PeftConfig)}
+    assert {f.name for f in fields(ReftConfig)} - inherited == set(GIVEN)
+    assert parse() == ReftConfig(task_type="CAUSAL_LM")
+    assert parse("--reft_share_weights", "position").share_weights == "position"
+
+
+def test_accelerate_launches_it_in_two_processes(folder, tmp_path):
+    arguments = {"model": folder / "base", "dataset": folder / "pairs.jsonl", "output_dir": tmp_path / "out"}
+    settings = {**SETTINGS, **REFT, "per_device_train_batch_size": 2, "ddp_backend": "gloo"}
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--main_process_port",
+        "0",
+    ]
+    done = subprocess.run(
+        [sys.executable, *launch, "-m", "peft_reft", "sft", *options(**arguments, **settings)],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("The adapter is in") == 1, "the second process prints nothing"
+    assert saved_weights(folder, tmp_path / "out").abs().max() > 0
