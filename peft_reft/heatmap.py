@@ -172,7 +172,8 @@ class Panel:
         parts += [self.stack] if self.stack else []
         text = ", ".join(parts)
         if total is not None and total["tv"] == total["tv"]:
-            words = f"most likely {drawable(total['top'])!r}, unedited {drawable(total['top_unedited'])!r}"
+            top, unedited = (drawable(shown(total[key])) for key in ("top", "top_unedited"))
+            words = f'most likely "{top}", unedited "{unedited}"'
             words += f"; total variation between the two {total['tv']:.2f}"
             text = f"{text}: {words}" if text else words
         return text
