@@ -75,6 +75,17 @@ def is_causal_lm(model: nn.Module, config: PeftConfig) -> bool:
     return bool(can_generate is not None and can_generate()) and not model.config.is_encoder_decoder  # type: ignore[union-attr]
 
 
+def tidy_up(model: nn.Module) -> None:
+    """Take layers without any adapter off a model, and the hooks as well if no layer is left."""
+    for name, layer in reft_layers(model).items():
+        if not layer.reft_interventions:
+            detach_layer(model.get_submodule(name))
+    if reft_layers(model):
+        attach_hosts(model, False)
+    else:
+        remove_reft(model)
+
+
 def remove_reft(model: nn.Module) -> None:
     """Take all layers and hooks off a model."""
     for name in reft_layers(model):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from peft.config import PeftConfig
 from torch import Tensor
 
 
@@ -39,6 +40,14 @@ def mismatch(saved: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[in
     if surplus:
         return f"the adapter has {_some(surplus)} on top; it was made with another intervention or share_weights"
     return None
+
+
+def does_not_fit(model: object, reason: str, config: PeftConfig) -> str:
+    """The message of the error for an adapter that does not fit a model."""
+    return (
+        f"This ReFT adapter does not fit {type(model).__name__}: {reason}. Load it into the model it was "
+        f"trained on (base_model_name_or_path={config.base_model_name_or_path!r})."
+    )
 
 
 def blocks_of(names: Iterable[str]) -> list[str]:

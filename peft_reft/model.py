@@ -22,7 +22,7 @@ from peft_reft.config import ReftConfig, prompt_end_ids
 from peft_reft.frame import adapter_names_scope
 from peft_reft.host import Host
 from peft_reft.layer import CHILD, ReftLayer, attach_layer
-from peft_reft.native import check_what_is_loaded
+from peft_reft.native import CheckedLoading
 from peft_reft.structure import device_and_dtype
 from peft_reft.targets import check_shapes, choose_targets, own_name, rank_of
 
@@ -72,9 +72,16 @@ class ReftModel(BaseTuner):
                 own_name(key.split(middle)[0]) for key in kwargs["state_dict"] if middle in key
             }
             kwargs["state_dict"] = {k.replace(middle, f".{self.prefix}"): v for k, v in kwargs["state_dict"].items()}
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        loading = CheckedLoading.begun(model, adapter_name)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            if loading is not None:
+                self.peft_config.pop(adapter_name)
+            raise
         attach_hosts(model, is_causal_lm(model, self.peft_config[adapter_name]), self._survey)
-        check_what_is_loaded(model, adapter_name, self.peft_config[adapter_name])
+        if loading is not None:
+            loading.expect(self.peft_config[adapter_name])
 
     def _prepare_adapter_config(self, peft_config: ReftConfig, model_config: dict) -> ReftConfig:
         return peft_config  # None means the model's own blocks, and is saved as such: it fits models of other depths

@@ -493,18 +493,34 @@ def test_transformers_adds_loads_switches_and_deletes_adapters_itself(saved, inp
     assert list(llama.state_dict()) == before["state dict"]
 
 
-def test_transformers_own_loading_refuses_another_width_and_reports_other_blocks(saved, inputs):
-    wide = tiny_model("llama", hidden_size=48)
-    before, names = logits(wide, inputs), list(wide.state_dict())
-    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-        wide.load_adapter(saved[0])
-    wide.delete_adapter("default")
-    assert torch.equal(logits(wide, inputs), before)
-    assert list(wide.state_dict()) == names
-    report = tiny_model("llama", num_hidden_layers=2).load_adapter(saved[0])
-    assert {key.split(".reft.")[0] for key in report.unexpected_keys} == {"model.layers.2"}
-    report = tiny_model("llama", num_hidden_layers=5).load_adapter(saved[0])
-    assert {key.split(".reft.")[0] for key in report.missing_keys} == {"model.layers.3", "model.layers.4"}
+def test_transformers_own_loading_refuses_what_does_not_fit_as_well(misfit, inputs):
+    path, model_changes, message = misfit
+    base = tiny_model("llama", **model_changes)
+    before, before_logits = fingerprint(base), logits(base, inputs)
+    with pytest.raises(ValueError, match=message):
+        base.load_adapter(path)
+    assert {**fingerprint(base), "attributes": None} == {**before, "attributes": None}  # transformers adds some
+    assert "_load_pretrained_model" not in vars(base)
+    assert torch.equal(logits(base, inputs), before_logits)
+    base.add_adapter(ReftConfig())  # and can be given an adapter
+    randomize(base)
+    assert not torch.allclose(logits(base, inputs), before_logits, atol=1e-2)
+
+
+def test_transformers_own_failed_load_leaves_an_adapter_intact(misfit, inputs):
+    path, model_changes, message = misfit
+    base = tiny_model("llama", **model_changes)
+    base.add_adapter(ReftConfig(target_modules=["mlp"]), "first")
+    base.add_adapter(LoraConfig(target_modules=["q_proj"], init_lora_weights=False), "lora")
+    randomize(base, "first")
+    before, before_logits = fingerprint(base), logits(base, inputs)
+    trained = [name for name, parameter in base.named_parameters() if parameter.requires_grad]
+    with pytest.raises(ValueError, match=message):
+        base.load_adapter(path, adapter_name="second")
+    assert {**fingerprint(base), "attributes": None} == {**before, "attributes": None}
+    assert list(base.peft_config) == ["first", "lora"] and base.active_adapters() == ["lora"]
+    assert trained == [name for name, parameter in base.named_parameters() if parameter.requires_grad]
+    assert torch.equal(logits(base, inputs), before_logits)
 
 
 # Taking it off.
