@@ -171,14 +171,40 @@ def _mrope(settings: Settings) -> None:
     settings["rope_parameters"]["mrope_section"] = [half // 2, half // 4, half // 4]
 
 
+def _mrope_ernie(settings: Settings) -> None:
+    """Its sections are for height, width and time, and the first two are alike."""
+    settings["rope_parameters"] = {**(settings.get("rope_parameters") or {"rope_type": "default", "rope_theta": 1e4})}
+    settings["rope_parameters"]["mrope_section"] = [3, 3, 2]
+
+
+def _whole_rope(settings: Settings) -> None:
+    settings["rope_parameters"] = {**settings["rope_parameters"], "partial_rotary_factor": 1.0}
+
+
 _T5 = _set(decoder_start_token_id=0)
+_SWIN = _set(embed_dim=32, depths=[2, 2], num_heads=[2, 4], patch_size=4, window_size=4, stage_names=None)
 _MAMBA_HEADS = _set(mamba_n_heads=8, mamba_d_head=16, mamba_d_ssm=128)
 # What a config demands beyond small numbers; by model type, applied to the (sub-)config of that type.
 FIXES: dict[str, Callable[[Settings], None]] = {
     **dict.fromkeys(["t5", "mt5", "umt5"], _T5),
     **dict.fromkeys(["glm4v_text", "glm4v_moe_text", "glm_ocr_text", "glmga_text", "paddleocr_vl_text"], _mrope),
     **dict.fromkeys(["qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text", "hunyuan_vl_text"], _mrope),
-    "ernie4_5_vl_moe_text": _mrope,
+    "ernie4_5_vl_moe_text": _mrope_ernie,
+    **dict.fromkeys(["swin", "donut-swin", "swinv2"], _SWIN),
+    **dict.fromkeys(["blip-2", "instructblip", "instructblipvideo"], _set(image_token_index=VOCAB - 2)),
+    "instructblipvideo": _set(video_token_index=VOCAB - 2),
+    **dict.fromkeys(["qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"], _set(vision_start_token_id=VOCAB - 9)),
+    "bros": _set(dim_bbox_sinusoid_emb_2d=16, dim_bbox_sinusoid_emb_1d=2, dim_bbox_projection=16),
+    "cvt": _set(embed_dim=[16, 32, 64], num_heads=[1, 2, 4], depth=[1, 2, 3]),
+    "deepseek_ocr2_text": _set(mlp_layer_types=["dense", "sparse", "sparse"], num_experts_per_tok=2),
+    "diffusion_gemma_text": _set(num_experts=4, top_k_experts=2, moe_intermediate_size=HIDDEN),
+    "glm5_next_text": _set(index_topk=16, index_kpool=8),
+    "granite4_vision": _set(deepstack_layer_map=[(0, 0)], spatial_target_layers=[1], downsample_rate="1/2"),
+    "mistral4": _whole_rope,
+    "molmo2_adapter": _set(vision_feature_layer=[2, 1]),
+    "pix2struct_vision_model": _set(patch_embed_hidden_size=3 * PATCH**2),
+    "shieldgemma2": _set(yes_token_index=5, no_token_index=6),
+    "step3p5": _set(sliding_window=16),
     "chameleon": _set(vocabulary_map={"<image>": 4}),
     "emu3": _set(vocabulary_map={"<image>": 4}),
     "layoutlmv3": _set(coordinate_size=8, shape_size=16),
@@ -204,6 +230,7 @@ FIXES: dict[str, Callable[[Settings], None]] = {
     "qwen4_exp_text": _set(
         indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=8, indexer_compress_ratio=4
     ),
+    "kosmos-2": _set(latent_query_num=2),
     "mobilebert": _set(intra_bottleneck_size=HIDDEN, embedding_size=HIDDEN),
     "reformer": _set(is_decoder=True, axial_pos_embds=False),
     "xlstm": _set(hidden_size=128, embedding_dim=128),
@@ -239,7 +266,10 @@ def tiny_model(model_type: str, mapping: str = "causal", seed: int = 0) -> nn.Mo
     """A seeded tiny model of an architecture, with the head of a mapping, in eval mode."""
     config = tiny_config(model_type)
     cls = AUTO_CLASSES[mapping]._model_mapping[type(config)]
-    if not isinstance(cls, (list, tuple)) and not isinstance(config, cls.config_class):  # perhaps the class of a part
+    if isinstance(cls, (list, tuple)):  # a class for each way of training
+        torch.manual_seed(seed)
+        return cls[0]._from_config(config).eval()
+    if not isinstance(config, cls.config_class):  # perhaps the class of a part
         parts = (getattr(config, name) for name in config.sub_configs)
         part = next((part for part in parts if isinstance(part, cls.config_class)), config)
         torch.manual_seed(seed)
@@ -293,14 +323,48 @@ def batch_for(model: nn.Module, mapping: str, lengths: Sequence[int], side: str 
         if mapping not in ("sequence", "masked", "token"):
             decoder_columns = 4
             inputs["decoder_input_ids"] = torch.randint(5, FIRST_SPECIAL - 1, (rows, 4), generator=generator)
-    if "pixel_values" in names and names["pixel_values"].default is inspect.Parameter.empty:
-        inputs["pixel_values"] = torch.randn(rows, 3, IMAGE, IMAGE, generator=generator)
-    if mapping == "image" and "pixel_values" in names:
-        inputs = {"pixel_values": torch.randn(rows, 3, IMAGE, IMAGE, generator=generator)}
+    if "input_ids" not in names or model.config.model_type == "pp_formulanet":  # images alone, or for an encoder
+        inputs = {name: tensor for name, tensor in inputs.items() if name == "decoder_input_ids"}
         valid = [[]] * rows
+    inputs |= image_inputs(model, ids, mask, generator)
     codebooks = getattr(model.config, "num_codebooks", None)
     if codebooks and type(model).__name__.startswith("Musicgen"):  # a row of ids for each codebook
         inputs["input_ids"] = inputs["input_ids"].repeat_interleave(codebooks, dim=0)
     if "bbox" in names:
         inputs["bbox"] = torch.zeros(rows, columns, 4, dtype=torch.long)
+        if model.config.model_type == "udop":
+            inputs["bbox"] = inputs["bbox"].float()
     return Batch(inputs, valid, columns, decoder_columns)
+
+
+def image_inputs(model: nn.Module, ids: Tensor, mask: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """An image for each row, where a model cannot do without, in the form that it wants."""
+    names = inspect.signature(type(model).forward).parameters
+    kind, (rows, columns) = model.config.model_type, ids.shape
+    patches = (IMAGE // PATCH) ** 2
+    pixels = torch.randn(rows, 3, IMAGE, IMAGE, generator=generator)
+    first_two = (mask.bool() & (mask.cumsum(1) <= 2)).long()
+    special = {
+        "idefics": {
+            "pixel_values": pixels.unsqueeze(1),
+            "image_attention_mask": torch.ones(rows, columns, 1, dtype=torch.long),
+        },
+        "instructblip": {"pixel_values": pixels, "qformer_input_ids": ids},
+        "instructblipvideo": {"pixel_values": pixels.unsqueeze(1).repeat(1, 4, 1, 1, 1), "qformer_input_ids": ids},
+        "kosmos-2": {"pixel_values": pixels, "image_embeds_position_mask": first_two},
+        "pix2struct": {  # the row and the column of a patch, then its pixels
+            "flattened_patches": torch.cat(
+                [torch.ones(rows, patches, 2), torch.randn(rows, patches, 3 * PATCH**2, generator=generator)], dim=2
+            )
+        },
+        "siglip2": {
+            "pixel_values": torch.randn(rows, patches, 3 * PATCH**2, generator=generator),
+            "pixel_attention_mask": torch.ones(rows, patches, dtype=torch.long),
+            "spatial_shapes": torch.tensor([[IMAGE // PATCH] * 2] * rows),
+        },
+    }
+    if kind in special:
+        return special[kind]
+    is_needed = "input_ids" not in names or kind in ("blip-2", "pp_formulanet")
+    is_needed = is_needed or ("pixel_values" in names and names["pixel_values"].default is inspect.Parameter.empty)
+    return {"pixel_values": pixels} if is_needed and "pixel_values" in names else {}
