@@ -19,6 +19,7 @@ from peft_reft.convert.structure import Structure
 from peft_reft.numbering import block_number
 from peft_reft.positions import parse_positions
 
+WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # task types whose head PEFT trains and saves in any case
 PREFIX = "base_model.model."  # of every key in a PEFT checkpoint
 
 
@@ -156,8 +157,16 @@ def assemble(
         own, all_of_them = every_block, every_block
     numbers = sorted({number for number in map(block_number, edits) if number is not None})
     modules = list(dict.fromkeys(name.split(".")[0] for name in head or {}))
+    lacking = structure.tensors_of(modules) - set(head or {}) if structure is not None else set()
+    if lacking:
+        raise ConversionError(
+            f"The checkpoint has only a part of the head {modules}: {', '.join(sorted(lacking))} is missing. An "
+            "adapter holds such modules as a whole; convert it without (head=False, --without-head) and set them yourself."
+        )
+    task_type = task_type or (structure.task_type if structure else None)
+    without_head = task_type in WITH_HEAD and not head
     config = ReftConfig(
-        task_type=task_type or (structure.task_type if structure else None),
+        task_type=None if without_head else task_type,
         base_model_name_or_path=base_model_name_or_path or (structure.path if structure else None),
         inference_mode=True,
         r=usual,
@@ -170,8 +179,14 @@ def assemble(
         rank_pattern={block: r for block, r in rank.items() if r != usual},
         dropout=dropout,
         act_fn=act_fn,
+        init_weights=act_fn is None,  # a fresh adapter with an activation cannot start from zero, and would warn
     )
     made = Conversion(origin, config, dict(edits), dict(head or {}))
+    if without_head:
+        made.notes.append(
+            "No trained head is converted, so that the base model's own is used: if it was trained too, the logits are "
+            f"others. task_type={task_type!r} is left out of the config, since PEFT then wants the head's weights."
+        )
     vanished = {block: int(sum((edit.basis == 0).all(1).sum() for edit in found)) for block, found in edits.items()}
     for block, count in vanished.items():
         if count:

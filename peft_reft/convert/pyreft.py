@@ -63,7 +63,7 @@ def read_pyreft(
         )
     spec = parse_positions(positions)
     config = read_json(directory / "config.json")
-    listed = [config.get(name) for name in ("sorted_keys", "representations", "intervention_types")]
+    listed: list[Any] = [config.get(name) for name in ("sorted_keys", "representations", "intervention_types")]
     if not all(isinstance(entry, list) for entry in listed) or len({len(entry) for entry in listed if entry}) != 1:
         raise ConversionError(
             f"{directory / 'config.json'}: sorted_keys, representations and intervention_types must be lists of one "
@@ -101,11 +101,6 @@ def read_pyreft(
     made.notes += notes_on_positions(spec)
     if act_fn is None and kind not in CONSTANT:
         made.notes.append("Pyreft's files do not say whether there was an activation; none (act_fn=None) is assumed.")
-    if not made.head and made.config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
-        made.notes.append(
-            "There is no trained classifier in the checkpoint (pytorch_model.bin, which pyreft saves with "
-            "include_model=True), so the base model's own is used: was it trained, its weights are missing."
-        )
     return made
 
 

@@ -41,7 +41,7 @@ def orthogonal_parameters(columns: Tensor) -> tuple[Tensor, Tensor]:
     kept = (columns != 0).any(0)
     if bool(kept.all()) or r < d:
         # A complete basis whose first columns are these; a zero column's place is taken by some other direction.
-        full, _ = torch.linalg.qr(torch.cat([columns[:, kept].double(), torch.eye(d, dtype=torch.double)], 1))
+        full, _ = torch.linalg.qr(columns[:, kept].double(), mode="complete")
         others = iter(full[:, int(kept.sum()) : d].mT)
         base = torch.stack([columns[:, j].double() if j < r and kept[j] else next(others) for j in range(d)], 1)
     else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeAlias, Union
 
 import torch
 import transformers
@@ -25,7 +25,7 @@ TASK_TYPES = {
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
-ModelLike = str | os.PathLike[str] | PretrainedConfig | nn.Module
+ModelLike: TypeAlias = Union[str, os.PathLike[str], PretrainedConfig, nn.Module]  # noqa: UP007  (mypy skips transformers)
 
 
 def task_of(class_name: str) -> str | None:
@@ -46,7 +46,7 @@ class Structure:
     Attributes:
         name: the model's class.
         path: the path or hub name, None if a model or config was given.
-        task_type: what the class is for, by PEFT's names, None if its name does not say.
+        task_type: what the class is for, by PEFT's names, None if neither its name nor the config says.
 
     Raises:
         ValueError: if the model cannot be built from what was given, or its blocks cannot be found.
@@ -56,7 +56,9 @@ class Structure:
         self.path = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
         self.model = model if isinstance(model, nn.Module) else on_meta(model)
         self.name = type(self.model).__name__
-        self.task_type = task_of(self.name)
+        config: Any = getattr(self.model, "config", None)
+        is_named = isinstance(model, nn.Module) or bool(config.architectures)
+        self.task_type = task_of(self.name) if is_named else None  # else it is a guess at the class
         self._survey = Survey(self.model)
         self._modules = [name for name, _ in self.model.named_modules() if name]
         self.stacks = self._survey.stacks()
@@ -113,6 +115,11 @@ class Structure:
     def has_module(self, name: str) -> bool:
         """Whether the model has a module of this name."""
         return name in self._modules
+
+    def tensors_of(self, modules: Iterable[str]) -> set[str]:
+        """Names of the parameters in these modules."""
+        wanted = tuple(f"{module}." for module in modules)
+        return {name for name, _ in self.model.named_parameters() if name.startswith(wanted)} if wanted else set()
 
     def width_of(self, name: str) -> int:
         """The width of the hidden states that a module puts out."""

@@ -37,7 +37,7 @@ def new_directory(dst: Path, overwrite: bool, src: Path | None = None) -> Iterat
         yield made
         check_free(dst, overwrite, src)
         if dst.exists() and any(dst.iterdir()):
-            old = Path(tempfile.mkdtemp(prefix=f".{dst.name}.", dir=dst.parent))
+            old = made.with_name(f"{made.name}.old")
             os.rename(dst, old)
             try:
                 os.rename(made, dst)
