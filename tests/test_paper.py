@@ -434,6 +434,23 @@ def test_glue_trains_each_task_and_keeps_the_best_epoch(tmp_path):
         assert PeftConfig.from_pretrained(folder).positions == positions
 
 
+def test_glue_reports_the_epoch_that_was_best_on_the_selection_half(tmp_path, monkeypatch):
+    seen = []
+    predict = transformers.Trainer.predict
+
+    def spy(self, *args, **kwargs):
+        by_epoch = [entry["eval_pearson"] for entry in self.state.log_history if "eval_pearson" in entry]
+        seen.append((by_epoch, self.evaluate()["eval_pearson"]))
+        return predict(self, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.Trainer, "predict", spy)
+    settings = ["training.num_train_epochs=4", "training.learning_rate=2e-2", "training.lr_scheduler_type=constant"]
+    (result,) = smoke(tmp_path, "glue_base", "--tasks", "stsb", "--seed", "4", *settings)
+    ((by_epoch, loaded),) = seen
+    assert loaded == pytest.approx(max(by_epoch)) == result["tasks"]["stsb"]["selection"]
+    assert by_epoch[-1] < max(by_epoch) - 1e-3  # the last epoch would have been worse
+
+
 def test_the_runner_is_a_program_and_goes_on_where_it_was(tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(PAPER / "run.py"), str(PAPER / "glue_large.yaml"), "--smoke", "--method", "full"]

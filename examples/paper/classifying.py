@@ -55,7 +55,8 @@ def run(settings: Mapping[str, Any], seed: int, folder: Path) -> dict[str, Any]:
     (task,) = settings["evaluation"]["tasks"]
     if task not in TASKS:
         raise RecipeError(f"The task {task!r} is not in GLUE as the paper uses it; use one of {', '.join(TASKS)}.")
-    source = {"name": task, **settings["evaluation"]["tasks"][task]}
+    limit = settings["evaluation"].get("max_examples")
+    source = {"name": task, "max_examples": limit, **settings["evaluation"]["tasks"][task]}
     arguments = trainer_arguments(settings, folder, seed)
     tokenizer, max_length = load_tokenizer(settings), arguments.pop("max_length")
 
