@@ -53,7 +53,8 @@ class Householder(nn.Module):
     def copy_from(self, intervention: Any) -> None:
         """Start as the same function."""
         self.rotate.weight = intervention.subspace.mT.contiguous()
-        self.source.load_state_dict(intervention.source.state_dict())
+        self.source.weight.copy_(intervention.weight)
+        self.source.bias.copy_(intervention.bias)
 
 
 def examples(count: int, generator: torch.Generator, new: bool) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ from torch import nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from peft_reft import get_interventions
-from peft_reft.factors import batch_factors
+from peft_reft.factors import FactorTable
 from peft_reft.orthonormal import orthonormal_rows
 
 LABELS = {"reft": "LoReFT", "lora_qv": "LoRA r=8 q,v", "lora_all": "LoRA r=8 all linear"}
@@ -269,8 +269,9 @@ def orthonormal(work: Work) -> list[Row]:
     interventions = list(get_interventions(model).items())
 
     def all_factors() -> None:
-        factors = batch_factors(interventions)
-        torch.autograd.backward([part.up for part in factors.values()], [grad[:1]] * len(factors))
+        table = FactorTable(interventions)
+        factors = [table.get(name) for name, _ in interventions]
+        torch.autograd.backward([part.up for part in factors], [grad[:1]] * len(factors))
 
     functions = {
         "reft": batched(orthonormal_rows),

@@ -7,43 +7,100 @@ that differ from row to row are put together for a batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_reft.interventions import Basis, Constant, Factors, Intervention, Source
+from peft_reft.interventions import Factors, Intervention
 
-Named = tuple[Any, Sequence[nn.Module]]  # a key, and the interventions of one block and adapter, one per group
+Named = tuple[Hashable, Sequence[nn.Module]]  # a key, and the interventions of one block and adapter, one per group
 
 
-def batch_factors(entries: Iterable[Named]) -> dict[Any, Factors]:
-    """The factors [G, r, d] of each entry: one orthonormalisation per kind and shape.
+class FactorTable:
+    """The factors of each entry: one orthonormalisation per kind and shape.
 
     Interventions of the user's own, and those whose parameters are not there to be read before their module runs
     (sharded, offloaded), are left out: they have to be called as modules.
+
+    Args:
+        entries: keys, and the interventions of each; several keys may share theirs.
     """
-    batches: dict[Any, list[Named]] = {}
-    for key, interventions in entries:
-        kind = _kind(interventions)
-        if kind is not None:
-            batches.setdefault(kind, []).append((key, interventions))
-    factors = {}
-    for (groups, *_), members in batches.items():
-        flat: list[Any] = [intervention for _, interventions in members for intervention in interventions]
+
+    def __init__(self, entries: Iterable[Named] = ()):
+        self._batches: list[Factors] = []  # [N, G, r, d] each
+        self._split: list[list[Factors]] = []  # the same as N times [G, r, d]
+        self._places: dict[Hashable, tuple[int, int]] = {}  # key -> which batch, and where in it
+        kinds: dict[Any, dict[int, Sequence[nn.Module]]] = {}
+        keys: list[tuple[Hashable, Any, int]] = []
+        for key, interventions in entries:
+            kind = _kind(interventions)
+            if kind is not None:
+                kinds.setdefault(kind, {})[id(interventions)] = interventions
+                keys.append((key, kind, id(interventions)))
+        order = {}
+        for number, (kind, members) in enumerate(kinds.items()):
+            self._add_batch(list(members.values()))
+            order[kind] = number, {shared: place for place, shared in enumerate(members)}
+        for key, kind, shared in keys:
+            number, places = order[kind]
+            self._places[key] = number, places[shared]
+
+    def _add_batch(self, members: list[Sequence[nn.Module]]) -> None:
+        flat: list[Any] = [intervention for interventions in members for intervention in interventions]
         first = flat[0]
-        linear = isinstance(first.source, Source)
-        batch = first.combine(
-            first.basis.combine(torch.stack([i.basis.weight for i in flat])),
-            torch.stack([i.source.weight for i in flat]) if linear else None,
-            torch.stack([i.source.bias if linear else i.source.weight for i in flat]),
+        weight = torch.stack([i.weight for i in flat])
+        worked_out = first.combine(
+            first.directions(torch.stack([i.basis for i in flat])),
+            None if first.bias is None else weight,
+            weight if first.bias is None else torch.stack([i.bias for i in flat]),
         )
-        split = [part.unflatten(0, (-1, groups)).unbind(0) if isinstance(part, Tensor) else part for part in batch]
-        for number, (key, _) in enumerate(members):
-            factors[key] = Factors(*(part[number] if isinstance(part, tuple) else part for part in split))
-    return factors
+        size = (len(members), len(members[0]))
+        batch = _each_part(worked_out, lambda part: part.unflatten(0, size))
+        split = zip(*(part.unbind(0) if isinstance(part, Tensor) else [part] * len(members) for part in batch))
+        self._batches.append(batch)
+        self._split.append([Factors(*parts) for parts in split])
+
+    def get(self, key: Hashable) -> Factors | None:
+        """The factors [G, r, d] of an entry; None if only its interventions themselves know."""
+        place = self._places.get(key)
+        return None if place is None else self._split[place[0]][place[1]]
+
+    def batch_of(self, key: Hashable) -> int | None:
+        """A number that entries of the same kind and shape share."""
+        place = self._places.get(key)
+        return None if place is None else place[0]
+
+    def rows(self, keys: Sequence[Hashable | None]) -> Factors | None:
+        """The factors [B, G, r, d] (or [1, G, r, d], if all are the same) of rows with entries of their own; None if
+        there are none.
+
+        Args:
+            keys: one per row; None for a row without an edit, whose factors mean nothing. All entries must have the
+                same activation, and either all or none a projection of their own.
+        """
+        places = [None if key is None else self._places.get(key) for key in keys]
+        present = [place for place in places if place is not None]
+        if not present:
+            return None
+        numbers = {number for number, _ in present}
+        if len(numbers) > 1:
+            return stack_factors([None if place is None else self._split[place[0]][place[1]] for place in places])
+        batch = self._batches[numbers.pop()]
+        chosen = [(place or present[0])[1] for place in places]
+        first, last = chosen[0], chosen[-1]
+        if len({*chosen}) == 1 or chosen == list(range(first, first + len(chosen))):  # the same for all, or as they lie
+            return _each_part(batch, lambda part: part[first : last + 1])
+        index = torch.tensor(chosen, device=batch.up.device)
+        return _each_part(batch, lambda part: part.index_select(0, index))
+
+
+def _each_part(factors: Factors, function: Callable[[Tensor], Tensor]) -> Factors:
+    """The same function applied to every tensor of the factors."""
+    parts: Any = [function(part) if isinstance(part, Tensor) else part for part in factors]
+    return Factors(*parts)
 
 
 def _kind(interventions: Sequence[nn.Module]) -> tuple[Any, ...] | None:
@@ -52,25 +109,21 @@ def _kind(interventions: Sequence[nn.Module]) -> tuple[Any, ...] | None:
     for intervention in interventions:
         if not isinstance(intervention, Intervention) or _own_equation(intervention):
             return None
-        for parameter in intervention.parameters():
+        for parameter in intervention._parameters.values():
             if type(parameter) is not nn.Parameter or parameter.is_meta or not parameter.numel():
                 return None
     assert isinstance(first, Intervention)
-    weight = first.basis.weight
     choices = (first.has_source, first.replaces, first.orthonormal, first.act_fn)
-    return (len(interventions), *choices, *first.shape, weight.dtype, weight.device)
+    return (len(interventions), *choices, *first.basis.shape, first.basis.dtype, first.basis.device)
+
+
+_EQUATION = ("forward", "edit", "learned", "combine", "directions")
 
 
 def _own_equation(intervention: Intervention) -> bool:
     """Whether an intervention does more than choose among the built-in equations."""
-    methods = ("forward", "edit", "combine")
-    parts = type(intervention.basis), type(intervention.source), type(intervention.dropout)
-    return (
-        any(getattr(type(intervention), name) is not getattr(Intervention, name) for name in methods)
-        or parts[0] is not Basis
-        or parts[1] not in (Source, Constant)
-        or parts[2] is not nn.Dropout
-    )
+    cls = type(intervention)
+    return any(getattr(cls, name) is not getattr(Intervention, name) for name in _EQUATION)
 
 
 def fingerprint(entries: Iterable[Named]) -> tuple[Any, ...] | None:
@@ -80,23 +133,22 @@ def fingerprint(entries: Iterable[Named]) -> tuple[Any, ...] | None:
     """
     marks: list[Any] = [torch.is_inference_mode_enabled()]
     for key, interventions in entries:
+        marks.append(key)
         for intervention in interventions:
             if intervention.training:
                 return None
             for parameter in _parameters_of(intervention):
                 if parameter.requires_grad or parameter.is_inference():
                     return None
-                marks.append((key, id(parameter), parameter.data_ptr(), parameter._version))
+                marks += (id(parameter), parameter.data_ptr(), parameter._version)
     return tuple(marks)
 
 
-def _parameters_of(module: nn.Module) -> list[nn.Parameter]:
-    """`list(module.parameters())`, but faster: it counts where hundreds of adapters are looked through."""
-    found = [parameter for parameter in module._parameters.values() if parameter is not None]
-    for part in module._modules.values():
-        if part is not None:
-            found += _parameters_of(part)
-    return found
+def _parameters_of(module: nn.Module) -> Iterable[nn.Parameter]:
+    """`module.parameters()`, but faster: it counts where hundreds of adapters are looked through."""
+    if module._modules:
+        return module.parameters()
+    return [parameter for parameter in module._parameters.values() if parameter is not None]
 
 
 def values_on_cpu(entries: Iterable[Named]) -> Tensor | None:
@@ -104,7 +156,7 @@ def values_on_cpu(entries: Iterable[Named]) -> Tensor | None:
     on the CPU.
     """
     parameters = (p for _, interventions in entries for i in interventions for p in _parameters_of(i))
-    flat = [parameter.detach().flatten() for parameter in parameters if parameter.device.type == "cpu"]
+    flat = [parameter.flatten() for parameter in parameters if parameter.device.type == "cpu"]
     return torch.cat(flat) if flat else None
 
 
@@ -116,7 +168,8 @@ def stack_factors(rows: Sequence[Factors | None]) -> Factors:
     """
     present = [factors for factors in rows if factors is not None]
     groups, r = (max(factors.up.shape[dim] for factors in present) for dim in (0, 1))
-    filled = {id(factors): _fill(factors, groups, r, any(f.down is not None for f in present)) for factors in present}
+    with_down = any(factors.down is not None for factors in present)
+    filled = {id(factors): _fill(factors, groups, r, with_down) for factors in present}
     filler = filled[id(present[0])]  # rows without an edit are masked out by their sites
     parts = zip(*(filler if factors is None else filled[id(factors)] for factors in rows))
     stacked: Any = [torch.stack(part) if isinstance(part[0], Tensor) else part[0] for part in parts]

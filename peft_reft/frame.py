@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from peft_reft.factors import FactorTable
 from peft_reft.positions import PositionSpec
 from peft_reft.prompt import Prompts, find_prompts
 from peft_reft.root import Root
@@ -84,7 +85,7 @@ def frame_of_block(inputs: tuple[Any, ...]) -> Frame | None:
     object, and to its memory, since a reentrant checkpoint recomputes from a detached alias.
     """
     frame = current_frame()
-    if torch.compiler.is_compiling() or (frame is not None and not frame.edits):
+    if torch.compiler.is_compiling() or (frame is not None and not (frame.edits and frame.call.backward)):
         return frame
     h = next((value for value in inputs if isinstance(value, Tensor) and value.is_floating_point()), None)
     if h is None or h.is_meta:
@@ -98,7 +99,7 @@ def frame_of_block(inputs: tuple[Any, ...]) -> Frame | None:
     if bound is None:
         return frame
     # A reentrant checkpoint runs a backward of its own, which must not run into the graph that made the factors.
-    return replace(bound, call=replace(bound.call, factors={}))
+    return replace(bound, call=replace(bound.call, factors=FactorTable()))
 
 
 @dataclass(eq=False)
@@ -111,6 +112,7 @@ class Call:
         locations: `intervention_locations` as [B, G, P], or None.
         adapter_names: the adapter of each row, or None for the active ones in every row.
         generation: the `generate` this call is part of, if any.
+        backward: a backward pass may follow, so that blocks may be run again in it.
         factors: what the interventions multiply with, by layer and adapter; None until a stack with edits is entered.
         edited: a token was edited (looked at in the first training forwards only).
     """
@@ -121,7 +123,8 @@ class Call:
     locations: Tensor | None
     adapter_names: list[str] | None
     generation: Generation | None
-    factors: dict[tuple[int, str], Any] | None = None
+    backward: bool = True
+    factors: FactorTable | None = None
     edited: bool = False
 
 
@@ -146,6 +149,13 @@ class Frame:
     locations: Tensor | None = None
     answers_only: bool = False
     _sites: dict[tuple[Any, ...], Sites | None] = field(default_factory=dict)
+    _found: dict[Any, Any] = field(default_factory=dict)
+
+    def once(self, key: Any, find: Callable[[], Any]) -> Any:
+        """What `find` returns: called once per call and key, for all blocks."""
+        if key not in self._found:
+            self._found[key] = find()
+        return self._found[key]
 
     def sites(self, spec: PositionSpec, share_weights: bool | str, h: Tensor) -> Sites | None:
         """Where to edit the hidden state `h` [B, S, d]; None for nowhere.
@@ -183,18 +193,11 @@ class Frame:
             )
         return [name for name in names for _ in range(times)]
 
-    def sites_by_row(
-        self, wanted: tuple[tuple[PositionSpec, bool | str, float] | None, ...], h: Tensor
-    ) -> Sites | None:
+    def sites_by_row(self, wanted: Sequence[tuple[PositionSpec, bool | str, float] | None], h: Tensor) -> Sites | None:
         """Where to edit the rows of `h` [B, S, d], by the spec and strength of each row's adapter; None for nowhere.
 
         Either all specs are bounded in their number of places, or none is.
         """
-        if wanted not in self._sites:
-            self._sites[wanted] = self._find_sites_by_row(wanted, h)
-        return self._sites[wanted]
-
-    def _find_sites_by_row(self, wanted: tuple[Any, ...], h: Tensor) -> Sites | None:
         parts = []
         for spec, share in dict.fromkeys(entry[:2] for entry in wanted if entry is not None):
             sites = self.sites(spec, share, h)
@@ -206,6 +209,15 @@ class Frame:
     def factors(self, layer: Any, name: str) -> Any:
         """What the interventions of an adapter beside one block multiply with; None if only they themselves know."""
         return None if self.call.factors is None else self.call.factors.get((id(layer), name))
+
+    def batch_of(self, layer: Any, name: str) -> int | None:
+        """A number that adapters with factors of the same kind and shape share."""
+        return None if self.call.factors is None else self.call.factors.batch_of((id(layer), name))
+
+    def factors_by_row(self, layer: Any, names: Sequence[str | None]) -> Any:
+        """The same for a batch whose rows have adapters of their own."""
+        keys = [None if name is None else (id(layer), name) for name in names]
+        return None if self.call.factors is None else self.call.factors.rows(keys)
 
     def _find_sites(self, spec: PositionSpec, share_weights: bool | str, h: Tensor) -> Sites | None:
         if self.locations is not None:

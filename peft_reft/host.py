@@ -85,7 +85,9 @@ class Host:
         frame = self._frame(module, outer, arguments, own)
         names = frame.call.adapter_names
         if frame.call.factors is None and frame.edits and self.role != "router":
-            frame.call.factors = self.root.batch_factors(self._layers(module), names and sorted({*names} - {BASE}))
+            frame.call.factors = self.root.factors(
+                self._layers(module), names and [name for name in dict.fromkeys(names) if name != BASE]
+            )
         state.frames.append(frame)
         return args, kwargs
 
@@ -152,7 +154,7 @@ class Host:
                 self.root.warn_once(UNLABELLED_TRAINING)
             elif not torch.compiler.is_compiling():
                 warn_if_scored_blindly(self.root)
-        return Call(self, labels, arguments.get("shift_labels"), locations, names, generation)
+        return Call(self, labels, arguments.get("shift_labels"), locations, names, generation, torch.is_grad_enabled())
 
     def _remembered_labels(self, module: nn.Module, arguments: dict[str, Any]) -> Tensor | None:
         """Labels of the forward just before, if a trainer runs the very same batch once more to get its logits.

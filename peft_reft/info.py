@@ -22,7 +22,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from peft_reft.interventions import _REGISTRY, Intervention, Source, build_intervention
+from peft_reft.interventions import _REGISTRY, Intervention, build_intervention
 from peft_reft.numbering import block_number
 from peft_reft.positions import PositionSpec, Term, parse_positions
 
@@ -257,7 +257,7 @@ def pickle_error() -> type[Exception]:
 def block_info(name: str, groups: dict[int, dict[str, Tensor]], config: Mapping[str, Any], look: bool) -> BlockInfo:
     """What the stored parameters of one block are, by the number of the intervention and their names."""
     parameters = [tensor for group in groups.values() for tensor in group.values()]
-    basis = groups[min(groups)].get("basis.weight")
+    basis = groups[min(groups)].get("basis")
     rank, width = basis.shape if basis is not None and basis.dim() == 2 else (None, None)
     norms: dict[str, float] = {}
     measured: list[tuple[float | None, float | None, float | None]] = []
@@ -301,12 +301,8 @@ def measure(module: Intervention | None) -> tuple[float | None, float | None, fl
     error = float((up @ up.mT - torch.eye(len(up)).double()).abs().max()) if module.orthonormal else None
     if module.act is not None:
         return error, None, None
-    weight, bias = (
-        (module.source.weight, module.source.bias)
-        if isinstance(module.source, Source)
-        else (None, module.source.weight)
-    )
-    factors = module.combine(up, weight, bias)  # type: ignore[arg-type]
+    weight, bias = (None, module.weight) if module.bias is None else (module.weight, module.bias)
+    factors = module.combine(up, weight, bias)
     gain = 0.0
     if factors.down is not None:
         # The squares of the singular values of upᵀ down [d, d] are eigenvalues of an r by r matrix.

@@ -3,10 +3,10 @@
 Every built-in edit has the same shape: a learned r-dimensional value, from which the hidden state's own
 coordinates may be subtracted, written back along r directions:
 
-    h + basisᵀ (act(source h + bias) - basis h)
+    h + Rᵀ (act(Wh + b) - Rh)
 
-They differ in three choices: is there a `source` or only a constant, are the coordinates subtracted (the
-subspace is then replaced, otherwise shifted), and is the basis orthonormal (R) or free (W2).
+They differ in three choices: is the learned value a function of h or only a constant, are the coordinates subtracted
+(the subspace is then replaced, otherwise shifted), and are the directions orthonormal (R) or free (W2).
 
 Shape letters: d hidden size, r rank. Positions, adapters and models are known elsewhere.
 """
@@ -46,46 +46,8 @@ class Factors(NamedTuple):
     act: Callable[[Tensor], Tensor] | None = None
 
 
-class Basis(nn.Module):
-    """The r directions along which an intervention writes: rows of R (orthonormal) or of W2 (free).
-
-    Only `weight` [r, d] is stored. For R it holds any rows that span the subspace; calling the module gives the
-    orthonormal ones, which therefore stay orthonormal whatever an optimizer, a cast or a reload does to `weight`.
-    """
-
-    def __init__(self, d: int, r: int, orthonormal: bool):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(r, d))
-        self.orthonormal = orthonormal
-
-    def forward(self) -> Tensor:
-        return self.combine(self.weight)
-
-    def combine(self, weight: Tensor) -> Tensor:
-        """The directions from `weight` [..., r, d]: this basis's own, or that of many alike."""
-        return orthonormal_rows(weight) if self.orthonormal else weight
-
-
-class Source(nn.Linear):
-    """The learned value Wh + b [..., r], computed in the precision of h."""
-
-    def forward(self, h: Tensor) -> Tensor:
-        return F.linear(h, self.weight.to(h.dtype), self.bias.to(h.dtype))
-
-
-class Constant(nn.Module):
-    """A learned value [r] that does not look at the hidden state."""
-
-    def __init__(self, r: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(r))
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self.weight.to(h.dtype)
-
-
 class Intervention(nn.Module):
-    """h + basisᵀ (act(source h + bias) - basis h), with the choices made by a subclass.
+    """h + Rᵀ (act(Wh + b) - Rh), with the choices made by a subclass.
 
     Args:
         d: width of the edited hidden states.
@@ -94,12 +56,21 @@ class Intervention(nn.Module):
         act_fn: name of an activation in `transformers.activations.ACT2FN` for the learned value, or None.
         init_weights: True: the fresh edit is zero wherever the equation allows it; False: random, as pyreft does.
 
+    Attributes:
+        weight: W [r, d], or the learned value [r] itself if it does not look at h.
+        bias: b [r], or None with such a constant.
+        basis: [r, d], rows that span the edited directions. Where the equation has R, `directions` makes them
+            orthonormal, which they therefore are whatever an optimizer, a cast or a reload does to `basis`.
+
     Calling it maps [..., d] to [..., d], every vector edited, and returns the dtype it was given.
     """
 
-    has_source: bool = True  # a function of h (source h + bias), or only a constant
-    replaces: bool = True  # subtract basis h: the subspace's content is replaced instead of shifted
+    has_source: bool = True  # a function of h (Wh + b), or only a constant
+    replaces: bool = True  # subtract Rh: the subspace's content is replaced instead of shifted
     orthonormal: bool = True  # R or W2
+
+    # One module without children, which holds a `weight`: what a wrapper such as FSDP's looks for, and little memory
+    # beside the parameters where thousands of adapters are resident.
 
     def __init__(
         self,
@@ -111,43 +82,45 @@ class Intervention(nn.Module):
         init_weights: bool = True,
     ):
         super().__init__()
-        self.shape = (r, d)
         if not 1 <= r <= d:
             raise ValueError(f"r={r} is not a rank for hidden states of width {d}: it must be between 1 and {d}.")
-        self.source: nn.Module = Source(d, r) if self.has_source else Constant(r)
-        self.basis = Basis(d, r, self.orthonormal)
-        self.dropout = nn.Dropout(dropout)
-        self.act_fn = act_fn
+        self.weight = nn.Parameter(torch.empty(r, d) if self.has_source else torch.empty(r))
+        self.bias = nn.Parameter(torch.empty(r)) if self.has_source else None
+        self.basis = nn.Parameter(torch.empty(r, d))
+        self.dropout = dropout
         self.act = None if act_fn is None else ACT2FN[act_fn]
+        self.act_fn = act_fn
         self.reset_parameters(init_weights)
 
     def reset_parameters(self, identity: bool) -> None:
         """Draw fresh weights; with `identity` so that the edit is zero wherever the equation allows it."""
-        if self.basis.weight.is_meta:  # low_cpu_mem_usage: the values come from a checkpoint
+        if self.basis.is_meta:  # low_cpu_mem_usage: the values come from a checkpoint
             return
         with torch.no_grad():
-            if isinstance(self.source, Source):
-                self.source.reset_parameters()
-            else:
-                nn.init.uniform_(self.source.weight)  # type: ignore[arg-type]
+            if self.bias is None:
+                nn.init.uniform_(self.weight)
+            else:  # as in nn.Linear
+                nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+                nn.init.uniform_(self.bias, -(self.weight.shape[1] ** -0.5), self.weight.shape[1] ** -0.5)
             if self.orthonormal:
                 # Rows of length 1/2: an optimizer's step then turns R as far as it does in the Householder
                 # parametrisation of the paper's code. R itself does not depend on their length.
-                nn.init.orthogonal_(self.basis.weight, gain=0.5)
+                nn.init.orthogonal_(self.basis, gain=0.5)
             else:
-                nn.init.kaiming_uniform_(self.basis.weight, a=5**0.5)
+                nn.init.kaiming_uniform_(self.basis, a=5**0.5)
             if identity:
                 self._start_from_zero()
 
     def _start_from_zero(self) -> None:
-        if isinstance(self.source, Source) and self.replaces and self.act is None:
-            self.source.weight.copy_(self.basis())  # Wh - Rh = 0, and both W and R get gradients
-            self.source.bias.zero_()
+        if self.bias is not None and self.replaces and self.act is None:
+            self.weight.copy_(self.subspace)  # Wh - Rh = 0, and both W and R get gradients
+            self.bias.zero_()
         elif not self.orthonormal:
-            self.basis.weight.zero_()
+            self.basis.zero_()
         elif not self.replaces and _passes_through_zero(self.act):
-            for parameter in self.source.parameters():
-                parameter.zero_()
+            self.weight.zero_()
+            if self.bias is not None:
+                self.bias.zero_()
         elif self.has_source or not self.replaces:
             warnings.warn(
                 f"{type(self).__name__} with an activation has no weights for which the edit is zero and can be "
@@ -156,21 +129,34 @@ class Intervention(nn.Module):
                 stacklevel=2,
             )
 
+    @property
+    def subspace(self) -> Tensor:
+        """The edited directions [r, d]: R (orthonormal rows) or W2."""
+        return self.directions(self.basis)
+
+    def directions(self, basis: Tensor) -> Tensor:
+        """The edited directions from `basis` [..., r, d]: this intervention's own, or those of many alike."""
+        return orthonormal_rows(basis) if self.orthonormal else basis
+
+    def learned(self, h: Tensor) -> Tensor:
+        """act(Wh + b) [..., r], or a constant [r], in the precision of `h`."""
+        weight = self.weight.to(h.dtype)
+        value = weight if self.bias is None else F.linear(h, weight, self.bias.to(h.dtype))
+        return value if self.act is None else self.act(value)
+
     def edit(self, h: Tensor) -> Tensor:
         """What is added to `h` [..., d], in at least single precision.
 
-        The equation as it stands, one module after the other; `combine` and `low_rank_edit` are its fast form.
+        The equation as it stands; `combine` and `low_rank_edit` are its fast form.
         """
         with without_autocast(h.device):
-            basis = self.basis()
-            h = h.to(torch.promote_types(torch.promote_types(h.dtype, basis.dtype), torch.float32))
-            basis = basis.to(h.dtype)
-            value = self.source(h)
-            if self.act is not None:
-                value = self.act(value)
+            directions = self.subspace
+            h = h.to(torch.promote_types(torch.promote_types(h.dtype, directions.dtype), torch.float32))
+            directions = directions.to(h.dtype)
+            value = self.learned(h)
             if self.replaces:
-                value = value - h @ basis.mT
-            return self.dropout((value @ basis).expand(h.shape))
+                value = value - h @ directions.mT
+            return F.dropout((value @ directions).expand(h.shape), self.dropout, self.training)
 
     def forward(self, h: Tensor) -> Tensor:
         return h + self.edit(h).to(h.dtype)
@@ -191,13 +177,8 @@ class Intervention(nn.Module):
             return Factors(weight, bias, up, up if self.replaces else None, self.act)
         return Factors(weight - up if self.replaces else weight, bias, up)  # (Wh + b) - Rh = (W - R)h + b
 
-    @property
-    def subspace(self) -> Tensor:
-        """The edited directions [r, d]: R (orthonormal rows) or W2."""
-        return self.basis()
-
     def extra_repr(self) -> str:
-        r, d = self.shape
+        r, d = self.basis.shape
         return f"d={d}, r={r}"
 
 

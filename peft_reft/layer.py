@@ -7,23 +7,28 @@ the edited ones.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from peft_reft.config import ReftConfig
-from peft_reft.factors import batch_factors, fingerprint, stack_factors, values_on_cpu
+from peft_reft.factors import FactorTable, fingerprint, values_on_cpu
 from peft_reft.frame import Frame, frame_of_block
 from peft_reft.interventions import Factors, build_intervention, edit_of, low_rank_edit
 from peft_reft.layout import PLAIN, Layout, edit_hidden_state
+from peft_reft.ownership import nobody_elses
 from peft_reft.positions import PositionSpec, parse_positions
-from peft_reft.sites import add_edit
+from peft_reft.sites import Sites, add_edit
 from peft_reft.structure import device_and_dtype
 
 SHOWN = ("active_adapters", "adapter_layer_names", "other_param_names", "reft_interventions")  # on the block, too
+cached_spec = lru_cache(parse_positions)  # one object for all blocks and adapters with the same notation
 CHILD = "reft"  # the layer's name below its block; must not hold the prefix "reft_", by which PEFT skips modules
 
 
@@ -72,7 +77,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             prompt_end: `config.prompt_end` as token ids.
             shared: a layer whose interventions are to be used here too.
         """
-        spec = parse_positions(config.positions, config.turns, prompt_end)
+        spec = cached_spec(config.positions, config.turns, tuple(prompt_end))
         if shared is None:
             interventions = nn.ModuleList(
                 build_intervention(
@@ -94,8 +99,12 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         if shared is None:
             self._move_adapter_to_device_of_base_layer(name)
 
-    def edit(self, h: Tensor, frame: Frame | None) -> Tensor:
-        """`h` with the edits of all active adapters, each computed on `h` itself and summed."""
+    def edit(self, h: Tensor, frame: Frame | None, owned: bool = False) -> Tensor:
+        """`h` with the edits of all active adapters, each computed on `h` itself and summed.
+
+        Args:
+            owned: `h` may be written to.
+        """
         if frame is not None and not frame.edits:
             return h
         rows = frame.adapters_by_row(h.shape[0]) if frame is not None else None
@@ -108,65 +117,90 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 f"A block put out vectors of width {h.shape[-1]}, but adapter {names[0]!r} was made for width "
                 f"{self.width}. Exclude that block with exclude_modules, or target other modules."
             )
-        if frame is not None and frame.columns is None and h.dim() != 3:
-            specs = {str(self.position_specs[name]) for name in names}
-            return self.edit(as_rows(h, specs), frame).reshape(h.shape)
-        if frame is not None and rows is not None:
-            return self._edit_rows(h, rows, frame)
+        if frame is None or (frame.columns is None and h.dim() != 3):
+            return self._edit_without_tokens(h, names, frame)
+        edits = (
+            ((name, self._sites(name, h, frame), frame.factors(self, name)) for name in names)
+            if rows is None
+            else self._edits_by_row(rows, h, frame)
+        )
         out = h
-        for name in names:
-            out = self._add_edit(out, h, name, frame)
+        owned = owned and (rows is not None or len(names) == 1)  # the edits of rows touch none but their own
+        for name, sites, factors in edits:
+            if sites is not None:
+                out = add_edit(out, h, sites, self._edit_of(name, factors), owned)
+                owned = not torch.is_grad_enabled()
         return out
 
-    def _add_edit(self, out: Tensor, h: Tensor, name: str, frame: Frame | None) -> Tensor:
-        spec, scale = self.position_specs[name], self.scaling[name]
-        if (frame is None or frame.columns is None) and str(spec) == "all":  # nothing to count: every vector
-            vectors = h.reshape(1, 1, -1, self.width)
-            edit = self._edit_of(name, None)(vectors, torch.full((), float(scale), device=h.device))
-            return out + edit.view(h.shape).to(h.dtype)
-        if frame is None:
+    def _edit_without_tokens(self, h: Tensor, names: Sequence[str], frame: Frame | None) -> Tensor:
+        """`h` [..., d] edited outside of a call that knows its tokens."""
+        specs = {str(self.position_specs[name]) for name in names}
+        if frame is not None and (specs != {"all"} or frame.call.adapter_names is not None):
+            return self.edit(as_rows(h, specs), frame).reshape(h.shape)
+        if specs != {"all"}:
             raise ValueError(
-                f"positions={str(spec)!r} counts tokens, but the block of a ReFT adapter ran outside of its model's "
-                "forward, where there are none. Call the model as a whole, or use positions='all'."
+                f"positions={sorted(specs - {'all'})[0]!r} counts tokens, but the block of a ReFT adapter ran outside "
+                "of its model's forward, where there are none. Call the model as a whole, or use positions='all'."
             )
-        sites = frame.sites(spec, self.share_weights[name], h)
-        if sites is None:
-            return out
-        if scale != 1:
-            sites = sites._replace(keep=sites.keep * scale)
-        return add_edit(out, h, sites, self._edit_of(name, frame.factors(self, name)))
+        out = h  # nothing to count: every vector is edited
+        for name in names:
+            strength = torch.full((), float(self.scaling[name]), device=h.device)
+            edit = self._edit_of(name, None)(h.reshape(1, 1, -1, self.width), strength)
+            out = out + edit.view(h.shape).to(h.dtype)
+        return out
 
-    def _edit_rows(self, h: Tensor, names: Sequence[str], frame: Frame) -> Tensor:
-        """`h` with each row's edit by its own adapter: one gather, batched products and one scatter for all that
-        multiply with the same kinds of factors.
+    def _sites(self, name: str, h: Tensor, frame: Frame) -> Sites | None:
+        """Where an adapter edits `h` [B, S, d], with its strength."""
+        sites = frame.sites(self.position_specs[name], self.share_weights[name], h)
+        scale = self.scaling[name]
+        return sites if sites is None or scale == 1 else sites._replace(keep=sites.keep * scale)
+
+    def _edits_by_row(self, names: Sequence[str], h: Tensor, frame: Frame) -> Iterable[tuple[str, Sites | None, Any]]:
+        """The edits of a batch whose rows have adapters of their own: one gather, batched products and one scatter
+        for all that multiply with the same kinds of factors.
+
+        Returns:
+            For each kind: one of its adapters, the places, and the factors [B, G, r, d].
         """
+        own: Any = self.reft_interventions._modules
+        # What the grouping depends on, which most blocks have in common.
+        rows = tuple(
+            (name, frame.batch_of(self, name), self.scaling[name], id(self.position_specs[name]))
+            if name in own
+            else None
+            for name in names
+        )
+        for members, sites in frame.once(
+            (rows, self.training, h.shape[1], h.device), lambda: self._passes(rows, h, frame)
+        ):
+            some = next(name for name in members if name is not None)
+            yield some, sites, frame.factors_by_row(self, members)
+
+    def _passes(
+        self, rows: Sequence[tuple[Any, ...] | None], h: Tensor, frame: Frame
+    ) -> list[tuple[list[str | None], Sites | None]]:
+        """Which rows can be edited together: their adapters (None for the other rows), and where."""
         passes: dict[Any, list[str | None]] = {}
-        for row, name in enumerate(names):
-            if name in self.reft_interventions:
-                passes.setdefault(self._pass_of(name, frame), [None] * len(names))[row] = name
-        out = h
+        for number, row in enumerate(rows):
+            if row is not None:
+                passes.setdefault(self._pass_of(row[0], frame), [None] * len(rows))[number] = row[0]
+        found = []
         for members in passes.values():
             wanted = [
                 None if name is None else (self.position_specs[name], self.share_weights[name], self.scaling[name])
                 for name in members
             ]
-            sites = frame.sites_by_row(tuple(wanted), h)
-            if sites is None:
-                continue
-            factors = [None if name is None else frame.factors(self, name) for name in members]
-            some = next(name for name in members if name is not None)
-            together = stack_factors(factors) if any(f is not None for f in factors) else None
-            out = add_edit(out, h, sites, self._edit_of(some, together))
-        return out
+            found.append((members, frame.sites_by_row(wanted, h)))
+        return found
 
     def _pass_of(self, name: str, frame: Frame) -> Any:
         """Adapters of the same pass can be run together, each on rows of its own."""
         factors = frame.factors(self, name)
         first: Any = self.reft_interventions[name][0]  # type: ignore[index]
-        if factors is None or (self.training and first.dropout.p):
+        if factors is None or (self.training and first.dropout):
             return name
         bounded = self.position_specs[name].widths() is not None
-        return first.act_fn, factors.projection is not None, bounded, first.basis.weight.dtype
+        return first.act_fn, factors.projection is not None, bounded, first.basis.dtype
 
     def _edit_of(self, name: str, factors: Factors | None) -> Callable[[Tensor, Tensor], Tensor]:
         """The function that maps vectors [B, G, P, d] to their edits.
@@ -180,8 +214,14 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             if factors is None:
                 groups = zip(interventions, selected.unbind(1))
                 return torch.stack([edit_of(module, h) for module, h in groups], dim=1) * keep
-            with torch.autocast(selected.device.type, enabled=False):
-                return cast("Tensor", interventions[0].dropout(low_rank_edit(selected, factors, keep)))
+            device = selected.device.type
+            if torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    edits = low_rank_edit(selected, factors, keep)
+            else:
+                edits = low_rank_edit(selected, factors, keep)
+            dropout = interventions[0].dropout if self.training else 0.0
+            return F.dropout(edits, dropout) if dropout else edits
 
         return edit
 
@@ -236,6 +276,12 @@ def edit_block_output(block: nn.Module, args: tuple, kwargs: dict[str, Any], out
     if layer.disable_adapters:
         return output
     frame = frame_of_block((*args, *kwargs.values()))
+    if isinstance(output, Tensor) and layer.layout == PLAIN and output.dim() <= 3:
+        owned = False
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            references = sys.getrefcount(output)  # a statement of its own: arguments on their way to a call count too
+            owned = nobody_elses(output, references)
+        return layer.edit(output, frame, owned)
     columns = None if frame is None else frame.columns
     return edit_hidden_state(output, lambda h: layer.layout.edit(h, columns, lambda part: layer.edit(part, frame)))
 
@@ -267,33 +313,30 @@ class FactorCache:
 
     def __init__(self) -> None:
         self.key: Any = None
-        self.factors: dict[tuple[int, str], Factors] = {}
+        self.table = FactorTable()
         self.seen: Tensor | None = None
 
-    def __call__(self, layers: Sequence[ReftLayer], names: Sequence[str] | None) -> dict[tuple[int, str], Factors]:
+    def __call__(self, layers: Sequence[ReftLayer], names: Sequence[str] | None) -> FactorTable:
         """The factors by layer (its id) and adapter.
 
         Args:
             names: the adapters that take part; None for the active ones.
         """
-        entries: dict[int, tuple[tuple[int, str], Any]] = {}
-        owners = []
+        entries: list[Any] = []
         for layer in layers:
             if layer.disable_adapters:
                 continue
+            own = layer.reft_interventions._modules
             for name in layer.active_adapters if names is None else names:
-                if name in layer.reft_interventions:
-                    interventions = layer.reft_interventions[name]
-                    owners.append(((id(layer), name), id(interventions)))
-                    entries[id(interventions)] = ((id(layer), name), interventions)  # layers may share them
-        key = None if torch.compiler.is_compiling() else fingerprint(entries.values())
-        if key is not None and key == self.key and self._unwritten(entries.values()):
-            return self.factors
-        worked_out = batch_factors((shared, interventions) for shared, (_, interventions) in entries.items())
-        factors = {owner: worked_out[shared] for owner, shared in owners if shared in worked_out}
-        self.key, self.factors = (None, {}) if key is None else (key, factors)
-        self.seen = None if key is None else values_on_cpu(entries.values())
-        return factors
+                if name in own:
+                    entries.append(((id(layer), name), own[name]))
+        key = None if torch.compiler.is_compiling() else fingerprint(entries)
+        if key is not None and key == self.key and self._unwritten(entries):
+            return self.table
+        table = FactorTable(entries)
+        self.key, self.table = (None, FactorTable()) if key is None else (key, table)
+        self.seen = None if key is None else values_on_cpu(entries)
+        return table
 
     def _unwritten(self, entries: Iterable[Any]) -> bool:
         """Whether the parameters hold what they held, as far as one can see without waiting for a device."""

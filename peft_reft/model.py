@@ -55,7 +55,7 @@ class ReftModel(BaseTuner):
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         with ExitStack() as stack:
             stack.enter_context(adapter_names_scope(host.root, names))
-            for module in self.model.modules():
+            for module in modules_beside_layers(self.model):
                 if isinstance(module, AuxiliaryTrainingWrapper):
                     hook = partial(pass_adapter_names, names=names)
                     stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -142,7 +142,7 @@ class ReftModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """`...reft_interventions.<adapter>.0.basis.weight` -> `...reft_interventions.0.basis.weight`."""
+        """`...reft_interventions.<adapter>.0.basis` -> `...reft_interventions.0.basis`."""
         return key.replace(f"{INTERVENTIONS}{adapter_name}.", INTERVENTIONS)
 
     @classmethod
@@ -215,6 +215,14 @@ def pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict[str, Any], n
     """Forward pre-hook of a module that was trained in full: each row's own copy of it is to be used."""
     times = args[0].shape[0] // len(names) if args else 1
     return args, {**kwargs, "adapter_names": [name for name in names for _ in range(times)]}
+
+
+def modules_beside_layers(module: nn.Module) -> Iterator[nn.Module]:
+    """`module.modules()` without the interventions, of which there may be very many."""
+    if not isinstance(module, ReftLayer):
+        yield module
+        for child in module.children():
+            yield from modules_beside_layers(child)
 
 
 def peft_is_loading() -> bool:

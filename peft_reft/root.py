@@ -25,7 +25,7 @@ class Root:
     Attributes:
         causal: a causal language model, whose labels tell where the prompt ends.
         layers: the layers beside its blocks.
-        batch_factors: works out what the layers' interventions multiply with, for all of them together.
+        factors: works out what the layers' interventions multiply with, for all of them together.
         survey: what was found out about its blocks.
         batching: asks the manager of continuous batching what the running forward holds.
         warned: the warnings given so far; each is given once.
@@ -34,7 +34,7 @@ class Root:
 
     causal: bool
     layers: list[Any]
-    batch_factors: Callable[[list[Any], list[str] | None], dict[tuple[int, str], Any]]
+    factors: Callable[[list[Any], list[str] | None], Any]
     survey: Any
     batching: Callable[[], list[tuple[int, int, int]] | None] | None = None
     warned: set[str] = field(default_factory=set)

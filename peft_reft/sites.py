@@ -98,23 +98,29 @@ def overlay(parts: Sequence[tuple[Sites, Tensor]], columns: int) -> Sites:
     return Sites(chosen, keep, None if chosen is None else (chosen + first_of_rows(chosen, columns)).flatten())
 
 
-def add_edit(out: Tensor, h: Tensor, sites: Sites, edit: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def add_edit(
+    out: Tensor, h: Tensor, sites: Sites, edit: Callable[[Tensor, Tensor], Tensor], owned: bool = False
+) -> Tensor:
     """Add the edits of `h` at `sites` to `out`; every other vector of `out` is returned bit for bit.
 
     Args:
-        out: [B, S, d], `h` or `h` with the edits of other adapters; not changed in place, since autograd may have
-            saved it and a caller may hold it too.
+        out: [B, S, d], `h` or `h` with the edits of other adapters.
         h: [B, S, d], what the edit is computed from.
         sites: where.
         edit: maps vectors [B, G, P, d] and `sites.keep` to their edits [B, G, P, d], zero where not kept.
+        owned: `out` may be written to, which saves a copy of the whole hidden state: autograd saved nothing of it, and
+            nobody else holds it.
     """
     rows, _, d = h.shape
     groups = sites.keep.shape[1]
     if sites.places is None:
         delta = edit(h.unsqueeze(1).expand(-1, groups, -1, -1), sites.keep)
-        delta = delta.squeeze(1) if groups == 1 else delta.sum(1)
-        return out + delta.to(h.dtype)
+        delta = (delta.squeeze(1) if groups == 1 else delta.sum(1)).to(h.dtype)
+        return out.add_(delta) if owned else out + delta
     # Whole rows of [B * S, d]: faster than along the columns, and autograd keeps the index, not h.
     selected = h.reshape(-1, d).index_select(0, sites.places)
-    delta = edit(selected.view(rows, groups, -1, d), sites.keep)
-    return out.reshape(-1, d).index_add(0, sites.places, delta.view(-1, d).to(h.dtype)).view(out.shape)
+    delta = edit(selected.view(rows, groups, -1, d), sites.keep).view(-1, d).to(h.dtype)
+    if owned:
+        out.view(-1, d).index_add_(0, sites.places, delta)
+        return out
+    return out.reshape(-1, d).index_add(0, sites.places, delta).view(out.shape)

@@ -85,11 +85,11 @@ def edit_vector(equation: str, module: nn.Module, h: Tensor, act_fn: str | None 
     if equation not in EQUATIONS:
         return module(h)
     parameters = {name: parameter.double() for name, parameter in module.named_parameters()}
-    basis = parameters["basis.weight"]
+    basis = parameters["basis"]
     basis = gram_schmidt(basis) if equation in ORTHONORMAL else basis
     if equation in CONSTANT:
-        return EQUATIONS[equation](h.double(), basis, parameters["source.weight"], ACTIVATIONS[act_fn])
-    source = parameters["source.weight"], parameters["source.bias"]
+        return EQUATIONS[equation](h.double(), basis, parameters["weight"], ACTIVATIONS[act_fn])
+    source = parameters["weight"], parameters["bias"]
     return EQUATIONS[equation](h.double(), basis, *source, ACTIVATIONS[act_fn])
 
 

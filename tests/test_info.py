@@ -52,10 +52,10 @@ def test_numbers_are_those_of_the_loaded_model(tmp_path, kind, share_weights):
             assert norm == pytest.approx(together.double().norm().item())
         gains, shifts, errors = [], [], []
         for parameters in modules:  # the equation's affine map, as a matrix and a vector
-            up = parameters["basis.weight"].detach().double()
+            up = parameters["basis"].detach().double()
             up = gram_schmidt(up) if kind in ORTHONORMAL else up
-            constant = parameters.get("source.bias", parameters["source.weight"]).detach().double()
-            source = parameters["source.weight"].detach().double() if "source.bias" in parameters else 0 * up
+            constant = parameters.get("bias", parameters["weight"]).detach().double()
+            source = parameters["weight"].detach().double() if "bias" in parameters else 0 * up
             down = source - (up if kind in ("loreft", "noreft", "consreft") else 0)
             gains.append(torch.linalg.matrix_norm(up.T @ down, 2).item())
             shifts.append((up.T @ constant).norm().item())

@@ -14,7 +14,7 @@ from torch import nn
 
 import peft_reft.interventions
 from peft_reft import Intervention, ReftConfig, get_interventions, register_intervention
-from peft_reft.factors import batch_factors
+from peft_reft.factors import FactorTable
 from peft_reft.interventions import build_intervention, low_rank_edit
 from peft_reft.orthonormal import orthonormal_rows
 
@@ -32,7 +32,7 @@ def random_intervention(kind, d=16, r=4, seed=0, **settings):
         for parameter in module.parameters():
             parameter.normal_(0, 0.7)
         if kind in reference.CONSTANT:  # so that an activation lets something through
-            module.source.weight.abs_()
+            module.weight.abs_()
     return module
 
 
@@ -90,11 +90,10 @@ def test_the_edit_is_exact_to_the_precision_of_h_and_keeps_its_dtype(kind, weigh
 @pytest.mark.parametrize("kind", KINDS)
 def test_batched_factors_give_the_edits_of_the_modules(kind, act_fn, groups):
     blocks = {f"block {seed}": random_group(kind, groups, seed, act_fn=act_fn) for seed in range(3)}
-    factors = batch_factors(blocks.items())
-    assert set(factors) == set(blocks)
+    factors = FactorTable(blocks.items())
     h = torch.randn(2, groups, 5, 16)
     for name, modules in blocks.items():
-        edit = low_rank_edit(h, factors[name])
+        edit = low_rank_edit(h, factors.get(name))
         for group, module in enumerate(modules):
             vectors = h[:, group]
             torch.testing.assert_close(edit[:, group], module.edit(vectors), rtol=1e-5, atol=1e-5)
@@ -115,10 +114,12 @@ def test_batched_factors_keep_unlike_interventions_apart():
         "two groups": random_group("loreft", 2, seed=2),
         "double precision": [random_intervention("loreft").double()],
     }
-    for name, factors in batch_factors(blocks.items()).items():
-        for group, module in enumerate(blocks[name]):
-            h = torch.randn(3, module.shape[1]).to(module.basis.weight.dtype)
-            edit = low_rank_edit(h.expand(1, len(blocks[name]), *h.shape), factors)[0, group]
+    table = FactorTable(blocks.items())
+    assert len({table.batch_of(name) for name in blocks}) == len(blocks) - 1
+    for name, modules in blocks.items():
+        for group, module in enumerate(modules):
+            h = torch.randn(3, module.basis.shape[1]).to(module.basis.dtype)
+            edit = low_rank_edit(h.expand(1, len(modules), *h.shape), table.get(name))[0, group]
             torch.testing.assert_close(edit, module.edit(h), rtol=1e-5, atol=1e-5)
             assert edit.abs().max() > 0
 
@@ -127,7 +128,7 @@ def test_batched_factors_keep_unlike_interventions_apart():
 def test_batched_factors_give_the_gradients_of_the_modules(kind):
     module = random_intervention(kind, act_fn="tanh")
     h, weight = torch.randn(5, 16), torch.randn(5, 16)
-    (low_rank_edit(h.view(1, 1, 5, 16), batch_factors([("block", [module])])["block"]) * weight).sum().backward()
+    (low_rank_edit(h.view(1, 1, 5, 16), FactorTable([("block", [module])]).get("block")) * weight).sum().backward()
     fused = {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
     module.zero_grad()
     (module.edit(h) * weight).sum().backward()
@@ -165,7 +166,7 @@ def test_a_frozen_adapter_whose_weights_are_written_to_does_not_go_on_with_the_o
     assert torch.equal(logits(model, inputs), before)
     with torch.no_grad():
         for (module,) in get_interventions(model).values():
-            change(module.source.bias)
+            change(module.bias)
     after = logits(model, inputs)
     assert not torch.allclose(after, before)
     twin = reft_model(tiny_model("llama"))
@@ -414,7 +415,7 @@ def test_an_activation_that_rules_out_a_zero_start_is_said(kind, act_fn):
 @pytest.mark.parametrize("init_weights", [True, False])
 def test_consreft_starts_from_a_random_constant_in_the_unit_interval_as_in_pyreft(init_weights):
     module = build_intervention("consreft", 64, 32, init_weights=init_weights)
-    constant = module.source.weight
+    constant = module.weight
     assert 0 <= constant.min() < 0.25 < 0.75 < constant.max() <= 1
 
 
@@ -499,7 +500,7 @@ def test_subspace_holds_the_edited_directions(kind):
     if kind in WITH_R:
         assert orthonormality_error(subspace) <= 1e-6
     else:
-        assert torch.equal(subspace, module.basis.weight)
+        assert torch.equal(subspace, module.basis)
     h = torch.randn(5, 16)
     edit = (module(h) - h).detach()
     projection = torch.linalg.pinv(subspace) @ subspace
@@ -514,7 +515,7 @@ def test_an_edit_that_replaces_leaves_what_is_orthogonal_to_the_subspace(kind):
     out = module(h).detach()
     complement = torch.eye(16) - R.T @ R
     torch.testing.assert_close(out @ complement, h @ complement, rtol=1e-5, atol=1e-5)
-    learned = module.source(h).detach() if kind == "loreft" else module.source.weight.detach().expand(5, 4)
+    learned = module.learned(h).detach().expand(5, 4)
     torch.testing.assert_close(out @ R.T, learned, rtol=1e-4, atol=1e-5)
 
 
@@ -575,31 +576,24 @@ class HalfForward(Intervention):
 
 
 class DeepSource(Intervention):
-    """The source is a small network."""
+    """The learned value is a small network's."""
 
     def __init__(self, d, r, **kwargs):
         super().__init__(d, r, **kwargs)
-        self.source = nn.Sequential(nn.Linear(d, r), nn.Tanh(), nn.Linear(r, r))
+        self.network = nn.Sequential(nn.Linear(d, r), nn.Tanh(), nn.Linear(r, r))
+
+    def learned(self, h):
+        return super().learned(h) + self.network(h)
 
 
-class NormedBasis(Intervention):
+class NormedDirections(Intervention):
     """Rows of unit length instead of orthonormal ones."""
 
-    def __init__(self, d, r, **kwargs):
-        super().__init__(d, r, **kwargs)
-        self.basis = UnitRows(d, r)
+    def directions(self, basis):
+        return nn.functional.normalize(basis, dim=-1)
 
 
-class UnitRows(nn.Module):
-    def __init__(self, d, r):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(r, d))
-
-    def forward(self):
-        return nn.functional.normalize(self.weight, dim=-1)
-
-
-OWN = [Minimal, WithKeywords, WithAnyKeywords, FreeConstant, HalfEdit, HalfForward, DeepSource, NormedBasis]
+OWN = [Minimal, WithKeywords, WithAnyKeywords, FreeConstant, HalfEdit, HalfForward, DeepSource, NormedDirections]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import peft_reft
 PACKAGE = pathlib.Path(peft_reft.__file__).parent
 # Each file may import from those in earlier lines only.
 ORDER = [
-    ["orthonormal", "prompt", "layout", "numbering", "checkpoint", "arguments", "root", "structure"],
+    ["orthonormal", "prompt", "layout", "numbering", "checkpoint", "arguments", "root", "structure", "ownership"],
     ["positions", "interventions", "trace", "batching"],
     ["sites", "factors", "blocks", "config"],
     ["frame", "collator"],

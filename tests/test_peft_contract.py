@@ -393,7 +393,7 @@ def test_swapped_weights_show_in_the_next_forward(frozen, inputs):
     peft.set_peft_model_state_dict(model, get_peft_model_state_dict(other))
     assert torch.equal(logits(model, inputs), want)
     with torch.no_grad():
-        next(iter(get_interventions(model).values()))[0].source.bias.add_(1)
+        next(iter(get_interventions(model).values()))[0].bias.add_(1)
     assert not torch.allclose(logits(model, inputs), want, atol=1e-3)
 
 

@@ -49,8 +49,8 @@ class Edit:
     def tensors(self) -> dict[str, Tensor]:
         """By the names that an intervention's parameters have in this package."""
         if self.source is None:
-            return {"basis.weight": self.basis, "source.weight": self.bias}
-        return {"basis.weight": self.basis, "source.weight": self.source, "source.bias": self.bias}
+            return {"basis": self.basis, "weight": self.bias}
+        return {"basis": self.basis, "weight": self.source, "bias": self.bias}
 
 
 @dataclass

@@ -58,10 +58,10 @@ def read_adapter(directory: Path) -> Conversion:
 
 def edit_from(tensors: dict[str, Tensor], where: str) -> Edit:
     """One intervention, from its parameters."""
-    if set(tensors) == {"basis.weight", "source.weight", "source.bias"}:
-        return Edit(tensors["basis.weight"], tensors["source.bias"], tensors["source.weight"])
-    if set(tensors) == {"basis.weight", "source.weight"} and tensors["source.weight"].dim() == 1:
-        return Edit(tensors["basis.weight"], tensors["source.weight"])
+    if set(tensors) == {"basis", "weight", "bias"}:
+        return Edit(tensors["basis"], tensors["bias"], tensors["weight"])
+    if set(tensors) == {"basis", "weight"} and tensors["weight"].dim() == 1:
+        return Edit(tensors["basis"], tensors["weight"])
     raise ConversionError(f"{where}: {', '.join(sorted(tensors))} are not the parameters of an intervention.")
 
 

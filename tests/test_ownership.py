@@ -1,0 +1,179 @@
+"""Without autograd a block's output is edited in place, but never where somebody else holds it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from conftest import batch, randomize, reft_model, tiny_model
+from peft import get_peft_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from peft_reft import ReftConfig, get_interventions
+
+
+class Edits(TorchDispatchMode):
+    """Counts the operations that put edits into a hidden state, in place or into a copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+    @property
+    def in_place(self):
+        return self.counts["aten.index_add_.default"] + self.counts["aten.add_.Tensor"]
+
+
+class Block(nn.Module):
+    """A block whose output is new, unless `forward` is replaced."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.table = nn.Parameter(torch.randn(2, 5, 8))
+        self.kept = []
+
+    def forward(self, h):
+        return self.linear(h) + 1
+
+
+class Returns(nn.Module):
+    """What a model with one block returns: the block's output, and what the caller still holds."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, h):
+        return self.block(h)
+
+
+def edited(block, positions="f2+l1"):
+    torch.manual_seed(0)
+    model = get_peft_model(Returns(block), ReftConfig(target_modules=["block"], positions=positions, r=2)).eval()
+    return randomize(model)
+
+
+class GivesItsInput(Block):
+    def forward(self, h):
+        return h
+
+
+class GivesAView(Block):
+    def forward(self, h):
+        return h.view(h.shape)
+
+
+class GivesItsParameter(Block):
+    def forward(self, h):
+        return self.table
+
+
+class GivesAnAliasOfItsParameter(Block):
+    def forward(self, h):
+        return self.table.detach()
+
+
+class KeepsIt(Block):
+    def forward(self, h):
+        self.kept.append(super().forward(h))
+        return self.kept[-1]
+
+
+class KeepsAnAlias(Block):
+    def forward(self, h):
+        out = super().forward(h)
+        self.kept.append(out.detach())
+        return out
+
+
+class KeepsAPart(Block):
+    def forward(self, h):
+        out = super().forward(h)
+        self.kept.append(out[:, 1:])
+        return out
+
+
+@pytest.mark.parametrize("positions", ["f2+l1", "all"])
+def test_an_output_that_is_nobody_elses_is_edited_in_place(positions):
+    model, h = edited(Block(), positions), torch.randn(2, 5, 8)
+    expected = model(h).detach()  # with autograd: a copy
+    with torch.no_grad(), Edits() as edits:
+        out = model(h)
+    assert edits.in_place == 1
+    assert torch.equal(out, expected)
+    with torch.inference_mode(), Edits() as edits:
+        out = model(h)
+    assert edits.in_place == 1
+    assert torch.equal(out, expected)
+    with model.disable_adapter(), torch.no_grad():
+        assert not torch.equal(model(h), expected)
+
+
+@pytest.mark.parametrize("positions", ["f2+l1", "all"])
+@pytest.mark.parametrize(
+    "cls",
+    [GivesItsInput, GivesAView, GivesItsParameter, GivesAnAliasOfItsParameter, KeepsIt, KeepsAnAlias, KeepsAPart],
+    ids=lambda cls: cls.__name__,
+)
+def test_what_somebody_else_holds_is_not_written_to(cls, positions):
+    block = cls()
+    model, h = edited(block, positions), torch.randn(2, 5, 8)
+    before, table = h.clone(), block.table.detach().clone()
+    expected = model(h).detach().clone()
+    unedited = [kept.detach().clone() for kept in block.kept]
+    block.kept.clear()
+    with torch.no_grad(), Edits() as edits:
+        out = model(h)
+    assert edits.in_place == 0
+    assert torch.equal(out, expected)
+    assert torch.equal(h, before) and torch.equal(block.table, table)
+    assert all(torch.equal(kept, was) for kept, was in zip(block.kept, unedited))
+    assert not torch.equal(out, before)
+
+
+def test_a_hook_inside_a_block_keeps_what_it_saw():
+    """In a post-norm block the last layer norm's output is the block's own."""
+    model, inputs = reft_model(tiny_model("bert"), positions="f2+l1"), batch(6, 4)
+    seen = []
+    last = model.get_submodule("base_model.model.bert.encoder.layer.0.output")
+    last.register_forward_hook(lambda module, args, output: seen.append(output))
+    model(**inputs)
+    with torch.no_grad():
+        model(**inputs)
+        with model.disable_adapter():
+            model(**inputs)
+    with_autograd, without, base = seen
+    assert torch.equal(with_autograd, without) and torch.equal(without, base)
+    with torch.no_grad():
+        states = model(**inputs, output_hidden_states=True).hidden_states
+    assert not torch.equal(states[1], base)
+
+
+def test_the_edits_of_several_adapters_are_computed_on_the_blocks_own_output():
+    model, h = edited(Block()), torch.randn(2, 5, 8)
+    for name, positions in (("second", "l2"), ("third", "all")):
+        model.add_adapter(name, ReftConfig(target_modules=["block"], positions=positions, r=3))
+        randomize(model, name, seed=len(name))
+    model.base_model.set_adapter(["default", "second", "third"])
+    expected = model(h).detach()
+    with torch.no_grad(), Edits() as edits:
+        out = model(h)
+    assert edits.in_place == 2  # into the copy that the first has made
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    assert len(get_interventions(model, "third")) == 1
+
+
+def test_recorded_hidden_states_are_the_same_with_and_without_autograd():
+    model, inputs = reft_model(tiny_model("llama"), positions="f2+l1"), batch(6, 4)
+    with_autograd = model(**inputs, output_hidden_states=True).hidden_states
+    with torch.no_grad():
+        without = model(**inputs, output_hidden_states=True).hidden_states
+    assert all(torch.equal(a, b) for a, b in zip(with_autograd, without))
+    assert not torch.equal(with_autograd[0], with_autograd[1])
