@@ -13,16 +13,16 @@ if TYPE_CHECKING:
     from peft_reft.inspect import Inspection
 
 LABELS = {
-    "relative": "‖Δh‖ / ‖h‖   (1: the edit is as long as h)",
-    "edit_norm": "‖Δh‖   (units of the hidden state)",
-    "turn": "angle between h and h + Δh   (degrees)",
-    "angle_before": "angle of h to the subspace   (degrees)",
-    "angle_after": "angle of h + Δh to the subspace   (degrees)",
-    "edit_angle": "angle of Δh to the subspace   (degrees)",
+    "relative": "‖Δh‖ / ‖h‖\n(1: as long as h itself)",
+    "edit_norm": "‖Δh‖\n(units of the hidden state)",
+    "turn": "angle between h and h + Δh\n(degrees)",
+    "angle_before": "angle of h to the subspace\n(degrees)",
+    "angle_after": "angle of h + Δh to the subspace\n(degrees)",
+    "edit_angle": "angle of Δh to the subspace\n(degrees)",
 }
 UNEDITED = "#e6e6e6"
 GAP = "…"  # stands for a run of tokens that no block edits
-CELL, ROW, MARGIN = 0.34, 0.26, 1.5  # inches
+CELL, ROW, MARGIN, WIDEST = 0.34, 0.26, 1.5, 40  # inches
 
 
 def draw(
@@ -72,8 +72,8 @@ def draw(
 
     widest = max(len(panel.tokens) for panel in panels)
     width = max(4.5, MARGIN + CELL * widest) + (2.2 if effects else 0) + 1
-    heights = [ROW * len(panel.blocks) + MARGIN for panel in panels]
-    figure = Figure(figsize=(width, sum(heights)), layout="constrained", dpi=110)
+    heights = [max(2.8, ROW * len(panel.blocks) + MARGIN) for panel in panels]
+    figure = Figure(figsize=(min(width, WIDEST), sum(heights)), layout="constrained", dpi=110)
     ratios = [max(3.0, CELL * widest), 1.8] if effects else [1]
     grid = figure.subplots(len(panels), len(ratios), squeeze=False, width_ratios=ratios, height_ratios=heights)
     image: Any = None
@@ -132,9 +132,10 @@ class Panel:
         settings: dict[str, Any] = {"vmin": low, "vmax": high, "cmap": colours, "interpolation": "none"}
         image = axes.imshow(values, aspect="auto", origin="lower", **settings)
         upright = all(len(token) <= 2 for token in self.tokens)
-        axes.set_xticks(range(len(self.tokens)))
+        every = max(1, math.ceil(CELL * len(self.tokens) / WIDEST / 2))  # as many labels as there is room for
+        axes.set_xticks(range(0, len(self.tokens), every))
         texts = axes.set_xticklabels(
-            [drawable(token) for token in self.tokens], rotation=0 if upright else 90, fontsize=8
+            [drawable(token) for token in self.tokens[::every]], rotation=0 if upright else 90, fontsize=8
         )
         for text in texts:
             text.set_parse_math(False)  # a token may be a dollar sign
@@ -174,7 +175,7 @@ class Panel:
         if total is not None and total["tv"] == total["tv"]:
             top, unedited = (drawable(shown(total[key])) for key in ("top", "top_unedited"))
             words = f'most likely "{top}", unedited "{unedited}"'
-            words += f"; total variation between the two {total['tv']:.2f}"
+            words += f"\ntotal variation between the two {total['tv']:.2f}"
             text = f"{text}: {words}" if text else words
         return text
 
