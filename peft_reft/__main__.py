@@ -38,7 +38,14 @@ def main(argv: list[str]) -> Any:
         print(HELP, end="", file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     if argv[0] in COMMANDS:
-        return importlib.import_module(f"peft_reft.{argv[0]}").main(argv[1:])
+        try:
+            command = importlib.import_module(f"peft_reft.{argv[0]}")
+        except ModuleNotFoundError as error:
+            if str(error.name).partition(".")[0] == "peft_reft":
+                raise
+            print(f"python -m peft_reft {argv[0]} needs {error.name!r}, which is not installed.", file=sys.stderr)
+            return 1
+        return command.main(argv[1:])
     if argv[0].startswith("-") and argv[0] != "-m":
         print(f"python -m peft_reft: unknown option {argv[0]!r}\n\n{HELP}", end="", file=sys.stderr)
         return 2

@@ -1,0 +1,274 @@
+"""Tools that only know PEFT: programs run by `python -m peft_reft`, and what loads an adapter's folder by its path."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import EOS, PAD, logits, reft_model, tiny_model
+from peft import AutoPeftModelForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
+
+from peft_reft import __main__ as command_line
+from peft_reft import children, runner
+from peft_reft.runner import NoSuchProgram
+
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+PROBE = """
+import json, os, subprocess, sys
+import __main__
+seen = {"argv": sys.argv, "path": sys.path[0], "name": __name__, "file": __file__, "package": __package__}
+seen |= {"spec": __spec__ and __spec__.name, "main": vars(__main__) is globals()}
+with open("seen.json", "w") as file:
+    json.dump(seen, file)
+"""
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """A folder with the same program as script, module, package, folder; the current one, as `python -m` has it."""
+    for path in ("script.py", "sub/script.py", "package/__main__.py", "folder/__main__.py"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(PROBE)
+    (tmp_path / "package" / "__init__.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("argv", ["unset"]), ("path", [str(tmp_path), *sys.path]), ("meta_path", [*sys.meta_path])):
+        monkeypatch.setattr(sys, name, value)
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+    monkeypatch.setenv("PYTHONPATH", "")
+    return tmp_path
+
+
+HOW = [["script.py"], ["sub/script.py"], ["-m", "script"], ["-m", "package"], ["-m", "sub.script"], ["folder"]]
+
+
+@pytest.mark.parametrize("how", HOW, ids=" ".join)
+def test_a_program_sees_what_it_sees_under_python_itself(how, programs):
+    subprocess.run([sys.executable, *how, "-m", "--flag"], check=True, env={**os.environ, "PYTHONPATH": ""})
+    expected = json.loads(Path("seen.json").read_text())
+    Path("seen.json").unlink()
+    runner.run([*how, "-m", "--flag"])
+    assert json.loads(Path("seen.json").read_text()) == expected
+    assert expected["argv"][1:] == ["-m", "--flag"]
+
+
+def test_the_command_of_a_package_is_called_and_its_result_is_the_exit_status(programs, monkeypatch):
+    (programs / "tool.py").write_text("import sys\ndef main():\n    return sys.argv, sys.path[0]\n")
+    found = EntryPoint("a-tool", "tool:main", "console_scripts")
+    monkeypatch.setattr(runner, "entry_points", lambda group, name: [found] if name == found.name else [])
+    monkeypatch.setattr(runner.shutil, "which", lambda name, path=None: f"/somewhere/bin/{name}")
+    assert command_line.main(["a-tool", "--x"]) == (["/somewhere/bin/a-tool", "--x"], "/somewhere/bin")
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "message"),
+    [
+        (["nothing.py"], 2, "'nothing.py' is no file, and no installed package"),
+        (["-m", "nothing"], 1, "No module named nothing"),
+        (["-m", "package.nothing.more"], 1, "No module named package.nothing.more"),
+        (["-m"], 2, "needs the name of a module"),
+        (["--nothing"], 2, "unknown option '--nothing'"),
+    ],
+    ids=str,
+)
+def test_what_does_not_exist_ends_with_pythons_own_status(how, status, message, programs, capsys):
+    assert command_line.main(how) == status
+    assert message in capsys.readouterr().err
+
+
+def test_errors_and_exit_statuses_are_the_programs_own(programs):
+    (programs / "needs.py").write_text("import not_there")
+    (programs / "ends.py").write_text("raise SystemExit(7)")
+    with pytest.raises(ModuleNotFoundError, match="not_there"):
+        runner.run(["-m", "needs"])
+    with pytest.raises(SystemExit, match="7"):
+        runner.run(["ends.py"])
+    with pytest.raises(NoSuchProgram, match="no file"):
+        runner.run([str(programs / "sub")])  # a folder, but without __main__.py
+
+
+def test_commands_are_listed_and_called(capsys, monkeypatch):
+    assert command_line.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {name} " in out for name in ("convert", "info", "inspect", "sft"))
+    assert command_line.main([]) == 2
+    monkeypatch.setitem(sys.modules, "peft_reft.info", type("info", (), {"main": staticmethod(lambda argv: argv)}))
+    assert command_line.main(["info", "-m", "x"]) == ["-m", "x"]
+    monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.delitem(sys.modules, "peft_reft.sft", raising=False)
+    assert command_line.main(["sft"]) == 1
+    assert "needs 'trl', which is not installed" in capsys.readouterr().err
+
+
+# Processes that a program starts: with stand-ins for PEFT and this package, which say that they were imported.
+
+LATER = "import sys; print('start', 'peft_reft' in sys.modules); import peft; print('end', 'peft_reft' in sys.modules)"
+
+
+def child(folder, code, path, **files):
+    for name, text in files.items():
+        (folder / f"{name}.py").write_text(text)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split(), done.stderr
+
+
+CHILDREN = children.__path__[0]
+
+
+@pytest.mark.parametrize("through", ["child", "grandchild"])
+def test_a_process_that_imports_peft_gets_to_know_reft(through, tmp_path):
+    code = LATER
+    if through == "grandchild":
+        code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {LATER!r}], check=True)"
+    files = {"peft": "print('peft')", "peft_reft": "import peft; print('reft')"}
+    out, _ = child(tmp_path, code, [CHILDREN, str(tmp_path)], **files)
+    assert out == ["start", "False", "peft", "reft", "end", "True"]
+    without, _ = child(tmp_path, code, [str(tmp_path)])
+    assert without == ["start", "False", "peft", "end", "False"]
+
+
+def test_a_process_of_another_environment_is_left_alone(tmp_path):
+    out, errors = child(tmp_path, f"import sys; sys.modules['peft_reft'] = None\n{LATER}", [CHILDREN], peft="")
+    assert out == ["start", "True", "end", "True"] and not errors
+    broken = "raise ImportError('peft 0.1 is not supported')"
+    out, errors = child(tmp_path, LATER, [CHILDREN, str(tmp_path)], peft="", peft_reft=broken)
+    assert out == ["start", "False", "end", "False"]
+    assert "ReFT is not known in this process: peft 0.1 is not supported" in errors
+
+
+def test_a_sitecustomize_of_the_machine_still_runs(tmp_path):
+    code = "import sys, sitecustomize; print(sitecustomize.__file__, any('children' in entry for entry in sys.path))"
+    out, _ = child(tmp_path, code, [CHILDREN, str(tmp_path)], sitecustomize="print('machine')")
+    assert out == ["machine", str(tmp_path / "sitecustomize.py"), "False"]
+
+
+def test_a_running_process_lets_its_children_know_and_keeps_what_pythonpath_held(programs, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/mine")
+    runner.tell_children()
+    runner.tell_children()
+    assert os.environ["PYTHONPATH"].split(os.pathsep) == [CHILDREN, "/mine"]
+
+
+# What loads a folder.
+
+
+def word_tokenizer():
+    words = {"<pad>": PAD, "<eos>": EOS, "<unk>": 2, **{f"w{i}": i for i in range(3, 90)}, "user": 90, "assistant": 91}
+    backend = Tokenizer(models.WordLevel(words | {f"x{i}": i for i in range(92, 100)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base model, an adapter, and both in one folder, as docs/tools.md makes it."""
+    folder = tmp_path_factory.mktemp("tools")
+    base = tiny_model("llama")
+    for name in ("base", "whole"):
+        base.save_pretrained(folder / name)
+        word_tokenizer().save_pretrained(folder / name)
+    base.name_or_path = str(folder / "base")
+    model = reft_model(base, task_type="CAUSAL_LM", positions="f1+l2")
+    for name in ("adapter", "whole"):
+        model.save_pretrained(folder / name)
+    return folder
+
+
+def answer(model, text, tokens=6):
+    tokenizer = word_tokenizer()
+    inputs = tokenizer(text, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("name", ["adapter", "whole"])
+@pytest.mark.parametrize("loader", [AutoModelForCausalLM, AutoPeftModelForCausalLM])
+def test_a_folder_is_loaded_by_its_path(loader, name, folder):
+    inputs = {"input_ids": torch.randint(3, 90, (2, 7))}
+    expected = logits(reft_model(tiny_model("llama"), task_type="CAUSAL_LM", positions="f1+l2"), inputs)
+    torch.testing.assert_close(logits(loader.from_pretrained(folder / name).eval(), inputs), expected)
+    assert (expected - logits(tiny_model("llama"), inputs)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["adapter", "whole"])
+def test_a_pipeline_generates_with_it_in_batches(name, folder):
+    texts = ["w3 w4 w5 w6 w7", "w8 w9"]
+    model = reft_model(tiny_model("llama"), task_type="CAUSAL_LM", positions="f1+l2")
+    run = pipeline(
+        "text-generation", model=str(folder / name), tokenizer=AutoTokenizer.from_pretrained(folder / "base")
+    )
+    settings = {"max_new_tokens": 6, "do_sample": False, "return_full_text": False, "batch_size": 2}
+    got = [generated[0]["generated_text"].strip() for generated in run(texts, **settings)]
+    assert got == [answer(model, text) for text in texts]
+    with model.disable_adapter():
+        assert got != [answer(model, text) for text in texts]
+
+
+def ask(port, model):
+    """The answer of a server to a chat of one message."""
+    question = {
+        "model": model,
+        "messages": [{"role": "user", "content": "w3 w4 w5"}],
+        "max_tokens": 6,
+        "temperature": 0,
+    }
+    request = urllib.request.Request(
+        f"http://localhost:{port}/v1/chat/completions",
+        json.dumps({**question, "stream": False}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        return json.load(reply)["choices"][0]["message"]["content"]
+
+
+def test_transformers_serve_answers_with_the_adapter(folder, tmp_path):
+    for package in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(package, reason="pip install -c constraints.txt 'transformers[serving]'")
+    port = 20000 + os.getpid() % 20000
+    with open(tmp_path / "log", "w") as log:
+        command = [sys.executable, "-m", "peft_reft", "transformers", "serve", "--port", str(port), "--device", "cpu"]
+        server = subprocess.Popen(command, env=ENVIRONMENT, cwd=tmp_path, stdout=log, stderr=log)
+    try:
+        end = time.monotonic() + 120
+        while "running on" not in (tmp_path / "log").read_text():
+            assert server.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()
+            time.sleep(0.2)
+        model = reft_model(tiny_model("llama"), task_type="CAUSAL_LM", positions="f1+l2")
+        expected = answer(model, "user w3 w4 w5 assistant")
+        assert ask(port, str(folder / "whole")) == expected
+        assert ask(port, str(folder / "base")) != expected
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def test_a_program_and_its_children_load_an_adapter(folder, tmp_path):
+    """For real, once: the script, a process that it starts, and its exit status."""
+    (tmp_path / "script.py").write_text(
+        "import subprocess, sys\n"
+        "from peft import PeftConfig\n"
+        "print(PeftConfig.from_pretrained(sys.argv[1]).positions)\n"
+        "if 'child' not in sys.argv:\n"
+        "    sys.exit(3 + subprocess.call([sys.executable, __file__, sys.argv[1], 'child']))\n"
+    )
+    program = ["script.py", str(folder / "adapter")]
+    done = subprocess.run(
+        [sys.executable, "-m", "peft_reft", *program], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.split()) == (3, ["f1+l2", "f1+l2"]), done.stderr
