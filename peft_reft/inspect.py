@@ -154,17 +154,17 @@ class Spy:
         self.skipping = False
         self.calls = 0
 
-    def __call__(self, h: Tensor, frame: Frame | None) -> Tensor:
+    def __call__(self, h: Tensor, frame: Frame | None, *more: Any, **named: Any) -> Tensor:
         if self.skipping:
             return h
         if self.noting:
             self.noting = False  # an edit of a tensor in another shape calls itself
             self.notes.append(note_edits(self.layer, h, frame) | {"call": self.calls})
             self.calls += 1
-            out = type(self.layer).edit(self.layer, h, frame)
+            out = type(self.layer).edit(self.layer, h, frame, *more, **named)
             self.noting = True
             return out
-        return type(self.layer).edit(self.layer, h, frame)
+        return type(self.layer).edit(self.layer, h, frame, *more, **named)
 
 
 @torch.no_grad()
