@@ -29,7 +29,7 @@ class CheckedLoading:
     def __init__(self, model: Any, adapter_name: str):
         self.model, self.adapter_name = model, adapter_name
         layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
-        self.active = next((layer.active_adapters for layer in layers), [])
+        self.active: list[str] = next((layer.active_adapters for layer in layers), [])
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     @classmethod

@@ -351,6 +351,7 @@ def image_inputs(model: nn.Module, ids: Tensor, mask: Tensor, generator: torch.G
         },
         "instructblip": {"pixel_values": pixels, "qformer_input_ids": ids},
         "instructblipvideo": {"pixel_values": pixels.unsqueeze(1).repeat(1, 4, 1, 1, 1), "qformer_input_ids": ids},
+        "molmo2": {"mm_token_type_ids": torch.zeros_like(ids)},
         "kosmos-2": {"pixel_values": pixels, "image_embeds_position_mask": first_two},
         "pix2struct": {  # the row and the column of a patch, then its pixels
             "flattened_patches": torch.cat(
