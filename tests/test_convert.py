@@ -274,6 +274,31 @@ def test_numbered_blocks_need_the_model_and_paths_do_not(tmp_path):
     assert difference(tmp_path / "new", load_file(PYREFT / "loreft-path" / "logits.safetensors"), "llama") < 1e-5
 
 
+def test_what_does_not_fit_one_adapter_is_split_into_two(tmp_path):
+    source = copy(PYREFT / "loreft-separate", tmp_path)
+    told = json.loads((source / "config.json").read_text())
+    lists = ("sorted_keys", "representations", "intervention_types")
+    file = source / "intkey_layer_2_comp_block_output_unit_pos_nunit_1#1.bin"
+    whole = file.read_bytes()
+    edit_tensors(file, lambda t: t.update({"rotate_layer": t["rotate_layer"][:, :2], "weight": t["weight"][:2]}))
+    edit_tensors(file, lambda t: t.update(bias=t["bias"][:2]))
+    with pytest.raises(ConversionError, match=r"'model.layers.2' have the ranks \[2, 3\].*copies of the directory"):
+        from_pyreft(source, positions="f2+l2", model=BASE / "llama")
+    file.write_bytes(whole)
+    mixed = [*told["intervention_types"][:3], "<class 'pyreft.interventions.DireftIntervention'>"]
+    edit_json(source / "config.json", intervention_types=mixed)
+    with pytest.raises(ConversionError, match=r"mixes interventions.*copies of the directory"):
+        from_pyreft(source, positions="f2+l2", model=BASE / "llama")
+    for positions, part in (("f2", slice(2)), ("l2", slice(2, 4))):
+        edit_json(source / "config.json", **{name: told[name][part] for name in lists})
+        from_pyreft(source, tmp_path / positions, positions=positions, model=BASE / "llama")
+    model = PeftModel.from_pretrained(base("llama"), tmp_path / "f2", adapter_name="f2")
+    model.load_adapter(tmp_path / "l2", adapter_name="l2")
+    model.base_model.set_adapter(["f2", "l2"])
+    stored = load_file(source / "logits.safetensors")
+    assert (outputs(model.eval(), stored) - real(stored["logits"], stored)).abs().max() < 1e-5
+
+
 def test_every_way_to_name_the_model():
     for model in (BASE / "llama", str(BASE / "llama"), base("llama"), base("llama").config):
         made = from_pyreft(PYREFT / "loreft-shared", positions="f2+l2", model=model)

@@ -21,6 +21,10 @@ from peft_reft.positions import parse_positions
 
 WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # task types whose head PEFT trains and saves in any case
 PREFIX = "base_model.model."  # of every key in a PEFT checkpoint
+SPLIT = (
+    "Convert it as two adapters, from copies of the directory whose config.json lists a part of the interventions each "
+    "(in sorted_keys, representations and intervention_types), and activate both."
+)
 
 
 class ConversionError(ValueError):
@@ -126,30 +130,8 @@ def assemble(
     Raises:
         ConversionError: if they do not fit each other, the positions or the model.
     """
-    groups = {len(found) for found in edits.values()}
-    terms = len(parse_positions(positions).terms)
-    if len(groups) != 1 or not groups <= {1, terms}:
-        raise ConversionError(
-            f"The checkpoint has {' or '.join(map(str, sorted(groups)))} interventions per block, but "
-            f"positions={positions!r} has {terms} term(s): one intervention is shared by all terms, and more are one "
-            "per term, as in 'f2+l2'. Pass the positions that it was trained with."
-        )
-    if structure is not None:
-        for block, found in edits.items():
-            width = structure.width_of(block)
-            if width != found[0].shape[1]:
-                raise ConversionError(
-                    f"The checkpoint's hidden states are {found[0].shape[1]} wide, those of {block!r} in "
-                    f"{structure.name} are {width}. Pass the model that it was trained on."
-                )
-    ranks = {block: {edit.shape[0] for edit in found} for block, found in edits.items()}
-    uneven = [block for block, found in ranks.items() if len(found) > 1]
-    if uneven:
-        raise ConversionError(
-            f"The interventions of {uneven[0]!r} have the ranks {sorted(ranks[uneven[0]])}; an adapter has one rank "
-            "per block. Convert them as two adapters, each with one term of the positions, and activate both."
-        )
-    rank = {block: next(iter(found)) for block, found in ranks.items()}
+    groups = refuse_misfits(edits, positions, structure)
+    rank = {block: found[0].shape[0] for block, found in edits.items()}
     usual = Counter(rank.values()).most_common(1)[0][0]
     if structure is not None and structure.has_blocks(edits):
         own, all_of_them = True, structure.has_all_blocks(edits)
@@ -157,12 +139,8 @@ def assemble(
         own, all_of_them = every_block, every_block
     numbers = sorted({number for number in map(block_number, edits) if number is not None})
     modules = list(dict.fromkeys(name.split(".")[0] for name in head or {}))
-    lacking = structure.tensors_of(modules) - set(head or {}) if structure is not None else set()
-    if lacking:
-        raise ConversionError(
-            f"The checkpoint has only a part of the head {modules}: {', '.join(sorted(lacking))} is missing. An "
-            "adapter holds such modules as a whole; convert it without (head=False, --without-head) and set them yourself."
-        )
+    if structure is not None:
+        refuse_parts(modules, head or {}, structure)
     task_type = task_type or (structure.task_type if structure else None)
     without_head = task_type in WITH_HEAD and not head
     config = ReftConfig(
@@ -187,14 +165,54 @@ def assemble(
             "No trained head is converted, so that the base model's own is used: if it was trained too, the logits are "
             f"others. task_type={task_type!r} is left out of the config, since PEFT then wants the head's weights."
         )
-    vanished = {block: int(sum((edit.basis == 0).all(1).sum() for edit in found)) for block, found in edits.items()}
-    for block, count in vanished.items():
-        if count:
+    for block, found in edits.items():
+        vanished = sum(int((edit.basis == 0).all(1).sum()) for edit in found)
+        if vanished:
             made.notes.append(
-                f"{count} of the {sum(edit.shape[0] for edit in edits[block])} directions in {block} are zero, and so "
-                "edit nothing, as in the original: weight decay does that to torch's orthogonal parametrisation."
+                f"{vanished} of the {sum(edit.shape[0] for edit in found)} directions in {block} are zero, and so edit "
+                "nothing, as in the original: weight decay does that to torch's orthogonal parametrisation."
             )
     return made
+
+
+def refuse_misfits(edits: Mapping[str, list[Edit]], positions: str, structure: Structure | None) -> set[int]:
+    """How many interventions a block has, in a set of one.
+
+    Raises:
+        ConversionError: if the interventions do not fit each other, the positions or the model.
+    """
+    groups = {len(found) for found in edits.values()}
+    terms = len(parse_positions(positions).terms)
+    if len(groups) != 1 or not groups <= {1, terms}:
+        raise ConversionError(
+            f"The checkpoint has {' or '.join(map(str, sorted(groups)))} interventions per block, but "
+            f"positions={positions!r} has {terms} term(s): one intervention is shared by all terms, and more are one "
+            "per term, as in 'f2+l2'. Pass the positions that it was trained with."
+        )
+    for block, found in edits.items():
+        ranks = sorted({edit.shape[0] for edit in found})
+        if len(ranks) > 1:
+            raise ConversionError(
+                f"The interventions of {block!r} have the ranks {ranks}, and an adapter has one per block. {SPLIT}"
+            )
+        width = structure.width_of(block) if structure is not None else found[0].shape[1]
+        if structure is not None and width != found[0].shape[1]:
+            raise ConversionError(
+                f"The checkpoint's hidden states are {found[0].shape[1]} wide, those of {block!r} in "
+                f"{structure.name} are {width}. Pass the model that it was trained on."
+            )
+    return groups
+
+
+def refuse_parts(modules: list[str], head: Mapping[str, Tensor], structure: Structure) -> None:
+    """Raise ConversionError if a module of the head is there in part."""
+    lacking = structure.tensors_of(modules) - set(head)
+    if lacking:
+        raise ConversionError(
+            f"The checkpoint has only a part of the head {modules}: {', '.join(sorted(lacking))} is missing. An "
+            "adapter holds such modules as a whole; convert it without (head=False, --without-head) and set them "
+            "yourself."
+        )
 
 
 def is_orthonormal(rows: Tensor, tolerance: float) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_reft.convert.conversion import Conversion, ConversionError, Edit, assemble, is_orthonormal
+from peft_reft.convert.conversion import SPLIT, Conversion, ConversionError, Edit, assemble, is_orthonormal
 from peft_reft.convert.reading import read_json, read_tensors
 from peft_reft.convert.rotation import orthogonal_weight
 from peft_reft.convert.structure import Structure
@@ -81,8 +81,8 @@ def read_pyreft(
         tensors = read_tensors(directory / file)
         if number in edits.setdefault(block, {}):
             raise ConversionError(
-                f"{key} and another intervention both edit the output of {block}, one after the other. An adapter has "
-                "one edit per token: convert them as two adapters."
+                f"{key} and another intervention both edit the output of {block}, the second what the first one left. "
+                "An adapter edits a token once, and no other one continues its edit: train them anew as one."
             )
         edits[block][number] = edit_from(tensors, kind, act_fn, file)
     ordered = {block: [found[number] for number in sorted(found)] for block, found in edits.items()}
@@ -113,8 +113,7 @@ def kind_of(types: list[Any], told: str | None) -> str:
     names = sorted({str(entry) for entry in types})
     if len(names) > 1:
         raise ConversionError(
-            f"The checkpoint mixes interventions: {', '.join(names)}. An adapter has one kind; convert the kinds as "
-            "adapters of their own."
+            f"The checkpoint mixes interventions: {', '.join(names)}. An adapter has one kind. {SPLIT}"
         )
     match = re.fullmatch(r"<class 'pyreft\.(?:\w+\.)*(\w+)'>", names[0])
     if match is None or match[1] not in KINDS:
