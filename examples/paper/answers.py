@@ -77,8 +77,10 @@ def careful_number(text: str) -> float | None:
     1200.0
     """
     text = _LATEX_FRACTION.sub(r" \1/\2 ", text.replace("\u2212", "-").replace("\\$", "$"))
-    for phrase in reversed(list(_ANNOUNCED.finditer(text))):
-        sentence = re.split(r"\n|\.(?!\d)", text[phrase.end() :], maxsplit=1)[0]
+    phrases = list(_ANNOUNCED.finditer(text))
+    ends = [phrase.start() for phrase in phrases[1:]] + [len(text)]
+    for phrase, end in reversed(list(zip(phrases, ends))):
+        sentence = re.split(r"\n|\.(?!\d)", text[phrase.end() : end], maxsplit=1)[0]
         numbers = _numbers(sentence.rpartition("=")[2]) or _numbers(sentence)
         if numbers:
             return numbers[0]
