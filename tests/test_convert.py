@@ -305,6 +305,10 @@ def test_every_way_to_name_the_model():
         assert list(made.edits) == ["model.layers.0", "model.layers.2"]
     made = from_pyreft(PYREFT / "loreft-shared", positions="f2+l2", model=base("llama").model)
     assert list(made.edits) == ["layers.0", "layers.2"]
+    broken = base("llama").config
+    broken.hidden_act = "twist"
+    with pytest.raises(ValueError, match=r"No LlamaForCausalLM can be built.*Pass the model itself"):
+        from_pyreft(PYREFT / "loreft-shared", positions="f2+l2", model=broken)
     with pytest.raises(ValueError, match=r"model='no/model': its config cannot be read"):
         from_pyreft(PYREFT / "loreft-shared", positions="f2+l2", model="no/model")
 
@@ -328,6 +332,20 @@ def test_an_adapter_of_a_bare_model_moves_to_one_with_a_head(tmp_path):
         inputs = {name: stored[name] for name in ("input_ids", "attention_mask")}
         hidden = model(**inputs, output_hidden_states=True).hidden_states[-1]
     assert (real(hidden, stored) - real(stored["logits"], stored)).abs().max() < 1e-5
+
+
+def test_an_encoder_and_a_decoder_are_named_and_told_apart(tmp_path):
+    source = copy(ADAPTERHUB / "loreft-shared", tmp_path)
+
+    def rename(tensors):
+        for name in list(tensors):
+            side = "encoder" if ".layers.0." in name else "decoder"
+            tensors[re.sub(r"model\.layers\.\d", f"{side}.block.0", name)] = tensors.pop(name)
+
+    edit_tensors(source / "pytorch_adapter.bin", rename)
+    made = from_adapterhub(source, head=False)
+    assert made.config.target_modules == {"encoder.block.0", "decoder.block.0"}
+    assert any("several stacks" in note and "intervention_locations" in note for note in made.notes)
 
 
 def test_all_blocks_are_not_numbered_and_ranks_may_differ(tmp_path):

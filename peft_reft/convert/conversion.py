@@ -16,7 +16,7 @@ from torch import Tensor
 
 from peft_reft.config import ReftConfig
 from peft_reft.convert.structure import Structure
-from peft_reft.numbering import block_number
+from peft_reft.numbering import block_number, group_by_stack
 from peft_reft.positions import parse_positions
 
 WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # task types whose head PEFT trains and saves in any case
@@ -164,6 +164,12 @@ def assemble(
         made.notes.append(
             "No trained head is converted, so that the base model's own is used: if it was trained too, the logits are "
             f"others. task_type={task_type!r} is left out of the config, since PEFT then wants the head's weights."
+        )
+    if len(group_by_stack(list(edits))) > 1:
+        made.notes.append(
+            "Blocks of several stacks are edited. Here a decoder behind an encoder counts positions over its own "
+            "prompt, usually the start token alone; the original counted over all of the row's tokens. Hand the original's "
+            "columns to the model as intervention_locations where that matters."
         )
     for block, found in edits.items():
         vanished = sum(int((edit.basis == 0).all(1).sum()) for edit in found)

@@ -14,7 +14,14 @@ from typing import Any, TypeAlias, Union
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from peft_reft.blocks import Survey
 
@@ -140,12 +147,16 @@ def on_meta(model: str | os.PathLike[str] | PretrainedConfig) -> nn.Module:
             ) from error
     named = [getattr(transformers, name, None) for name in getattr(config, "architectures", None) or []]
     classes = [found for found in named if isinstance(found, type) and issubclass(found, PreTrainedModel)]
-    build: Any = classes[0] if classes else None
-    with torch.device("meta"):
-        if build is not None:
+    auto: Any = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
+    build: Any = classes[0] if classes else auto.from_config
+    try:
+        with torch.device("meta"):
             return build(config)
-        auto = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
-        return auto.from_config(config)
+    except Exception as error:  # whatever a model's own code may raise
+        raise ValueError(
+            f"No {getattr(build, '__name__', 'model')} can be built from the config of {type(config).__name__} "
+            f"({one_line(error)}). Pass the model itself, from Python: model=..."
+        ) from error
 
 
 def one_line(error: BaseException) -> str:
