@@ -5,6 +5,7 @@ The runs are smoke runs: tiny models with random weights, and data of the same f
 
 from __future__ import annotations
 
+import doctest
 import functools
 import importlib
 import json
@@ -160,6 +161,11 @@ def test_judging_goes_by_the_kind_of_the_right_answer(gold, text, paper, careful
     row = {"answer": gold, "instruction": "... Answer format: true/false" if gold in ("true", "false") else AQUA}
     verdict = answers.judge(text, row)
     assert (verdict["paper"], verdict["careful"]) == (paper, careful)
+
+
+def test_the_examples_in_the_docstrings_hold():
+    failed, tried = doctest.testmod(answers)
+    assert tried == 3 and not failed
 
 
 def test_a_row_with_two_right_answers_is_refused():
