@@ -168,7 +168,7 @@ def assemble(
     if len(group_by_stack(list(edits))) > 1:
         made.notes.append(
             "Blocks of several stacks are edited. Here a decoder behind an encoder counts positions over its own "
-            "prompt, usually the start token alone; the original counted over all of the row's tokens. Hand the original's "
+            "prompt, usually the start token alone; the original counted over all of the row's tokens. Hand its "
             "columns to the model as intervention_locations where that matters."
         )
     for block, found in edits.items():
