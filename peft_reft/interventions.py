@@ -16,6 +16,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -69,8 +70,10 @@ class Intervention(nn.Module):
     replaces: bool = True  # subtract Rh: the subspace's content is replaced instead of shifted
     orthonormal: bool = True  # R or W2
 
-    # One module without children, which holds a `weight`: what a wrapper such as FSDP's looks for, and little memory
-    # beside the parameters where thousands of adapters are resident.
+    # One module without children, which holds a `weight`, is what a wrapper such as FSDP's looks for. And it takes
+    # little memory beside the parameters where thousands of adapters are resident; so do attributes of the class.
+    dropout: float = 0.0
+    act_fn: str | None = None
 
     def __init__(
         self,
@@ -87,9 +90,11 @@ class Intervention(nn.Module):
         self.weight = nn.Parameter(torch.empty(r, d) if self.has_source else torch.empty(r))
         self.bias = nn.Parameter(torch.empty(r)) if self.has_source else None
         self.basis = nn.Parameter(torch.empty(r, d))
-        self.dropout = dropout
-        self.act = None if act_fn is None else ACT2FN[act_fn]
-        self.act_fn = act_fn
+        if dropout:
+            self.dropout = dropout
+        if act_fn is not None:
+            self.act_fn = act_fn
+            self.activation = ACT2FN[act_fn]
         self.reset_parameters(init_weights)
 
     def reset_parameters(self, identity: bool) -> None:
@@ -128,6 +133,11 @@ class Intervention(nn.Module):
                 "random ones. Use act_fn=None for a fresh adapter that changes nothing.",
                 stacklevel=2,
             )
+
+    @property
+    def act(self) -> Callable[[Tensor], Tensor] | None:
+        """The activation of the learned value."""
+        return None if self.act_fn is None else self.activation
 
     @property
     def subspace(self) -> Tensor:
@@ -314,7 +324,12 @@ def build_intervention(
     """A fresh intervention by its name; the keywords go to the constructors that name them."""
     cls = _REGISTRY[name]
     keywords = {"dropout": dropout, "act_fn": act_fn, "init_weights": init_weights}
+    return cls(d, r, **{key: keywords[key] for key in _keywords_of(cls)})  # type: ignore[arg-type]
+
+
+@cache
+def _keywords_of(cls: type[nn.Module]) -> tuple[str, ...]:
+    """Which of the optional keywords the constructor of an intervention takes."""
     parameters = inspect.signature(cls).parameters
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        keywords = {key: value for key, value in keywords.items() if key in parameters}
-    return cls(d, r, **keywords)
+    any_of_them = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return tuple(key for key in ("dropout", "act_fn", "init_weights") if any_of_them or key in parameters)

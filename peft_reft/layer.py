@@ -8,6 +8,7 @@ the edited ones.
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,24 @@ cached_spec = lru_cache(parse_positions)  # one object for all blocks and adapte
 CHILD = "reft"  # the layer's name below its block; must not hold the prefix "reft_", by which PEFT skips modules
 
 
+class Groups(nn.ModuleList):
+    """The interventions of one block and adapter, one per position group.
+
+    The dictionaries in which torch keeps a module's hooks would weigh as much as the interventions' own objects where
+    thousands of adapters are resident; here they come into being when somebody looks for one.
+    """
+
+    _hooks = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, OrderedDict))
+
+    def __init__(self, modules: Iterable[nn.Module]):
+        super().__init__(modules)
+        for name in self._hooks:
+            del self.__dict__[name]
+
+    def __getattr__(self, name: str) -> Any:
+        return self.__dict__.setdefault(name, OrderedDict()) if name in Groups._hooks else super().__getattr__(name)
+
+
 class ReftLayer(nn.Module, BaseTunerLayer):
     """The interventions beside one block.
 
@@ -53,7 +72,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.width = width
         self.layout = layout
         self.in_features = self.out_features = width  # PEFT's name for it, which every tuner layer has
-        self.reft_interventions = nn.ModuleDict()  # adapter name -> ModuleList, one intervention per position group
+        self.reft_interventions = nn.ModuleDict()  # adapter name -> Groups, one intervention per position group
         self.position_specs: dict[str, PositionSpec] = {}
         self.share_weights: dict[str, bool | str] = {}
         self.scaling: dict[str, float] = {}  # strength of the edits: 0 none, 1 as trained
@@ -79,7 +98,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         """
         spec = cached_spec(config.positions, config.turns, tuple(prompt_end))
         if shared is None:
-            interventions = nn.ModuleList(
+            interventions = Groups(
                 build_intervention(
                     config.intervention,
                     self.width,

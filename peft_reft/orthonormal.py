@@ -15,16 +15,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+def _factor(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The factor L [..., r, r] and the orthonormal rows [..., r, d]."""
+    # Apple's GPUs have no double precision.
+    x = weight.to(torch.float32 if weight.device.type == "mps" else torch.float64)
+    gram = x @ x.mT
+    # A vanishing row becomes a zero row of R instead of NaN.
+    smallest = 1e-16 * gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) + torch.finfo(torch.float32).tiny
+    lower, _ = torch.linalg.cholesky_ex(gram + torch.diag_embed(smallest.expand(*x.shape[:-1])))
+    return lower, torch.linalg.solve_triangular(lower, x, upper=False)
+
+
 class _OrthonormalRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor) -> Tensor:
-        # Apple's GPUs have no double precision.
-        x = weight.to(torch.float32 if weight.device.type == "mps" else torch.float64)
-        gram = x @ x.mT
-        # A vanishing row becomes a zero row of R instead of NaN.
-        smallest = 1e-16 * gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) + torch.finfo(torch.float32).tiny
-        lower, _ = torch.linalg.cholesky_ex(gram + torch.diag_embed(smallest.expand(*x.shape[:-1])))
-        rows = torch.linalg.solve_triangular(lower, x, upper=False)
+        lower, rows = _factor(weight)
         ctx.save_for_backward(lower, rows)
         return rows.to(torch.promote_types(weight.dtype, torch.float32))
 
@@ -54,4 +59,6 @@ def orthonormal_rows(weight: Tensor) -> Tensor:
         [..., r, d] of the same row spaces, R Rᵀ = I; in float32, or float64 if `weight` is. Differentiable.
     """
     with without_autocast(weight.device):
-        return _OrthonormalRows.apply(weight)
+        if torch.is_grad_enabled() and weight.requires_grad:
+            return _OrthonormalRows.apply(weight)
+        return _factor(weight)[1].to(torch.promote_types(weight.dtype, torch.float32))
