@@ -166,9 +166,9 @@ def convert(
         src: a directory of pyreft's or AdapterHub's; with `to="pyreft"` an adapter of this package.
         dst: the directory to be.
         to: "peft" or "pyreft".
-        positions, model, kind, act_fn, head, base_model_name_or_path, task_type: as in `from_pyreft` and
-            `from_adapterhub`; what a format says itself must not be passed.
         overwrite: replace an adapter at `dst`.
+
+    The other arguments are those of `from_pyreft` and `from_adapterhub`; what a format says itself must not be passed.
 
     Returns, Raises: as `from_pyreft`.
     """
