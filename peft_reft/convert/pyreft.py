@@ -266,7 +266,7 @@ def notes_on_positions(spec: PositionSpec) -> list[str]:
         notes.append(
             "Pyreft's data sets put a masked pad token in front of each row (for GLUE behind it). That changes "
             "nothing where positions are rotary or relative, or skip padding; a model with learned absolute positions "
-            "(GPT-2, OPT, ...) saw each token one place later: put the pad token in front here, too, masked."
+            "(GPT-2, for one) saw each token one place later: put the pad token in front here, too, masked."
         )
     return notes
 
