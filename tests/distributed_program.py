@@ -92,6 +92,11 @@ def train(name: str, folder: Path, **more: Any) -> None:
         # On CPUs accelerate would quietly run DDP. With GPUs these lines are not there, and all else is the same.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         PartialState._shared_state["device"] = torch.device("cpu")
+    if (
+        os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    ):  # without GPUs accelerate takes each process for the only one
+        ranks = {"num_processes": "WORLD_SIZE", "process_index": "RANK", "local_process_index": "LOCAL_RANK"}
+        PartialState._shared_state.update({name: int(os.environ[variable]) for name, variable in ranks.items()})
     transformers.set_seed(0)
     model = get_peft_model(
         tiny_model("llama", scenario.get("head")), ReftConfig(**{**CAUSAL, **scenario.get("config", {})})
@@ -107,7 +112,8 @@ def train(name: str, folder: Path, **more: Any) -> None:
         save_from_fsdp1(trainer, folder / name)
     else:
         trainer.save_model(str(folder / name))
-    trained = trainer.model_wrapped.eval()
+    # DeepSpeed's engine is gone by now.
+    trained = (trainer.model if trainer.is_deepspeed_enabled else trainer.model_wrapped).eval()
     with torch.no_grad():
         logits = trained(**batch(7, 4)).logits
     if trainer.is_world_process_zero():
