@@ -194,8 +194,9 @@ class Intervention(nn.Module):
 
 def edit_of(intervention: nn.Module, h: Tensor) -> Tensor:
     """What an intervention, built-in or of the user's own, adds to `h` [..., d]."""
-    if isinstance(intervention, Intervention) and type(intervention).forward is Intervention.forward:
-        return intervention.edit(h)
+    is_own = isinstance(intervention, Intervention) and type(intervention).forward is Intervention.forward
+    if is_own and "forward" not in vars(intervention):  # accelerate puts one there that fetches offloaded weights
+        return intervention.edit(h)  # type: ignore[operator]
     dtype = next((p.dtype for p in intervention.parameters() if p.is_floating_point()), h.dtype)
     h = h.to(dtype)  # a module with weights in float32 need not know of models in half precision
     edited: Tensor = intervention(h)
