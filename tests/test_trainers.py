@@ -268,6 +268,33 @@ def test_completions_are_scored_with_the_positions_that_they_were_sampled_with(k
         assert (whole_row - expected).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_the_gradient_of_sampled_completions_is_that_of_a_loop_over_rows(kind, tmp_path):
+    made = make(kind, tmp_path, config=ReftConfig(**{**CONFIG, "positions": "f2+l2"}), beta=0.0)
+    made.current_gradient_accumulation_steps = 1
+    made.model.train()
+    inputs = made._prepare_inputs(first_batch(made))
+
+    def gradient(loss):
+        made.model.zero_grad()
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in made.model.parameters() if p.requires_grad])
+
+    got = gradient(made.compute_loss(made.model, inputs))
+    total = 0.0
+    for row in range(len(inputs["prompt_ids"])):
+        prompt, answer = (
+            inputs[f"{part}_ids"][row][inputs[f"{part}_mask"][row].bool()] for part in ("prompt", "completion")
+        )
+        ids, locations = torch.cat([prompt, answer]), locations_in_prompt("f2+l2", len(prompt))
+        out = made.model(input_ids=ids[None], intervention_locations=locations).logits[0, len(prompt) - 1 : -1] / 0.7
+        scores = out.log_softmax(-1).gather(-1, answer[:, None])[:, 0]
+        total = total - inputs["advantages"][row] * scores.sum()
+    expected = gradient(total)
+    assert expected.norm() > 1e-3
+    torch.testing.assert_close(got / got.norm(), expected / expected.norm(), rtol=1e-3, atol=1e-5)
+
+
 # Rewards and classes.
 
 

@@ -117,7 +117,7 @@ def settings(given: argparse.Namespace, name: str, **more: Any) -> dict[str, Any
 
 @torch.no_grad()
 def probability(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> str:
-    """The mean probability of the right verdict, as against the wrong one, behind the prompts as `generate` runs them."""
+    """The mean probability of the right verdict as against the wrong one, where `generate` writes it."""
     batch = tokenizer([row["prompt"] for row in rows], return_tensors="pt", padding=True, padding_side="left")
     first = (
         model.eval()
