@@ -97,10 +97,12 @@ def train(name: str, folder: Path, **more: Any) -> None:
     ):  # without GPUs accelerate takes each process for the only one
         ranks = {"num_processes": "WORLD_SIZE", "process_index": "RANK", "local_process_index": "LOCAL_RANK"}
         PartialState._shared_state.update({name: int(os.environ[variable]) for name, variable in ranks.items()})
+    if "REFT_BASE" in os.environ:  # ZeRO-3 splits a model while it is made, and has to load its weights
+        base = transformers.AutoModelForCausalLM.from_pretrained(os.environ["REFT_BASE"])
+    else:
+        base = tiny_model("llama", scenario.get("head"))
     transformers.set_seed(0)
-    model = get_peft_model(
-        tiny_model("llama", scenario.get("head")), ReftConfig(**{**CAUSAL, **scenario.get("config", {})})
-    )
+    model = get_peft_model(base, ReftConfig(**{**CAUSAL, **scenario.get("config", {})}))
     trainer = transformers.Trainer(
         model=model,
         args=args,

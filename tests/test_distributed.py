@@ -142,5 +142,7 @@ def test_layers_that_share_weights_train_under_fsdp2_without_wrapping_each_block
 def test_deepspeed_equals_one_process(stage, alone, tmp_path, monkeypatch):
     pytest.importorskip("deepspeed")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    monkeypatch.setenv("REFT_BASE", str(tmp_path / "base"))
     folder = launch(tmp_path / "zero", [*ZERO, stage], ["plain"], seconds=600)  # it compiles a part of itself first
     assert_as_one_process(folder, alone, "plain", "DistributedType.DEEPSPEED")
