@@ -33,20 +33,22 @@ MORE = pytest.mark.skipif(
 SHARDED = ["plain", "checkpointing", "no edit on one rank", "own weights per position", "classifier"]
 
 
+def start(options: list[str], program: Path, *arguments: str, seconds: int = 240) -> str:
+    """Run a program in two processes; what it printed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(TESTS)}
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, *PROCESSES, "--main_process_port", "0"]
+    done = subprocess.run(
+        [*command, str(program), *arguments], env=environment, capture_output=True, text=True, timeout=seconds
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def launch(folder: Path, options: list[str], scenarios: list[str], seconds: int = 240) -> Path:
     """Run scenarios in two processes; the folder with their results."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(TESTS)}
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, *PROCESSES, "--main_process_port", "0"]
-    done = subprocess.run(
-        [*command, str(TESTS / "distributed_program.py"), str(folder), *scenarios],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    start(options, TESTS / "distributed_program.py", str(folder), *scenarios, seconds=seconds)
     return folder
 
 
@@ -146,3 +148,12 @@ def test_deepspeed_equals_one_process(stage, alone, tmp_path, monkeypatch):
     monkeypatch.setenv("REFT_BASE", str(tmp_path / "base"))
     folder = launch(tmp_path / "zero", [*ZERO, stage], ["plain"], seconds=600)  # it compiles a part of itself first
     assert_as_one_process(folder, alone, "plain", "DistributedType.DEEPSPEED")
+
+
+@MORE
+def test_an_example_runs_in_two_processes(tmp_path):
+    example = TESTS.parent / "examples" / "trainers" / "sft.py"
+    shown = start(DDP, example, "--steps", "5", "--output", str(tmp_path / "new" / "folder"))
+    assert shown.count("reloaded: ") == 2
+    adapter = load_file(tmp_path / "new" / "folder" / "sft-adapter" / "adapter_model.safetensors")
+    assert len({key.split(".layers.")[1].split(".")[0] for key in adapter}) == 3

@@ -56,7 +56,7 @@ def load(given: argparse.Namespace, kind: Any = AutoModelForCausalLM, **settings
     """The base model, of the class `kind`, and its tokenizer."""
     base = given.model or given.output / "base"
     if given.model is None:
-        with PartialState().main_process_first():  # one process makes it, the others find it
+        with PartialState(cpu=not torch.cuda.is_available()).main_process_first():  # the others find it
             if not base.exists():
                 make_base_model(base, steps=300 if given.steps is None else given.steps)
     tokenizer = AutoTokenizer.from_pretrained(base)
