@@ -7,11 +7,12 @@ done.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.study import causal, encoder, grid, instructions, memory, styles, task
+from benchmarks.study import causal, edits, encoder, grid, instructions, memory, styles, task
 from benchmarks.study.methods import Method
 from benchmarks.study.store import Store
 
@@ -31,7 +32,8 @@ class Scale:
         steps: what the steps of its finetuning are multiplied with.
         tune: whether learning rates are searched for; else the middle ones are taken.
         later: seeds, of those asked for, for which ablations and language model are run.
-        encoder, instructions, styles, composed, memory: methods, by their names in `grid`.
+        encoder, edits, instructions, styles, composed, memory: methods, by their names in `grid`.
+        ablations: groups of `grid.ABLATIONS`.
     """
 
     sizes: tuple[int, int, int] = task.SIZES
@@ -42,6 +44,7 @@ class Scale:
     later: int = 3
     encoder: tuple[str, ...] = tuple(grid.MAIN)
     ablations: tuple[str, ...] = tuple(grid.ABLATIONS)
+    edits: tuple[str, ...] = ("LoReFT r4 all", "DiReFT r4 all")
     instructions: tuple[str, ...] = tuple(grid.INSTRUCTIONS)
     styles: tuple[str, ...] = tuple(grid.STYLES)
     composed: tuple[str, ...] = grid.COMPOSED
@@ -58,10 +61,11 @@ QUICK = Scale(
     later=1,
     encoder=grid.QUICK,
     ablations=("equation",),
+    edits=("DiReFT r4 all",),
     instructions=("LoReFT r4 all", "LoRA r8"),
     styles=("LoReFT r4 f1+l1", "LoReFT r4 f1+l1+d", "LoRA r8"),
     composed=("LoReFT r4 f1+l1+d",),
-    memory=("r4, one block",),
+    memory=("l1, all blocks, r4",),
 )
 
 
@@ -73,8 +77,32 @@ def cell_of(part: str, name: str, method: Method, lr: float, seed: int, every: i
     return {"part": part, "name": name, "seed": seed, "lr": lr, "method": asdict(method), "every": every}
 
 
-def plan(store: Store, seeds: list[int], scale: Scale) -> Iterator[dict[str, Any]]:
-    """The cells that can be run now, finished ones included: the tuning, then seed after seed."""
+# What can be asked for by itself -> the parts whose cells that takes.
+TOPICS = {
+    "encoder": ("encoder tuning", "encoder"),
+    "ablation": ("encoder tuning", "encoder", "ablation"),
+    "edits": ("encoder tuning", "edits"),
+    "instructions": ("base", "instructions tuning", "instructions"),
+    "styles": ("base", "styles tuning", "styles"),
+    "composition": ("base", "styles tuning", "composition"),
+    "memory": ("base", "memory"),
+}
+
+
+def plan(
+    store: Store, seeds: list[int], scale: Scale, topics: Iterable[str] = tuple(TOPICS)
+) -> Iterator[dict[str, Any]]:
+    """The cells that can be run now, finished ones included: the tuning, then seed after seed.
+
+    Args:
+        topics: names in TOPICS.
+    """
+    parts = {part for topic in topics for part in TOPICS[topic]}
+    yield from (cell for cell in all_cells(store, seeds, scale) if cell["part"] in parts)
+
+
+def all_cells(store: Store, seeds: list[int], scale: Scale) -> Iterator[dict[str, Any]]:
+    """See `plan`."""
     yield cell_of("base", "language model", Method("full"), causal.RATE, 0)
     with_base = bool(store.of("base"))
     if scale.tune:
@@ -86,6 +114,9 @@ def plan(store: Store, seeds: list[int], scale: Scale) -> Iterator[dict[str, Any
         for name in scale.encoder:
             every = CURVE_EVERY if number == 0 and name in grid.WITH_CURVE else 0
             yield from at_best("encoder", grid.MAIN, name, grid.RATES, store, seed, scale, every=every)
+        if number == 0:
+            for name in scale.edits:
+                yield from at_best("edits", grid.MAIN, name, grid.RATES, store, seed, scale, tuned_as="encoder")
         if number < scale.later:
             if with_base:
                 yield from causal_cells(store, seed, scale)
@@ -166,13 +197,22 @@ def causal_cells(store: Store, seed: int, scale: Scale) -> Iterator[dict[str, An
 
 
 def run(cell: dict[str, Any], split: int, scale: Scale) -> dict[str, Any]:
-    """The cell's result."""
+    """The cell with its result, and the CPU seconds that it took in all."""
+    begin = time.process_time()
+    result = result_of(cell, split, scale)
+    return {**cell, "cpu_seconds": round(time.process_time() - begin, 1), "result": result}
+
+
+def result_of(cell: dict[str, Any], split: int, scale: Scale) -> dict[str, Any]:
+    """See `run`."""
     data = task.load(split, scale.sizes)
     method, lr, seed = Method(**cell["method"]), cell["lr"], cell["seed"]
     part, _, tuning = cell["part"].partition(" ")
     if part in ("encoder", "ablation"):
         measure = ("validation",) if tuning else ("test",)
         return encoder.run(data, method, lr, seed, measure, scale.epochs, cell["every"])
+    if part == "edits":
+        return edits.run(data, method, lr, seed, scale.epochs)
     base = causal.base(data, scale.base_steps)
     if part == "base":
         return base.record

@@ -105,8 +105,11 @@ STYLES = {
 COMPOSED = ("LoReFT r4 f1+l1+d", "LoRA r8")  # of STYLES, at the rates found there
 MEMORY_RATE = 3e-2
 MEMORY = {
-    "r1, one block": reft("loreft", 1, "l1", layers_to_transform=[1]),
-    "r4, one block": reft("loreft", 4, "l1", layers_to_transform=[1]),
-    "r16, one block": reft("loreft", 16, "l1", layers_to_transform=[1]),
-    "r4, all blocks": reft("loreft", 4, "l1"),
+    "l1, one block, r1": reft("loreft", 1, "l1", layers_to_transform=[1]),
+    "l1, one block, r16": reft("loreft", 16, "l1", layers_to_transform=[1]),
+    "l1, all blocks, r4": reft("loreft", 4, "l1"),
+    "all, all blocks, r4": reft("loreft", 4, "all"),
+    "l1+d, all blocks, r1": reft("loreft", 1, "l1+d"),
+    "l1+d, all blocks, r4": reft("loreft", 4, "l1+d"),
+    "l1+d, all blocks, r16": reft("loreft", 16, "l1+d"),
 }

@@ -1,9 +1,10 @@
 """Memorisation: how much text one edited token can carry.
 
-The last token of a short prompt is edited, in one block or in all, until the model recites a string; random tokens
+The last token of a short prompt is edited, in one block or in all, until the model recites a string: random tokens
 (which cannot be guessed) or text of held-out files. How far the recital is right is counted in tokens from its start.
-With one prompt the edited vector is the same every time, so its rank cannot matter to what can be carried; so there is
-a second question: how many prompts can each be given a string of their own, by rank.
+For one prompt the edited vector is the same every time, so that rank cannot matter to what it carries; so there is a
+second question, how many prompts can each be given a string of their own. Edits of the whole prompt, and of generated
+tokens, are there to compare.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from benchmarks.study.methods import Method, count, parameter_groups
 from benchmarks.study.task import Task
 from benchmarks.study.training import Batch, fit
 
-LENGTHS = (16, 32, 64, 128)
-NUMBERS = (4, 16, 64)  # of prompts
+LENGTHS = (4, 16, 64)
+NUMBERS = (4, 16)  # of prompts
 SHORT = 8  # tokens of each of their strings
-STEPS = 250
+STEPS = 200
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
     python -m benchmarks.study.run                      # all of it: under an hour on 2 cores
     python -m benchmarks.study.run --quick              # five minutes
     python -m benchmarks.study.run --seeds 5,6,7 --split 1
+    python -m benchmarks.study.run --only encoder       # one part; others: ablation, edits, instructions, styles, ...
     python -m benchmarks.study.run --report             # tables and pictures of what is there, nothing run
 
 Run in the root of a clone. Results go to benchmarks/results/study (--quick: study-quick; other splits: study-split1).
@@ -20,7 +21,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study import causal, cells, encoder, instructions, memory, styles, task, training
+from benchmarks import common
+from benchmarks.study import causal, cells, encoder, instructions, memory, report, styles, task, training
 from benchmarks.study.store import Store
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -52,7 +54,15 @@ def prepare_worker() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def run_all(store: Store, seeds: list[int], split: int, scale: cells.Scale, workers: int, until: float) -> None:
+def run_all(
+    store: Store,
+    seeds: list[int],
+    split: int,
+    scale: cells.Scale,
+    workers: int,
+    until: float,
+    topics: list[str],
+) -> None:
     """Run what is not stored yet, until that is all or the time is over (cells that have begun are finished)."""
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     context = multiprocessing.get_context("spawn")
@@ -60,7 +70,7 @@ def run_all(store: Store, seeds: list[int], split: int, scale: cells.Scale, work
         running: dict[Future, dict[str, Any]] = {}
         while True:
             busy = {cells.key(cell) for cell in running.values()}
-            for cell in cells.plan(store, seeds, scale):
+            for cell in cells.plan(store, seeds, scale, topics):
                 if len(running) == workers or time.time() > until:
                     break
                 if cells.key(cell) not in store.cells and cells.key(cell) not in busy:
@@ -69,9 +79,9 @@ def run_all(store: Store, seeds: list[int], split: int, scale: cells.Scale, work
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                cell = running.pop(future)
-                store.add(cells.key(cell), {**cell, "result": future.result()})
-                print(f"{time.strftime('%H:%M:%S')} {cells.key(cell)}: {summary(future.result())}", flush=True)
+                key = cells.key(running.pop(future))
+                store.add(key, future.result())
+                print(f"{time.strftime('%H:%M:%S')} {key}: {summary(future.result()['result'])}", flush=True)
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -81,6 +91,7 @@ def summary(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small data, few methods, one seed")
+    parser.add_argument("--only", default=",".join(cells.TOPICS), help="comma-separated parts; default %(default)s")
     parser.add_argument("--seeds", default=None, help="comma-separated; default 0,1,2,3,4, or 0 with --quick")
     parser.add_argument("--split", type=int, default=0, help="which random division of the files")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
@@ -88,6 +99,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=None, help="folder of the results")
     parser.add_argument("--report", action="store_true", help="only write the report of what is there")
     arguments = parser.parse_args()
+    topics = arguments.only.split(",")
+    if unknown := set(topics) - set(cells.TOPICS):
+        parser.error(f"--only: there is no part {sorted(unknown)[0]!r}; use some of {', '.join(cells.TOPICS)}")
     scale = cells.QUICK if arguments.quick else cells.FULL
     seeds = [int(seed) for seed in (arguments.seeds or ("0" if arguments.quick else "0,1,2,3,4")).split(",")]
     name = "study" + "-quick" * arguments.quick + f"-split{arguments.split}" * bool(arguments.split)
@@ -96,7 +110,10 @@ def main() -> None:
     if store.others:
         print(f"{store.others} stored cells are of another setup, and not used.")
     if not arguments.report:
-        run_all(store, seeds, arguments.split, scale, arguments.workers, time.time() + 60 * arguments.minutes)
+        (folder / "environment.json").write_text(json.dumps(common.environment(), indent=1) + "\n")
+        until = time.time() + 60 * arguments.minutes
+        run_all(store, seeds, arguments.split, scale, arguments.workers, until, topics)
+    report.write(store, folder, arguments.split)
 
 
 if __name__ == "__main__":
