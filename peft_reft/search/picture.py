@@ -1,0 +1,62 @@
+"""Drawing the trials of a search: scores in the order of the trials, and against each setting."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import optuna
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from peft_reft.search.space import SearchSpace
+
+
+def draw_trials(study: optuna.Study, space: SearchSpace, metric: str) -> Figure:
+    """Scores in the order of the trials, and against each of their settings.
+
+    Dots are complete trials, crosses were given up (at their last score), the ring is the best.
+    """
+    from matplotlib.figure import Figure
+
+    done = [trial for trial in study.trials if trial.state.name in ("COMPLETE", "PRUNED")]
+    trials = [trial for trial in done if trial.value is not None]  # of one that was given up, its last score
+    scores = [trial.value or 0.0 for trial in trials]
+    columns: dict[str, tuple[list[Any], list[Any] | None]] = {
+        "trial": ([t.number for t in trials], None),
+        "learning rate": ([t.params["learning_rate"] for t in trials], None),
+        "rank": ([t.params["rank"] for t in trials], list(space.ranks)),
+        "prefix": ([t.params["prefix"] for t in trials], list(space.prefix)),
+        "suffix": (
+            [t.params.get("suffix", t.params.get("suffix_alone", "—")) for t in trials],
+            [*space.suffix, *["—"] * ("all" in space.prefix)],
+        ),
+        "blocks": ([t.params["blocks"] for t in trials], list(space.blocks)),
+        **{name: ([t.params[name] for t in trials], list(values)) for name, values in space.others.items()},
+    }
+    rows = math.ceil(len(columns) / 3)
+    figure = Figure(figsize=(10, 2.9 * rows), layout="constrained", dpi=110)
+    panels: list[Axes] = list(figure.subplots(rows, 3, sharey=True, squeeze=False).flat)
+    best = study.best_trial.number
+    for axes, (name, (values, choices)) in zip(panels, columns.items()):
+        places = [choices.index(v) for v in values] if choices is not None else values
+        if choices is not None:
+            axes.set_xticks(range(len(choices)), [str(c) for c in choices], rotation=35 if name == "blocks" else 0)
+            axes.set_xlim(-0.5, len(choices) - 0.5)
+        for place, score, trial in zip(places, scores, trials):
+            complete = trial.state.name == "COMPLETE"
+            colour = "tab:blue" if complete else "tab:gray"
+            axes.plot(place, score, "o" if complete else "x", color=colour, alpha=0.7, markersize=5)
+            if trial.number == best:
+                axes.plot(place, score, "o", color="tab:red", markersize=11, fillstyle="none", markeredgewidth=2)
+        axes.set_xlabel(name)
+        axes.grid(axis="y", alpha=0.3)
+    panels[1].set_xscale("log")
+    for axes in panels[len(columns) :]:
+        axes.set_visible(False)
+    for axes in panels[: len(columns) : 3]:
+        axes.set_ylabel(metric)
+    count = sum(trial.state.name == "COMPLETE" for trial in done)
+    figure.suptitle(f"{count} complete trials (dots), {len(done) - count} given up (crosses); ring: the best")
+    return figure

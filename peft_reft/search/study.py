@@ -1,0 +1,234 @@
+"""Running a search on top of Optuna: going on where it stopped, telling how it goes, and what it leaves in its folder.
+
+Optuna proposes (TPE), gives up on what falls behind (median pruning) and keeps the trials in a SQLite file.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from peft_reft.config import ReftConfig
+from peft_reft.search.attempt import Attempt
+from peft_reft.search.picture import draw_trials
+from peft_reft.search.space import SearchSpace, positions_of
+
+if TYPE_CHECKING:
+    import optuna
+
+TRIALS, BEST, PICTURE = "trials.db", "best", "trials.png"  # what a search leaves in its folder
+STUDY = "reft"  # the name of the study within the file
+say = functools.partial(print, flush=True)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        config: of the best trial; also in `<folder>/best`, for `ReftConfig.from_pretrained`.
+        learning_rate: its learning rate.
+        value: its metric.
+        trial: its number.
+        params: what Optuna chose, by name.
+        study: all trials, for Optuna's own tools.
+    """
+
+    config: ReftConfig
+    learning_rate: float
+    value: float
+    trial: int
+    params: dict[str, Any]
+    study: optuna.Study
+
+
+def search(
+    objective: Callable[[Attempt], float],
+    space: SearchSpace,
+    config: ReftConfig,
+    folder: str | os.PathLike[str],
+    *,
+    metric: str = "eval_loss",
+    direction: Literal["minimize", "maximize"] | None = None,
+    n_trials: int = 40,
+    seed: int | None = 0,
+    pruner: optuna.pruners.BasePruner | None = None,
+    progress: Callable[[str], Any] | None = say,
+) -> SearchResult:
+    """Try settings until the folder has so many finished trials, and save the best config and a picture of all.
+
+    A search that was stopped goes on when it is called again with the same arguments; with a larger `n_trials` it goes
+    further. Several processes may share a folder, if they have different seeds.
+
+    Args:
+        objective: trains and scores one attempt; see `Attempt.run` for Trainers and `Attempt.report` for other loops.
+            An error that it raises ends the search.
+        space: what is tried.
+        config: all other fields of the configs.
+        folder: gets `trials.db` (Optuna's SQLite storage), `best/adapter_config.json`, `best/search.json` with the
+            learning rate and the score, and `trials.png`. The best config is up to date after every trial.
+        metric: what the score is called; for `Attempt.run`, its name in the results of the trainer's evaluation.
+        direction: None: smaller is better if the metric's name ends in "loss", else larger.
+        n_trials: finished trials in the end, those given up early and those of earlier calls included.
+        seed: of the proposals; None for another one each time.
+        pruner: Optuna's, in place of the median rule, which begins once five trials are complete.
+        progress: is given a line about each finished trial; None for silence.
+
+    Raises:
+        ValueError: before any training, for settings that cannot be; or if no trial got a score.
+    """
+    import optuna
+
+    if not isinstance(n_trials, int) or isinstance(n_trials, bool) or n_trials < 1:
+        raise ValueError(f"n_trials={n_trials!r} must be an integer of at least 1.")
+    direction = direction or ("minimize" if metric.endswith("loss") else "maximize")
+    if direction not in ("minimize", "maximize"):
+        raise ValueError(f"direction={direction!r} must be 'minimize', 'maximize' or None.")
+    space.check(config)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # `progress` tells the same
+    try:
+        study = optuna.create_study(
+            study_name=STUDY,
+            storage=f"sqlite:///{(folder / TRIALS).resolve()}",
+            direction=direction,
+            load_if_exists=True,
+        )
+        refuse_other_search(study, description(space, config, metric, direction), folder)
+        # A seed of its own for each sitting: the same one would propose the same random settings again.
+        sitting = None if seed is None else seed + len(study.trials)
+        study.sampler = optuna.samplers.TPESampler(seed=sitting)
+        study.pruner = pruner or optuna.pruners.MedianPruner()
+
+        def run(trial: optuna.Trial) -> float:
+            space.propose(trial)
+            value = float(objective(Attempt(trial, space.config(config, trial.params), metric)))
+            if not math.isfinite(value):
+                raise optuna.TrialPruned(f"{metric} is {value}")
+            return value
+
+        def after(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+            if trial.state.is_finished() and trial.state.name != "FAIL":
+                if scored(study):
+                    save_best(result_of(study, space, config), metric, folder)
+                if progress is not None:
+                    progress(line_about(study, trial, n_trials))
+
+        done = len(finished(study))
+        if done and progress is not None:
+            progress(f"{done} trials of earlier calls are in {folder}")
+        if done < n_trials:
+            states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+            enough = optuna.study.MaxTrialsCallback(n_trials, states)  # counts those of other processes, too
+            study.optimize(run, n_trials=n_trials - done, callbacks=[after, enough], gc_after_trial=True)
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+    if not scored(study):
+        raise ValueError(
+            f"None of {len(finished(study))} trials got a finite {metric}. Look at the objective, and at "
+            f"learning_rate={space.learning_rate!r}, which may be too high."
+        )
+    result = result_of(study, space, config)
+    save_best(result, metric, folder)
+    write(folder / PICTURE, lambda path: draw_trials(study, space, metric).savefig(path, format="png"))
+    return result
+
+
+def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """Trials that count: complete or given up, not those that were interrupted."""
+    return [trial for trial in study.trials if trial.state.name in ("COMPLETE", "PRUNED")]
+
+
+def scored(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """Trials that were trained to the end."""
+    return [trial for trial in finished(study) if trial.state.name == "COMPLETE"]
+
+
+def description(space: SearchSpace, config: ReftConfig, metric: str, direction: str) -> dict[str, Any]:
+    """What must be the same for trials to be comparable, as JSON has it."""
+    fields = {name: value for name, value in config.to_dict().items() if name != "peft_version"}
+    parts = {"metric": metric, "direction": direction, "config": fields, **asdict(space)}
+    return json.loads(json.dumps(parts, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
+
+
+def refuse_other_search(study: optuna.Study, wanted: dict[str, Any], folder: Path) -> None:
+    """Note down what a new study is about.
+
+    Raises:
+        ValueError: if an old one is about something else.
+    """
+    stored = study.user_attrs.get("search")
+    if stored is None:
+        study.set_user_attr("search", wanted)
+    elif stored != wanted:
+        changed = [f"{k}: {stored.get(k)!r} there, {v!r} here" for k, v in wanted.items() if stored.get(k) != v]
+        raise ValueError(
+            f"The trials in {str(folder)!r} are of another search, with which these cannot be compared "
+            f"({'; '.join(changed)}). Give this search a folder of its own, or the same arguments."
+        )
+
+
+def result_of(study: optuna.Study, space: SearchSpace, config: ReftConfig) -> SearchResult:
+    """The best trial so far."""
+    best = study.best_trial
+    assert best.value is not None
+    found = space.config(config, best.params)
+    return SearchResult(found, best.params["learning_rate"], best.value, best.number, dict(best.params), study)
+
+
+def save_best(result: SearchResult, metric: str, folder: Path) -> None:
+    """Write the best config and what goes with it; a reader finds the old files or the new ones, never half of one."""
+    best = folder / BEST
+    best.mkdir(exist_ok=True)
+    about = {"metric": metric, "value": result.value, "learning_rate": result.learning_rate, "trial": result.trial}
+    about |= {"params": result.params, "finished": len(finished(result.study)), "complete": len(scored(result.study))}
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        result.config.save_pretrained(temporary)
+        os.replace(Path(temporary) / "adapter_config.json", best / "adapter_config.json")
+    write(best / "search.json", lambda path: path.write_text(json.dumps(about, indent=2) + "\n"))
+
+
+def write(path: Path, writer: Callable[[Path], Any]) -> None:
+    """Write a file beside its place and put it there."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+        unfinished = Path(temporary) / path.name
+        writer(unfinished)
+        os.replace(unfinished, path)
+
+
+def line_about(study: optuna.Study, trial: optuna.trial.FrozenTrial, n_trials: int) -> str:
+    """One finished trial, the best until now and the time that the others will take, in a line."""
+    done = finished(study)
+    seconds = [t.duration.total_seconds() for t in done if t.duration is not None]
+    if trial.value is not None and trial.state.name == "COMPLETE":
+        outcome = f"{trial.value:.4g}"
+    else:
+        steps = trial.intermediate_values
+        outcome = f"given up at step {max(steps)} with {steps[max(steps)]:.4g}" if steps else "diverged"
+    best = f"best {study.best_trial.value:.4g} (trial {study.best_trial.number})" if scored(study) else "no best yet"
+    left = sum(seconds) / len(seconds) * max(0, n_trials - len(done))
+    return (
+        f"{len(done)}/{n_trials}  trial {trial.number}: {outcome}  [{in_words(trial.params)}]  {seconds[-1]:.0f} s; "
+        f"{best}; about {left / 60:.0f} min left"
+    )
+
+
+def in_words(params: Mapping[str, Any]) -> str:
+    """The settings of a trial.
+
+    >>> in_words({"blocks": "last 3", "prefix": 4, "suffix": 1, "rank": 8, "learning_rate": 0.00123, "dropout": 0.1})
+    'blocks last 3, f4+l1, rank 8, lr 0.0012, dropout 0.1'
+    """
+    named = {"blocks", "prefix", "suffix", "suffix_alone", "rank", "learning_rate"}
+    others = "".join(f", {name} {value}" for name, value in params.items() if name not in named)
+    words = f"blocks {params['blocks']}, {positions_of(params)}, rank {params['rank']}"
+    return f"{words}, lr {params['learning_rate']:.2g}{others}"
