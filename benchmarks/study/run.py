@@ -12,12 +12,14 @@ Run in the root of a clone. Results go to benchmarks/results/study (--quick: stu
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import multiprocessing
 import os
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -56,32 +58,34 @@ def prepare_worker() -> None:
 
 def run_all(
     store: Store,
-    seeds: list[int],
-    split: int,
-    scale: cells.Scale,
+    plan: Callable[[], Iterable[dict[str, Any]]],
+    run: Callable[[dict[str, Any]], dict[str, Any]],
+    pool: Executor,
     workers: int,
-    until: float,
-    topics: list[str],
+    until: float = float("inf"),
 ) -> None:
-    """Run what is not stored yet, until that is all or the time is over (cells that have begun are finished)."""
-    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, prepare_worker) as pool:
-        running: dict[Future, dict[str, Any]] = {}
-        while True:
-            busy = {cells.key(cell) for cell in running.values()}
-            for cell in cells.plan(store, seeds, scale, topics):
-                if len(running) == workers or time.time() > until:
-                    break
-                if cells.key(cell) not in store.cells and cells.key(cell) not in busy:
-                    busy.add(cells.key(cell))
-                    running[pool.submit(cells.run, cell, split, scale)] = cell
-            if not running:
-                return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                key = cells.key(running.pop(future))
-                store.add(key, future.result())
-                print(f"{time.strftime('%H:%M:%S')} {key}: {summary(future.result()['result'])}", flush=True)
+    """Run the cells that are not stored yet, until that is all or the time is over (what has begun is finished).
+
+    Args:
+        plan: the cells that can be run, finished ones included, the first first; asked again after each cell.
+        run: gives a cell with its result.
+        pool: where `run` is called, so many at a time as `workers`.
+        until: when to begin no more, as `time.time`.
+    """
+    running: dict[Future, str] = {}
+    while True:
+        for cell in plan():
+            if len(running) == workers or time.time() > until:
+                break
+            key = cells.key(cell)
+            if key not in store.cells and key not in running.values():
+                running[pool.submit(run, cell)] = key
+        if not running:
+            return
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            key = running.pop(future)
+            store.add(key, future.result())
+            print(f"{time.strftime('%H:%M:%S')} {key}: {summary(future.result()['result'])}", flush=True)
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -111,8 +115,13 @@ def main() -> None:
         print(f"{store.others} stored cells are of another setup, and not used.")
     if not arguments.report:
         (folder / "environment.json").write_text(json.dumps(common.environment(), indent=1) + "\n")
+        os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+        plan = functools.partial(cells.plan, store, seeds, scale, topics)
+        run = functools.partial(cells.run, split=arguments.split, scale=scale)
         until = time.time() + 60 * arguments.minutes
-        run_all(store, seeds, arguments.split, scale, arguments.workers, until, topics)
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(arguments.workers, context, prepare_worker) as pool:
+            run_all(store, plan, run, pool, arguments.workers, until)
     report.write(store, folder, arguments.split)
 
 

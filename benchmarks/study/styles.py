@@ -27,6 +27,7 @@ STYLES = {
 }
 PROMPT_WORDS, ANSWER_WORDS = 8, 24
 STEPS, ANSWER_TOKENS, HELD_OUT = 100, 96, 48
+ROWS = 24  # of a batch with several adapters
 
 
 def passages(files: set[str]) -> list[tuple[str, str]]:
@@ -114,7 +115,7 @@ def run_composition(task: Task, base: Base, method: Method, lr: float, seed: int
     result["lines + capitals"] = outcome()
     with model.disable_adapter():
         result["base"] = outcome()
-    return {**result, "rows": rows_of_one_batch(model, base, [pair.prompt for pair in test["lines"][:24]])}
+    return {**result, "rows": rows_of_one_batch(model, base, [pair.prompt for pair in test["lines"][:ROWS]])}
 
 
 @torch.no_grad()
@@ -123,7 +124,9 @@ def rows_of_one_batch(model: Any, base: Base, prompts: list[str]) -> dict[str, A
     model.eval()
     names = list(itertools.islice(itertools.cycle(["lines", "capitals", "__base__"]), len(prompts)))
     begin = time.process_time()
-    together = causal.answers(model, base.tokenizer, prompts, 48, min_new_tokens=48, adapter_names=names)
+    together = causal.answers(
+        model, base.tokenizer, prompts, ANSWER_TOKENS // 2, min_new_tokens=ANSWER_TOKENS // 2, adapter_names=names
+    )
     mixed_seconds = time.process_time() - begin
     apart: list[str] = [""] * len(prompts)
     begin = time.process_time()
@@ -132,10 +135,12 @@ def rows_of_one_batch(model: Any, base: Base, prompts: list[str]) -> dict[str, A
         chosen = [prompts[row] for row in rows]
         if name == "__base__":
             with model.disable_adapter():
-                given = causal.answers(model, base.tokenizer, chosen, 48, min_new_tokens=48)
+                given = causal.answers(
+                    model, base.tokenizer, chosen, ANSWER_TOKENS // 2, min_new_tokens=ANSWER_TOKENS // 2
+                )
         else:
             model.set_adapter(name)
-            given = causal.answers(model, base.tokenizer, chosen, 48, min_new_tokens=48)
+            given = causal.answers(model, base.tokenizer, chosen, ANSWER_TOKENS // 2, min_new_tokens=ANSWER_TOKENS // 2)
         for row, answer in zip(rows, given):
             apart[row] = answer
     apart_seconds = time.process_time() - begin
