@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PretrainedConfig
 
-from peft_reft.layout import CHANNELS_FIRST, PLAIN, Layout, edit_hidden_state, layout_from
+from peft_reft.layout import CHANNELS_FIRST, OWN, PLAIN, Layout, edit_hidden_state, layout_from
 from peft_reft.structure import block_width, device_and_dtype, size_of, structural_stacks
 from peft_reft.trace import Run, codebooks, entries, run
 
@@ -92,20 +92,34 @@ class Survey:
         return self._shapes(name)[0][layout.vector], layout
 
     def layout_of(self, name: str) -> Layout | None:
-        """The layout of a module's output in the trace; None if it was not run or keeps no vector per token."""
+        """The layout of a module's output in the trace; None if it was not run or puts out no vectors to count."""
         shapes = self._shapes(name)
         if len(shapes) < 2:
             return None
         rows = [traced.rows for traced in self.runs]
         if self.runs[0].is_image:
-            return PLAIN if len(shapes[0]) == 3 and [shape[0] for shape in shapes] == rows else None
+            return Layout(pool=OWN) if len(shapes[0]) == 3 and [shape[0] for shape in shapes] == rows else None
         layout = layout_from(shapes, rows, self._columns(name))
         if layout is not None and (layout.before or layout.padded):
             start = self._first_column(name, layout)
-            if start is None:
+            if start is not None:
+                return replace(layout, before=start, padded=layout.padded or start < layout.before)
+            if not layout.padded:
                 return None
-            layout = replace(layout, before=start, padded=layout.padded or start < layout.before)
-        return layout
+            layout = None  # as many vectors as ever, and none of them a token's
+        return layout or self._pooled_layout(name)
+
+    def _pooled_layout(self, name: str) -> Layout | None:
+        """The layout of an encoder's block that puts out [B, T, d] with fewer vectors than tokens."""
+        shapes, rows = self._shapes(name), [traced.rows for traced in self.runs]
+        can_generate = getattr(self.model, "can_generate", bool)()
+        if can_generate or any(len(s) != 3 or s[0] != n for s, n in zip(shapes, rows)) or shapes[0][2] != shapes[1][2]:
+            return None
+        if shapes[0][1] == shapes[1][1]:
+            return Layout(pool=OWN)
+        many = 32  # tokens: enough to see by how much their number is divided
+        output = run(self.model, self._entry, rows[0], many, self.ids_per_row).calls()[name][0].output
+        return None if output is None else Layout(pool=round(many / output.shape[1]))
 
     def _shapes(self, name: str) -> list[tuple[int, ...]]:
         """The shapes of a module's output in the runs; fewer than two if it did not run."""
@@ -163,7 +177,7 @@ class Survey:
                 self._refuse_sharing(twins[0])
             for twin in twins:
                 refuse_unsound(self.model, twin.names)
-                self._refuse_pooling(twin)
+                self._refuse_maps(twin)
                 stacks.append(twin.names)
         return stacks
 
@@ -222,13 +236,14 @@ class Survey:
                 f"ReftConfig(target_modules=[{found.names[0]!r}]) edits its output every time it runs."
             )
 
-    def _refuse_pooling(self, found: BlockList) -> None:
+    def _refuse_maps(self, found: BlockList) -> None:
         for name in found.ran:
             if self.layout_of(name) is None:
                 raise ValueError(
                     f"The block {name!r} of {type(self.model).__name__} puts out hidden states of shape "
-                    f"{list(self._shapes(name)[0])} for {self._tokens()}: they hold no vector for each token, in which "
-                    "positions could be placed. Name modules that keep one in ReftConfig(target_modules=[...])."
+                    f"{list(self._shapes(name)[0])} for {self._tokens()}: they hold no vectors that "
+                    "could be counted. Name modules that put out [B, S, d] in ReftConfig(target_modules=[...]), or any "
+                    "modules together with positions='all'."
                 )
 
     def _tokens(self) -> str:

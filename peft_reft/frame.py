@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -138,6 +139,7 @@ class Frame:
         find: where the prompts lie, by what a spec takes for a prompt; None if the hidden state's shape has to tell.
         locations: columns to edit, [B, G, P]; they win.
         answers_only: there are generated tokens only.
+        pool: for how many tokens a column stands, see `of_vectors`.
     """
 
     host: Host
@@ -148,8 +150,41 @@ class Frame:
     find: Callable[[PositionSpec], Prompts] | None = None
     locations: Tensor | None = None
     answers_only: bool = False
+    pool: int = 0
     _sites: dict[tuple[Any, ...], Sites | None] = field(default_factory=dict)
     _found: dict[Any, Any] = field(default_factory=dict)
+
+    @classmethod
+    def alone(cls) -> Frame:
+        """The frame of a block that runs outside of a call and whose vectors tell all there is to know."""
+        nobody = cast("Host", None)
+        return cls(nobody, Call(nobody, None, None, None, None, None))
+
+    def of_vectors(self, pool: int, columns: int) -> Frame:
+        """This frame for blocks whose vectors are not those of single tokens.
+
+        Args:
+            pool: how many tokens a vector stands for, from the left; below 0 if the vectors are no tokens' at all.
+            columns: how many vectors there are in a row.
+
+        Raises:
+            ValueError: if columns of tokens are given, which these blocks have not.
+        """
+        if self.columns is None:
+            return self
+        if self.locations is not None:
+            raise ValueError(
+                "intervention_locations name columns of tokens, but this model has blocks that put out fewer vectors "
+                f"than tokens ({columns} for {self.columns}). Leave them out, or target other modules."
+            )
+        find = self.find
+
+        def find_pooled(spec: PositionSpec) -> Prompts:
+            inside = find(spec).inside.float().unsqueeze(1)  # type: ignore[misc]
+            inside = F.pad(inside, (0, max(0, pool * columns - inside.shape[2])))
+            return find_prompts(F.max_pool1d(inside, pool)[:, 0, :columns] > 0)
+
+        return replace(self, columns=columns, pool=pool, find=None if find is None or pool < 0 else find_pooled)
 
     def once(self, key: Any, find: Callable[[], Any]) -> Any:
         """What `find` returns: called once per call and key, for all blocks."""
@@ -170,7 +205,7 @@ class Frame:
                 f"{self.columns} columns of tokens, so that positions={str(spec)!r} cannot be placed in them. Exclude "
                 "that block (exclude_modules=...), or target modules that keep one vector per token."
             )
-        key = (spec, share_weights, h.device, h.shape[0], h.shape[1])
+        key = (spec, share_weights, h.device, h.shape[0], h.shape[1], self.pool)
         if key not in self._sites:
             self._sites[key] = self._find_sites(spec, share_weights, h)
         return self._sites[key]

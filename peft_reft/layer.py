@@ -22,7 +22,7 @@ from peft_reft.config import ReftConfig
 from peft_reft.factors import FactorTable, fingerprint, values_on_cpu
 from peft_reft.frame import Frame, frame_of_block
 from peft_reft.interventions import Factors, build_intervention, edit_of, low_rank_edit
-from peft_reft.layout import PLAIN, Layout, edit_hidden_state
+from peft_reft.layout import OWN, PLAIN, Layout, edit_hidden_state
 from peft_reft.ownership import nobody_elses
 from peft_reft.positions import PositionSpec, parse_positions
 from peft_reft.sites import Sites, add_edit
@@ -301,8 +301,21 @@ def edit_block_output(block: nn.Module, args: tuple, kwargs: dict[str, Any], out
             references = sys.getrefcount(output)  # a statement of its own: arguments on their way to a call count too
             owned = nobody_elses(output, references)
         return layer.edit(output, frame, owned)
+    if layer.layout.pool:
+        return edit_hidden_state(
+            output, lambda h: layer.layout.edit(h, None, lambda part: edit_pooled(layer, part, frame))
+        )
     columns = None if frame is None else frame.columns
     return edit_hidden_state(output, lambda h: layer.layout.edit(h, columns, lambda part: layer.edit(part, frame)))
+
+
+def edit_pooled(layer: ReftLayer, h: Tensor, frame: Frame | None) -> Tensor:
+    """`h` [B, S, d] with its edits, where its S vectors are not those of the call's tokens."""
+    if frame is not None:
+        return layer.edit(h, frame.of_vectors(layer.layout.pool, h.shape[1]))
+    if layer.layout.pool == OWN:  # run once more in the backward pass, by a checkpoint around several blocks
+        return layer.edit(h, Frame.alone())
+    return layer.edit(h, None)
 
 
 def attach_layer(block: nn.Module, width: int, layout: Layout = PLAIN) -> ReftLayer:

@@ -25,6 +25,8 @@ class Layout:
         streams: how many sequences of all tokens stand one after the other on the axis of the tokens.
         before: columns that may stand before the first token.
         padded: whether more columns than the tokens' may follow them.
+        pool: for how many tokens each vector stands, 0 where each token has its own (or several); `OWN` where
+            vectors are no tokens' (latents of a Perceiver, patches of an image) and are counted themselves.
     """
 
     rows: int = 0
@@ -33,6 +35,7 @@ class Layout:
     streams: int = 1
     before: int = 0
     padded: bool = False
+    pool: int = 0
 
     def edit(self, h: Tensor, columns: int | None, edit: Callable[[Tensor], Tensor]) -> Tensor:
         """`h` with the vectors of its tokens edited.
@@ -67,6 +70,7 @@ class Layout:
         return 0, size  # for the layer to refuse, which knows what to say
 
 
+OWN = -1
 PLAIN = Layout()
 CHANNELS_FIRST = Layout(columns=2, vector=1)  # of a convolution: a vector for each place
 
