@@ -1,12 +1,12 @@
 """Settings for LoReFT on the encoder task, found by `peft_reft.search` in 40 short trials.
 
-    python -m benchmarks.study.search                 # goes on where it stopped
-    python -m benchmarks.study.search --report        # only writes down what is there
+    python -m benchmarks.study.search                 # goes on where it stopped; about 15 minutes of one core
+    python -m benchmarks.study.search --report        # once it has ended: compares with what the study has by now
 
 Run in the root of a clone. A trial is one training of the study (its data, steps, head, and the seed of its tuning),
 scored on the validation split. The best setting is then trained with seeds of the study and tested on the test split,
-as every cell of the ablations is (see grid.py). Writes search_encoder.json and search_encoder.png to
-benchmarks/results/study; the trials themselves stay in a cache folder.
+as every cell of the ablations is (see grid.py). Writes search_encoder.json and search_encoder.png beside the study's
+results; the trials themselves stay in a cache folder.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks.study import cells, encoder, grid, task
 from benchmarks.study.methods import Method, parameter_groups
 from benchmarks.study.run import RESULTS, prepare_worker, setup_of
 from benchmarks.study.store import Store
-from benchmarks.study.training import fit
+from benchmarks.study.training import WARMUP, fit
 from peft_reft import ReftConfig
 from peft_reft.search import Attempt, SearchSpace, search
 
@@ -57,25 +57,43 @@ def settings_of(config: ReftConfig) -> dict[str, Any]:
     return {"r": config.r, "positions": config.positions, "layers_to_transform": config.layers_to_transform}
 
 
+def study_cells(split: int) -> list[dict[str, Any]]:
+    """The cells that the study has stored. They are only read: it may be at work on them."""
+    file = results(split) / "cells.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    found = [json.loads(line) for line in lines if line.endswith("\n")]
+    setup = setup_of(split, cells.FULL)
+    return [cell for cell in found if cell["setup"] == setup]
+
+
 def results(split: int) -> Path:
     return RESULTS / ("study" + f"-split{split}" * bool(split))
 
 
-def ablations(split: int, setup: str, seeds: list[int]) -> dict[str, list[float]]:
-    """Test accuracies of the ablation grid as far as the study has run it, its basis included, by name."""
+def ablations(split: int, seeds: list[int]) -> dict[str, dict[str, Any]]:
+    """Test accuracies of the ablation grid, its basis included, best first, as far as the study has them."""
     found: dict[str, list[float]] = {}
-    file = results(split) / "cells.jsonl"  # only read: the study may be at work on it
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    for cell in (json.loads(line) for line in lines if line.endswith("\n")):
-        in_grid = cell["part"] == "ablation" or (cell["part"] == "main" and cell["name"] == grid.BASIS)
-        if in_grid and cell["setup"] == setup and cell["seed"] in seeds:
+    for cell in study_cells(split):
+        is_basis = cell["part"] == "encoder" and cell["name"] == grid.BASIS
+        if cell["seed"] in seeds and (cell["part"] == "ablation" or is_basis):
             found.setdefault(cell["name"], []).append(cell["result"]["test"])
-    return found
+    return dict(sorted(((name, mean(found[name])) for name in found), key=lambda item: -item[1]["mean"]))
+
+
+def tuned(split: int) -> dict[str, float]:
+    """Validation accuracies of LoReFT in the study's own tuning, best first: of the same seed as the trials'."""
+    found = {
+        f"{cell['name']}, lr {cell['lr']:g}": cell["result"]["validation"]
+        for cell in study_cells(split)
+        if cell["part"] == "encoder tuning" and cell["name"].startswith("LoReFT") and cell["seed"] == cells.TUNING_SEED
+    }
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def mean(values: list[float]) -> dict[str, Any]:
-    spread = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": round(statistics.mean(values), 4), "sd": spread and round(spread, 4), "runs": len(values)}
+    """Mean and standard deviation of some runs."""
+    spread = round(statistics.stdev(values), 4) if len(values) > 1 else None
+    return {"mean": round(statistics.mean(values), 4), "sd": spread, "runs": len(values)}
 
 
 def main() -> None:
@@ -83,15 +101,16 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--seeds", default="0,1,2", help="of the final runs of the best setting, comma-separated")
     parser.add_argument("--split", type=int, default=0, help="which random division of the files")
-    parser.add_argument("--report", action="store_true", help="train nothing; of no use before the search has ended")
+    parser.add_argument("--report", action="store_true", help="no final runs but those that are there")
     arguments = parser.parse_args()
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     prepare_worker()
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     data, path = task.load(arguments.split), encoder.model_path()
-    setup = setup_of(arguments.split, cells.FULL)
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "peft-reft-study"
-    folder = cache / f"search-{hashlib.sha256(setup.encode()).hexdigest()[:12]}"
+    fixed = [data.fingerprint, encoder.MAX_TOKENS, encoder.BATCH, encoder.EPOCHS, encoder.HEAD_LR, WARMUP]
+    setup = hashlib.sha256(json.dumps(fixed).encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    folder = cache / "peft-reft-study" / f"search-{setup}"
 
     space = SearchSpace.of(encoder.base_model(path, len(data.families), 0), learning_rate=RATES)
     result = search(
@@ -103,40 +122,42 @@ def main() -> None:
         n_trials=arguments.trials,
     )
     best = {"lr": result.learning_rate, "settings": settings_of(result.config)}
+    name = f"trial {result.trial}"
     store = Store(folder / "final", setup)
     for seed in seeds:
-        cell = {"part": "search", "name": f"trial {result.trial}", "seed": seed, **best}
+        cell = {"part": "search", "name": name, "seed": seed, **best}
         if cells.key(cell) not in store.cells and not arguments.report:
             method = Method("reft", best["settings"])
             found = encoder.run(data, method, result.learning_rate, seed, measure=("validation", "test"))
             store.add(cells.key(cell), {**cell, "result": found})
             print(f"{time.strftime('%H:%M:%S')} {cells.key(cell)}: test {found['test']:.4f}", flush=True)
-    final = [cell for cell in store.cells.values() if cell["name"] == f"trial {result.trial}" and cell["seed"] in seeds]
-    grid_results = {name: mean(values) for name, values in ablations(arguments.split, setup, seeds).items()}
+    final = [cell["result"] for cell in store.cells.values() if cell["name"] == name and cell["seed"] in seeds]
+    trials = result.study.trials
     written = {
-        "command": f"python -m benchmarks.study.search --trials {arguments.trials} --seeds {arguments.seeds}",
-        "setup": setup,
+        "command": f"python -m benchmarks.study.search --trials {arguments.trials} --seeds {arguments.seeds}"
+        + f" --split {arguments.split}" * bool(arguments.split),
         "best": {**best, "trial": result.trial, METRIC: result.value},
-        "best, tested": mean([cell["result"]["test"] for cell in final]) if final else None,
-        "trained numbers": final[0]["result"]["parameters"] if final else None,
-        "ablations, tested": dict(sorted(grid_results.items(), key=lambda item: -item[1]["mean"])),
+        "trained numbers of the best": final[0]["parameters"] if final else None,
+        "test accuracy of the best": mean([found["test"] for found in final]) if final else None,
+        "test accuracy of the ablations, same seeds": ablations(arguments.split, seeds),
+        f"{METRIC} in the study's tuning, same seed as the trials": tuned(arguments.split),
         "trials": [
             {
                 "number": trial.number,
                 "state": trial.state.name,
                 METRIC: trial.value,
-                "at": {str(step): value for step, value in trial.intermediate_values.items()},
+                "at step": {str(step): value for step, value in trial.intermediate_values.items()},
                 "seconds": round(trial.duration.total_seconds(), 1) if trial.duration else None,
                 **trial.params,
             }
-            for trial in result.study.trials
+            for trial in trials
         ],
     }
     output = results(arguments.split)
     output.mkdir(parents=True, exist_ok=True)
     (output / "search_encoder.json").write_text(json.dumps(written, indent=1) + "\n")
     shutil.copyfile(folder / "trials.png", output / "search_encoder.png")
-    print(f"best: {best}, tested {written['best, tested']}; ablations: {grid_results}")
+    print(json.dumps({key: value for key, value in written.items() if key != "trials"}, indent=1))
 
 
 if __name__ == "__main__":
