@@ -16,7 +16,7 @@ import peft_reft
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-NAVIGATION = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1].split("\nhooks:")[0]
+NAVIGATION = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1].split("\nextra_css:")[0]
 ANY = "…"  # stands for a value in a message
 
 
@@ -43,6 +43,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     for name in peft_reft.__all__:
         assert f'id="peft_reft.{name}"' in reference, f"{name} has no entry in the reference"
     assert "the number of edited directions per intervention" in reference, "the fields of ReftConfig lack their help"
+    assert "&gt;&gt;&gt;" in reference or 'class="gp">' in reference, "examples are shown as code"
     assert not list((tmp_path / "site").rglob("*.md"))
 
 
