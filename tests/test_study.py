@@ -159,7 +159,7 @@ def test_the_pretrained_encoder():
 def fake_run(cell, log):
     log.append(cells.key(cell))
     good = {"LoReFT r4 f1": 1e-2}.get(cell["name"], 1e-3)
-    result = {"test": 0.5, "validation": -abs(cell["lr"] - good), "validation loss": 1.0, "loss": [1.0]}
+    result = {"test": 0.5, "validation": -abs(cell["lr"] - good), "loss": [1.0]}
     return {**cell, "result": {**result, "parameters": 1, "with_head": 2, "seconds": 1.0, "curve": []}}
 
 
@@ -282,9 +282,9 @@ def test_a_cell_of_each_part_with_the_language_model(base, monkeypatch):
     monkeypatch.setattr(memory, "LENGTHS", (4,))
     monkeypatch.setattr(memory, "NUMBERS", (2,))
     reft = grid.STYLES["LoReFT r4 f1+l1+d"]
-    style = styles.run(TASK, base, reft, 1e-2, 0, 2, tuning=False)
+    style = styles.run(TASK, base, reft, 1e-2, 0, 2)
     assert len(style["quarters"]["lines"]) == 4 and style["parameters"] == 4 * (2 * 4 * 128 + 4)
-    answer = instructions.run(TASK, base, reft, 1e-2, 0, 2, tuning=False)
+    answer = instructions.run(TASK, base, reft, 1e-2, 0, 2)
     assert 0 <= answer["exact"] <= answer["form"] <= 1
     both = styles.run_composition(TASK, base, reft, 1e-1, 0, 2)
     assert len({json.dumps(both[name]["loss"]) for name in ("base", "lines", "capitals", "lines + capitals")}) == 4

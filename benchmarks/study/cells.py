@@ -8,7 +8,7 @@ done.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ from benchmarks.study.store import Store
 
 TUNING_SEED = 100  # not among the seeds that are reported
 CURVE_EVERY = 15  # steps
-Rates = Mapping[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Scale:
         epochs: of the encoder's training.
         base_steps: of the language model's own training.
         steps: what the steps of its finetuning are multiplied with.
-        tune: whether learning rates are searched for; else the middle ones are taken.
+        tune: whether the encoder's learning rates are searched for; else the middle ones are taken.
         later: seeds, of those asked for, for which ablations and language model are run.
         encoder, edits, instructions, styles, composed, memory: methods, by their names in `grid`.
         ablations: groups of `grid.ABLATIONS`.
@@ -82,9 +81,9 @@ TOPICS = {
     "encoder": ("encoder tuning", "encoder"),
     "ablation": ("encoder tuning", "encoder", "ablation"),
     "edits": ("encoder tuning", "edits"),
-    "instructions": ("base", "instructions tuning", "instructions"),
-    "styles": ("base", "styles tuning", "styles"),
-    "composition": ("base", "styles tuning", "composition"),
+    "instructions": ("base", "instructions"),
+    "styles": ("base", "styles"),
+    "composition": ("base", "composition"),
     "memory": ("base", "memory"),
 }
 
@@ -104,75 +103,47 @@ def plan(
 def all_cells(store: Store, seeds: list[int], scale: Scale) -> Iterator[dict[str, Any]]:
     """See `plan`."""
     yield cell_of("base", "language model", Method("full"), causal.RATE, 0)
-    with_base = bool(store.of("base"))
     if scale.tune:
-        yield from tuning_cells("encoder", grid.MAIN, scale.encoder, grid.RATES)
-        if with_base:
-            yield from tuning_cells("instructions", grid.INSTRUCTIONS, scale.instructions, grid.CAUSAL_RATES)
-            yield from tuning_cells("styles", grid.STYLES, scale.styles, grid.CAUSAL_RATES)
-    for number, seed in enumerate(seeds):
         for name in scale.encoder:
-            every = CURVE_EVERY if number == 0 and name in grid.WITH_CURVE else 0
-            yield from at_best("encoder", grid.MAIN, name, grid.RATES, store, seed, scale, every=every)
+            for lr in grid.RATES[grid.MAIN[name].kind]:
+                yield cell_of("encoder tuning", name, grid.MAIN[name], lr, TUNING_SEED)
+    for number, seed in enumerate(seeds):
+        yield from at_best("encoder", scale.encoder, store, seed, scale, () if number else grid.WITH_CURVE)
         if number == 0:
-            for name in scale.edits:
-                yield from at_best("edits", grid.MAIN, name, grid.RATES, store, seed, scale, tuned_as="encoder")
+            yield from at_best("edits", scale.edits, store, seed, scale)
         if number < scale.later:
-            if with_base:
-                yield from causal_cells(store, seed, scale)
+            if store.of("base"):
+                yield from causal_cells(seed, scale)
             yield from ablation_cells(store, seed, scale)
 
 
-def tuning_cells(
-    part: str, methods: Mapping[str, Method], names: Iterable[str], rates: Rates
-) -> Iterator[dict[str, Any]]:
-    for name in names:
-        for lr in rates[methods[name].kind]:
-            yield cell_of(f"{part} tuning", name, methods[name], lr, TUNING_SEED)
-
-
-def best_rate(store: Store, part: str, method: Method, name: str, rates: Rates, scale: Scale) -> float | None:
-    """The rate that was best on the validation split: by accuracy, then training loss; a language model's by loss.
-
-    None if that is not known yet.
-    """
-    tried = rates[method.kind]
+def best_rate(store: Store, name: str, scale: Scale) -> float | None:
+    """The rate with the best validation accuracy (of equals, with the lower training loss); None: not known yet."""
+    tried = grid.RATES[grid.MAIN[name].kind]
     if not scale.tune:
         return tried[1]
-    found = [cell for cell in store.of(f"{part} tuning") if cell["name"] == name]
+    found = [cell for cell in store.of("encoder tuning") if cell["name"] == name]
     if {cell["lr"] for cell in found} != set(tried):
         return None
-
-    def goodness(cell: dict[str, Any]) -> tuple[float, float]:
-        result = cell["result"]
-        return result.get("validation", -result.get("validation loss", 0.0)), -result["loss"][-1]
-
-    return max(found, key=goodness)["lr"]
+    return max(found, key=lambda cell: (cell["result"]["validation"], -cell["result"]["loss"][-1]))["lr"]
 
 
 def at_best(
-    part: str,
-    methods: Mapping[str, Method],
-    name: str,
-    rates: Rates,
-    store: Store,
-    seed: int,
-    scale: Scale,
-    tuned_as: str | None = None,
-    every: int = 0,
+    part: str, names: Iterable[str], store: Store, seed: int, scale: Scale, curves: Iterable[str] = ()
 ) -> Iterator[dict[str, Any]]:
-    """A method's cell at its best rate, once that is known.
+    """Cells of the encoder's methods, at their best rates, as far as these are known.
 
     Args:
-        tuned_as: the part whose rate is taken, if not its own.
+        curves: methods whose validation accuracy is measured during training.
     """
-    lr = best_rate(store, tuned_as or part, methods[name], name, rates, scale)
-    if lr is not None:
-        yield cell_of(part, name, methods[name], lr, seed, every)
+    for name in names:
+        lr = best_rate(store, name, scale)
+        if lr is not None:
+            yield cell_of(part, name, grid.MAIN[name], lr, seed, CURVE_EVERY if name in curves else 0)
 
 
 def ablation_cells(store: Store, seed: int, scale: Scale) -> Iterator[dict[str, Any]]:
-    lr = best_rate(store, "encoder", grid.MAIN[grid.BASIS], grid.BASIS, grid.RATES, scale)
+    lr = best_rate(store, grid.BASIS, scale)
     if lr is None:
         return
     for group in scale.ablations:
@@ -184,16 +155,15 @@ def ablation_cells(store: Store, seed: int, scale: Scale) -> Iterator[dict[str, 
                 yield cell_of("ablation", f"learning rate: {other:g}", grid.MAIN[grid.BASIS], other, seed)
 
 
-def causal_cells(store: Store, seed: int, scale: Scale) -> Iterator[dict[str, Any]]:
-    rates = grid.CAUSAL_RATES
-    for name in scale.styles:
-        yield from at_best("styles", grid.STYLES, name, rates, store, seed, scale)
-    for name in scale.instructions:
-        yield from at_best("instructions", grid.INSTRUCTIONS, name, rates, store, seed, scale)
-    for name in scale.composed:
-        yield from at_best("composition", grid.STYLES, name, rates, store, seed, scale, tuned_as="styles")
-    for name in scale.memory:
-        yield cell_of("memory", name, grid.MEMORY[name], grid.MEMORY_RATE, seed)
+def causal_cells(seed: int, scale: Scale) -> Iterator[dict[str, Any]]:
+    for part, methods, names in (
+        ("styles", grid.STYLES, scale.styles),
+        ("instructions", grid.INSTRUCTIONS, scale.instructions),
+        ("composition", grid.STYLES, scale.composed),
+        ("memory", grid.MEMORY, scale.memory),
+    ):
+        for name in names:
+            yield cell_of(part, name, methods[name], grid.CAUSAL_RATES[methods[name].kind], seed)
 
 
 def run(cell: dict[str, Any], split: int, scale: Scale) -> dict[str, Any]:
@@ -222,4 +192,4 @@ def result_of(cell: dict[str, Any], split: int, scale: Scale) -> dict[str, Any]:
         return styles.run_composition(data, base, method, lr, seed, steps)
     if part == "memory":
         return memory.run(data, base, method, lr, seed, steps)
-    return module.run(data, base, method, lr, seed, steps, tuning=bool(tuning))
+    return module.run(data, base, method, lr, seed, steps)

@@ -49,12 +49,9 @@ def pairs(task: Task, part: str) -> list[Pair]:
     return [pair for found in by_subject.values() for pair in rng.sample(found, min(len(found), PER_SUBJECT))]
 
 
-def run(task: Task, base: Base, method: Method, lr: float, seed: int, steps: int, tuning: bool) -> dict[str, Any]:
-    """One cell: the share of exactly right answers on test sentences; in tuning the validation loss."""
+def run(task: Task, base: Base, method: Method, lr: float, seed: int, steps: int) -> dict[str, Any]:
+    """One cell: the share of exactly right answers on test sentences."""
     model, result = causal.finetune(base, method, pairs(task, "train"), lr, seed, steps)
-    if tuning:
-        loss = causal.loss_on(model, base.tokenizer, pairs(task, "validation"))
-        return {**result, "validation loss": round(loss, 4)}
     test = pairs(task, "test")
     given = []
     for start in range(0, len(test), 64):

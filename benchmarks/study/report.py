@@ -145,12 +145,10 @@ def memory_table(store: Store) -> str:
 
 def tuning_table(store: Store) -> str:
     rows = []
-    for part in ("encoder", "instructions", "styles"):
-        key = "validation" if part == "encoder" else "validation loss"
-        for name, cells in by_name(store.of(f"{part} tuning")).items():
-            tried = sorted(cells, key=lambda cell: cell["lr"])
-            rows.append([part, name, ", ".join(f"{cell['lr']:g}: {cell['result'][key]:.3f}" for cell in tried)])
-    return table(["part", "method", "learning rate: accuracy, or loss, on the validation split"], rows)
+    for name, cells in by_name(store.of("encoder tuning")).items():
+        tried = sorted(cells, key=lambda cell: cell["lr"])
+        rows.append([name, ", ".join(f"{cell['lr']:g}: {100 * cell['result']['validation']:.1f}" for cell in tried)])
+    return table(["method", "learning rate: accuracy on the validation split, %"], rows)
 
 
 # Pictures.

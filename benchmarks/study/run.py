@@ -12,6 +12,7 @@ Run in the root of a clone. Results go to benchmarks/results/study (--quick: stu
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import hashlib
 import json
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
-from benchmarks.study import causal, cells, encoder, instructions, memory, report, styles, task, training
+from benchmarks.study import causal, cells, encoder, grid, instructions, memory, report, styles, task, training
 from benchmarks.study.store import Store
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -96,6 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small data, few methods, one seed")
     parser.add_argument("--only", default=",".join(cells.TOPICS), help="comma-separated parts; default %(default)s")
+    parser.add_argument("--methods", default=None, help="comma-separated methods of the encoder task; default all")
     parser.add_argument("--seeds", default=None, help="comma-separated; default 0,1,2,3,4, or 0 with --quick")
     parser.add_argument("--split", type=int, default=0, help="which random division of the files")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
@@ -107,6 +109,11 @@ def main() -> None:
     if unknown := set(topics) - set(cells.TOPICS):
         parser.error(f"--only: there is no part {sorted(unknown)[0]!r}; use some of {', '.join(cells.TOPICS)}")
     scale = cells.QUICK if arguments.quick else cells.FULL
+    if arguments.methods is not None:
+        methods = tuple(arguments.methods.split(","))
+        if unknown := set(methods) - set(grid.MAIN):
+            parser.error(f"--methods: there is no {sorted(unknown)[0]!r}; use some of {', '.join(grid.MAIN)}")
+        scale = dataclasses.replace(scale, encoder=methods, edits=tuple(m for m in scale.edits if m in methods))
     seeds = [int(seed) for seed in (arguments.seeds or ("0" if arguments.quick else "0,1,2,3,4")).split(",")]
     name = "study" + "-quick" * arguments.quick + f"-split{arguments.split}" * bool(arguments.split)
     folder = arguments.output or RESULTS / name

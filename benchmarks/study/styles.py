@@ -77,12 +77,9 @@ def measure(model: nn.Module, base: Base, held_out: list[Pair], **options: Any) 
     }
 
 
-def run(task: Task, base: Base, method: Method, lr: float, seed: int, steps: int, tuning: bool) -> dict[str, Any]:
+def run(task: Task, base: Base, method: Method, lr: float, seed: int, steps: int) -> dict[str, Any]:
     """One cell of the long answers, in the style "lines"."""
     model, result = causal.finetune(base, method, pairs(task, "train", "lines"), lr, seed, steps)
-    if tuning:
-        validation = pairs(task, "validation", "lines")[: 2 * HELD_OUT]
-        return {**result, "validation loss": round(causal.loss_on(model, base.tokenizer, validation), 4)}
     test = pairs(task, "test", "lines")
     held_out_loss = round(causal.loss_on(model, base.tokenizer, test[: 2 * HELD_OUT]), 4)
     return {**result, "test loss": held_out_loss, **measure(model, base, test)}
