@@ -149,11 +149,13 @@ def test_an_attempt_has_a_config_of_its_own(tmp_path):
 
     def objective(attempt):
         attempt.config.target_modules = {"changed"}  # PEFT changes the config that it is given
+        attempt.config.rank_pattern["changed"] = 2
         seen.append((attempt.config.r, attempt.learning_rate))
         return 1.0
 
     result = run(objective, tmp_path, n_trials=2)
-    assert CONFIG.target_modules is None is result.config.target_modules
+    for config in (CONFIG, result.config):
+        assert config.target_modules is None and config.rank_pattern == {}
     params = [(trial.params["rank"], trial.params["learning_rate"]) for trial in result.study.trials]
     assert seen == params
 

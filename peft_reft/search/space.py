@@ -142,7 +142,7 @@ class SearchSpace:
         for values in product(self.positions(), *self.others.values()):
             fixed.append(dict(zip(("positions", *self.others), values)))
         for settings in fixed:
-            replace(copy.deepcopy(config), **settings)
+            replace(config, **settings)
 
     def propose(self, trial: optuna.Trial) -> None:
         """Let Optuna choose; what it chose is in `trial.params`."""

@@ -128,8 +128,8 @@ def search(
             progress(f"{done} trials of earlier calls are in {folder}")
         if done < n_trials:
             states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
-            enough = optuna.study.MaxTrialsCallback(n_trials, states)  # counts those of other processes, too
-            study.optimize(run, n_trials=n_trials - done, callbacks=[after, enough], gc_after_trial=True)
+            enough = optuna.study.MaxTrialsCallback(n_trials, states)  # those of other processes, too, count
+            study.optimize(run, callbacks=[after, enough], gc_after_trial=True)
     finally:
         optuna.logging.set_verbosity(verbosity)
     if not scored(study):
