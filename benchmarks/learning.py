@@ -1,6 +1,6 @@
 """Does ReFT learn as well here as in the paper's own parametrisation? A small fixed task, 5 seeds, the curves drawn.
 
-    python benchmarks/learning.py            # about five minutes on one core
+    python benchmarks/learning.py            # about half an hour on one core
     python benchmarks/learning.py --quick    # two seeds, few steps
 
 A tiny Llama is first trained on a family of tasks (a task token and 4 symbols: answer one of them, as it is or moved
@@ -8,9 +8,12 @@ on by one). Then it is frozen, and each LoReFT learns a task that was not among 
 answer the third symbol, moved on by three. Base weights, batches and their order, learning rate and seeds are the same
 for all:
 
-    here           ReftConfig(init_weights=False): random weights, R from the Gram matrix
+    here           the default: a fresh adapter that changes nothing
+    here, random   ReftConfig(init_weights=False): random weights, R from the Gram matrix
     householder    torch.nn.utils.parametrizations.orthogonal, as pyreft does it, from the very same R, W and b
-    here, identity the default: a fresh adapter that changes nothing
+
+Some runs stay on a plateau of this task, whatever the parametrisation; two learning rates and two ranks keep that from
+deciding the comparison.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ KNOWN_TASKS = [(place, shift) for place in range(LENGTH) for shift in (0, 1)]
 NEW_TASK = (2, 3)
 VOCAB = SYMBOLS + len(KNOWN_TASKS) + 2  # symbols, known tasks, the new task, the end of the prompt
 NEW_TOKEN, END = VOCAB - 2, VOCAB - 1
+METHODS = ("here", "here, random", "householder")
 
 
 class Householder(nn.Module):
@@ -106,10 +110,10 @@ def adapted(base: nn.Module, how: str, seed: int, r: int) -> nn.Module:
     model = common.with_same_weights(base)
     config = {"r": r, "positions": "f1+l1", "task_type": "CAUSAL_LM"}
     torch.manual_seed(seed)
-    if how == "here, identity":
+    if how == "here":
         return get_peft_model(model, ReftConfig(**config))
     here = get_peft_model(model, ReftConfig(**config, init_weights=False))
-    if how == "here":
+    if how == "here, random":
         return here
     householder = get_peft_model(
         common.with_same_weights(base), ReftConfig(**config, intervention="householder_loreft")
@@ -119,12 +123,49 @@ def adapted(base: nn.Module, how: str, seed: int, r: int) -> nn.Module:
     return householder
 
 
+Curves = dict[str, list[list[tuple[int, float, float]]]]  # by method and seed: (step, loss, accuracy)
+
+
+def curves_of(base: nn.Module, lr: float, r: int, steps: int, seeds: range) -> Curves:
+    """Every method with every seed, at one learning rate and rank."""
+    curves: Curves = {}
+    starts = {}
+    for seed in seeds:
+        for how in METHODS:
+            model = adapted(base, how, seed, r)
+            curve = train(model, steps, lr, seed=100 + seed, new=True, every=steps // 25)
+            curves.setdefault(how, []).append(curve)
+            starts[how] = curve[0][1]
+        assert abs(starts["here, random"] - starts["householder"]) < 1e-3, "the two must begin as the same function"
+    return curves
+
+
+def mean_and_deviation(values: list[float]) -> str:
+    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
+
+
+def table(found: dict[str, Curves]) -> str:
+    """Final losses and accuracies, by setting and over all of them."""
+    lines = ["| setting | LoReFT | final loss | final accuracy | by seed: loss (accuracy) |", "|---|---|---|---|---|"]
+    for how in METHODS:
+        for setting, curves in found.items():
+            losses, accuracies = ([run[-1][i] for run in curves[how]] for i in (1, 2))
+            each = ", ".join(f"{loss:.3f} ({accuracy:.3f})" for loss, accuracy in zip(losses, accuracies))
+            spread = f"{mean_and_deviation(losses)} | {mean_and_deviation(accuracies)}"
+            lines.append(f"| {setting} | {how} | {spread} | {each} |")
+        if len(found) > 1:
+            losses, accuracies = ([run[-1][i] for curves in found.values() for run in curves[how]] for i in (1, 2))
+            spread = f"{mean_and_deviation(losses)} | {mean_and_deviation(accuracies)}"
+            lines.append(f"| **all** | **{how}** | {spread} | |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--lr", type=float, default=5e-3)
+    parser.add_argument("--lr", type=float, nargs="+", default=[5e-3, 1e-2])
+    parser.add_argument("--rank", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--no-write", action="store_true", help="print only")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -132,7 +173,7 @@ def main() -> None:
     register_intervention("householder_loreft", Householder)
     seeds = range(2) if arguments.quick else range(5)
     steps, base_steps = (50, 300) if arguments.quick else (arguments.steps, 500)
-    record: dict[str, Any] = {**common.environment(), "lr": arguments.lr, "rank": arguments.rank, "steps": steps}
+    record: dict[str, Any] = {**common.environment(), "steps": steps}
 
     base = common.llama(
         hidden=64, blocks=3, intermediate=128, vocab=VOCAB, num_attention_heads=4, num_key_value_heads=4
@@ -143,59 +184,44 @@ def main() -> None:
     known = evaluate(base, examples(512, torch.Generator().manual_seed(1_000), False))[1]
     untouched = evaluate(base, examples(512, torch.Generator().manual_seed(1_000), True))
     record["base"] = {"known tasks": known, "new task": untouched}
-
-    curves: dict[str, list[list[tuple[int, float, float]]]] = {}
-    starts = {}
-    for seed in seeds:
-        for how in ("here", "householder", "here, identity"):
-            model = adapted(base, how, seed, arguments.rank)
-            curve = train(model, steps, arguments.lr, seed=100 + seed, new=True, every=steps // 25)
-            curves.setdefault(how, []).append(curve)
-            starts[how] = curve[0][1]
-    assert abs(starts["here"] - starts["householder"]) < 1e-3, "the two must begin as the same function"
-    record["curves"] = curves
-
-    lines = ["| LoReFT | final loss | final accuracy | by seed: loss (accuracy) |", "|---|---|---|---|"]
-    for how, runs in curves.items():
-        losses, accuracies = ([run[-1][i] for run in runs] for i in (1, 2))
-        each = ", ".join(f"{loss:.3f} ({accuracy:.3f})" for loss, accuracy in zip(losses, accuracies))
-        deviation = statistics.stdev(losses), statistics.stdev(accuracies)
-        lines.append(
-            f"| {how} | {statistics.mean(losses):.4f} ± {deviation[0]:.4f} | {statistics.mean(accuracies):.4f} ± "
-            f"{deviation[1]:.4f} | {each} |"
-        )
+    found = {f"lr {lr}, r={r}": curves_of(base, lr, r, steps, seeds) for lr in arguments.lr for r in arguments.rank}
+    record["curves"] = found
     text = (
         f"{common.heading(record)}\nBase model: accuracy {known:.3f} on the tasks it knows, {untouched[1]:.3f} on the "
-        f"new one (loss {untouched[0]:.2f}). r={arguments.rank}, lr {arguments.lr}, {steps} steps of 64 rows, "
-        f"{len(seeds)} seeds; mean ± standard deviation.\n\n" + "\n".join(lines) + "\n"
+        f"new one (loss {untouched[0]:.2f}). {steps} steps of 64 rows, {len(seeds)} seeds; "
+        f"mean ± standard deviation.\n\n"
+        f"{table(found)}\n"
     )
     print(text)
     if not arguments.no_write:
         common.result_path("learning", "json").write_text(json.dumps(record, indent=1) + "\n")
         common.result_path("learning", "md").write_text(text)
-        draw(curves)
+        draw(found)
 
 
-def draw(curves: dict[str, list[list[tuple[int, float, float]]]]) -> None:
-    """Loss and accuracy over steps: thin lines are seeds, the thick one their mean."""
+def draw(found: dict[str, Curves]) -> None:
+    """Loss and accuracy over steps, a row for each setting: thin lines are seeds, the thick one their mean."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
-    for color, (how, runs) in zip(("tab:blue", "tab:orange", "tab:green"), curves.items()):
-        for which, axis in enumerate(axes, start=1):
-            steps = [point[0] for point in runs[0]]
-            for run in runs:
-                axis.plot(steps, [point[which] for point in run], color=color, alpha=0.25, linewidth=0.8)
-            mean = [statistics.mean(values) for values in zip(*([point[which] for point in run] for run in runs))]
-            axis.plot(steps, mean, color=color, label=how, linewidth=2)
-    axes[0].set(xlabel="step", ylabel="held-out loss", yscale="log")
-    axes[1].set(xlabel="step", ylabel="held-out accuracy")
-    axes[1].legend()
+    figure, grid = plt.subplots(len(found), 2, figsize=(9, 2.8 * len(found) + 0.8), sharex=True, squeeze=False)
+    for axes, (setting, curves) in zip(grid, found.items()):
+        for color, (how, runs) in zip(("tab:green", "tab:blue", "tab:orange"), curves.items()):
+            for which, axis in enumerate(axes, start=1):
+                steps = [point[0] for point in runs[0]]
+                for run in runs:
+                    axis.plot(steps, [point[which] for point in run], color=color, alpha=0.25, linewidth=0.8)
+                mean = [statistics.mean(values) for values in zip(*([point[which] for point in run] for run in runs))]
+                axis.plot(steps, mean, color=color, label=how, linewidth=2)
+        axes[0].set(ylabel="held-out loss", yscale="log", title=setting)
+        axes[1].set(ylabel="held-out accuracy", title=setting)
+    for axis in grid[-1]:
+        axis.set(xlabel="step")
+    grid[0][1].legend()
     figure.tight_layout()
-    figure.savefig(common.result_path("learning", "png"), dpi=130)
+    figure.savefig(common.result_path("learning", "png"), dpi=110)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ from torch import nn
 
 from peft_reft.batching import BatchingEntry
 from peft_reft.blocks import Remembered
+from peft_reft.cache import FactorCache
 from peft_reft.generation import GenerateEntry
 from peft_reft.host import Host
-from peft_reft.layer import CHILD, FactorCache, ReftLayer, detach_layer
+from peft_reft.layer import CHILD, ReftLayer, detach_layer
 from peft_reft.root import Root
 
 TOKENS = {"input_ids", "inputs_embeds", "decoder_input_ids"}  # parameters by which a module takes tokens

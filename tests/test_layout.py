@@ -13,7 +13,7 @@ ORDER = [
     ["orthonormal", "prompt", "layout", "numbering", "checkpoint", "arguments", "root", "structure", "ownership"],
     ["positions", "interventions", "trace", "batching"],
     ["sites", "factors", "blocks", "config", "scoring"],
-    ["frame", "collator"],
+    ["frame", "collator", "cache"],
     ["layer", "host", "generation"],
     ["attach"],
     ["targets", "native"],
