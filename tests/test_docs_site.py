@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import tiny_model
+from peft import get_peft_model
 
 import peft_reft
 
@@ -169,3 +171,16 @@ def test_every_message_of_the_errors_page_exists():
 def test_every_message_of_the_package_is_on_the_errors_page():
     listed = cores()
     assert [f"{at}: {text}" for at, text in messages().items() if not any(says(text, core) for core in listed)] == []
+
+
+def test_messages_of_peft_are_as_the_errors_page_has_them():
+    page = (DOCS / "errors.md").read_text(encoding="utf-8").split("## Messages of other libraries")[1]
+    config = peft_reft.ReftConfig(task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="is not compatible with the `PeftMixedModel`"):
+        get_peft_model(tiny_model("llama"), config, mixed=True)
+    with pytest.raises(AttributeError, match="object has no attribute 'add_weighted_adapter'"):
+        get_peft_model(tiny_model("llama"), config).add_weighted_adapter(["default"], [1.0], "both")
+    with pytest.warns(UserWarning, match="Adapter name 'ref' should not be contained in the prefix 'reft_'"):
+        get_peft_model(tiny_model("llama"), config, adapter_name="ref")
+    for part in ("PeftMixedModel", "add_weighted_adapter", "Adapter name 'ref'", "KeyError: 'REFT'"):
+        assert part in page
