@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import re
 import subprocess
@@ -101,6 +102,7 @@ def speaks(text: str) -> bool:
     return re.search(r"[a-z] [a-z]", text.replace("python -m peft_reft", "")) is not None
 
 
+@functools.cache
 def messages() -> dict[str, str]:
     """Text of every error that the package raises, and every warning and complaint it prints, by its place."""
     trees = {path: ast.parse(path.read_text("utf-8")) for path in sorted((ROOT / "peft_reft").rglob("*.py"))}
