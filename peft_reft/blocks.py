@@ -165,6 +165,8 @@ class Survey:
         for found in self._lists(self.model, ""):
             is_decoder = self._columns(found.ran[0])[0] != self.runs[0].columns
             sides.setdefault(is_decoder, []).append(found)
+        if len(sides) == 2 and not getattr(self.model.config, "is_encoder_decoder", False):
+            del sides[True]  # of a text diffusion model: it refines a draft, and has no prompt
         stacks = []
         for _, lists in sorted(sides.items()):
             candidates = [found for found in lists if not found.leaves]
