@@ -325,7 +325,7 @@ REPRESENTATIVES = [
     ],
     *[("masked", name) for name in ("bert", "modernbert", "xlm", "squeezebert", "longformer", "funnel")],
     *[("seq2seq", name) for name in ("t5", "bart", "led", "fsmt", "encoder-decoder")],
-    *[("sequence", "qwen2"), ("sequence", "canine"), ("token", "deberta-v2"), ("image", "vit"), ("image", "pvt_v2")],
+    *[("sequence", "qwen2"), ("sequence", "canine"), ("token", "deberta-v2"), ("image", "vit")],
     *[("image-text", name) for name in ("llava", "mllama", "blip-2")],
 ]
 REFUSED = [
