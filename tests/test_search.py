@@ -160,6 +160,30 @@ def test_an_attempt_has_a_config_of_its_own(tmp_path):
     assert seen == params
 
 
+@pytest.mark.parametrize(
+    "settings, params",
+    [
+        ({}, {"blocks": "all", "prefix": 1, "suffix": 1, "rank": 4}),
+        ({"positions": "l4", "r": 8}, {"blocks": "all", "prefix": 0, "suffix_alone": 4, "rank": 8}),
+        ({"positions": "all", "layers_to_transform": [-2, -1]}, {"blocks": "last 2", "prefix": "all", "rank": 4}),
+        ({"positions": "f3"}, None),
+        ({"positions": "f1+d"}, None),
+        ({"r": 3}, None),
+        ({"layers_to_transform": [0]}, None),
+        ({"dropout": 0.1}, None),
+    ],
+)
+def test_the_first_trial_is_the_template_if_the_space_has_it(settings, params, tmp_path):
+    space = SearchSpace(block_choices(6), learning_rate=(1e-4, 1e-2), others={"dropout": (0.0, 0.5)})
+    config = ReftConfig(task_type="SEQ_CLS", **settings)
+    first = run(closeness, tmp_path, space, config, n_trials=1).study.trials[0]
+    expected = params and {**params, "dropout": 0.0, "learning_rate": pytest.approx(1e-3)}
+    assert space.start(config) == expected
+    if params:
+        assert first.params == expected
+        assert len(run(closeness, tmp_path, space, config, n_trials=2).study.trials) == 2, "and it is not repeated"
+
+
 # Giving up.
 
 

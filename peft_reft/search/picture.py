@@ -52,6 +52,7 @@ def draw_trials(study: optuna.Study, space: SearchSpace, metric: str) -> Figure:
                 axes.plot(place, score, "o", color="tab:red", markersize=11, fillstyle="none", markeredgewidth=2)
         axes.set_xlabel(name)
         axes.grid(axis="y", alpha=0.3)
+    panels[0].locator_params(axis="x", integer=True)
     panels[1].set_xscale("log")
     for axes in panels[len(columns) :]:
         axes.set_visible(False)

@@ -157,6 +157,20 @@ class SearchSpace:
         for name, values in self.others.items():
             trial.suggest_categorical(name, list(values))
 
+    def start(self, template: ReftConfig) -> dict[str, Any] | None:
+        """The `params` of the template with the middle of the learning rates; None if that is not in the space."""
+        low, high = self.learning_rate
+        params: dict[str, Any] = {"rank": template.r, "learning_rate": math.sqrt(low * high)}
+        params |= {name: getattr(template, name) for name in self.others}
+        allowed = {"rank": self.ranks, **self.others}
+        blocks = [name for name, numbers in self.blocks.items() if numbers == template.layers_to_transform]
+        for prefix, suffix in product(self.prefix, self.suffix):
+            fits = (prefix, suffix) != (0, 0) and spec(prefix, suffix) == template.positions
+            if fits and blocks and all(params[name] in values for name, values in allowed.items()):
+                ends = {"suffix_alone": suffix} if prefix == 0 else {"suffix": suffix}
+                return {"blocks": blocks[0], "prefix": prefix, **(ends if prefix != "all" else {}), **params}
+        return None
+
     def config(self, template: ReftConfig, params: Mapping[str, Any]) -> ReftConfig:
         """The config of a trial, by its `params`."""
         return replace(

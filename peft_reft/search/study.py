@@ -71,7 +71,8 @@ def search(
         objective: trains and scores one attempt; see `Attempt.run` for Trainers and `Attempt.report` for other loops.
             An error that it raises ends the search.
         space: what is tried.
-        config: all other fields of the configs.
+        config: all other fields of the configs. Its own blocks, positions and rank are tried first, with the middle of
+            the learning rates, if the space has them.
         folder: gets `trials.db` (Optuna's SQLite storage), `best/adapter_config.json`, `best/search.json` with the
             learning rate and the score, and `trials.png`. The best config is up to date after every trial.
         metric: what the score is called; for `Attempt.run`, its name in the results of the trainer's evaluation.
@@ -107,6 +108,9 @@ def search(
         # A seed of its own for each sitting: the same one would propose the same random settings again.
         sitting = None if seed is None else seed + len(study.trials)
         study.sampler = optuna.samplers.TPESampler(seed=sitting)
+        start = space.start(config)
+        if start is not None:
+            study.enqueue_trial(start, skip_if_exists=True)
         study.pruner = pruner or optuna.pruners.MedianPruner()
 
         def run(trial: optuna.Trial) -> float:
