@@ -26,7 +26,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers.utils.hub import PushToHubMixin
 
-from peft_reft.info import AUTO_CLASSES, AdapterInfo, adapter_info, in_bytes
+from peft_reft.info import AdapterInfo, adapter_info
+from peft_reft.info.reading import AUTO_CLASSES
+from peft_reft.info.words import in_bytes
 from peft_reft.interventions import _BUILT_IN
 
 BEGIN = "<!-- peft_reft: this section is written anew whenever the adapter is saved; write above or below it -->"
@@ -110,11 +112,10 @@ def section_of(info: AdapterInfo) -> str:
         "Edited tokens": f"`{info.positions}`: {info.edited}",
         "Prompt": f"{info.prompt[0].upper()}{info.prompt[1:]}",
         "Intervention": f"`{info.intervention}`: {info.equation or 'of your own, see below'}",
-        "Rank": ", ".join(sorted({str(block.rank) for block in info.blocks if block.rank is not None})) or "?",
+        "Rank": info.ranks_in_words(),
         "Blocks": info.blocks_in_words(),
         "Weights": info.weights,
-        "Parameters": f"{info.parameters:,} in {', '.join(info.dtypes)}"
-        + (f", and {info.other_parameters:,} of other modules" if info.other_parameters else ""),
+        "Parameters": info.parameters_in_words(),
         "Size": in_bytes(info.size),
     }
     table = "\n".join(f"| {name} | {cell(text)} |" for name, text in rows.items())

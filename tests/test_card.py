@@ -23,7 +23,8 @@ from trl import SFTConfig, SFTTrainer
 import peft_reft.card
 from peft_reft import ReftConfig, register_intervention
 from peft_reft.card import BEGIN, END, with_section
-from peft_reft.info import adapter_info, in_bytes
+from peft_reft.info import adapter_info
+from peft_reft.info.words import in_bytes
 from peft_reft.interventions import _REGISTRY, DireftIntervention
 
 

@@ -14,7 +14,8 @@ from reference import ORTHONORMAL, gram_schmidt
 from safetensors.torch import load_file, save_file
 
 from peft_reft import ReftConfig, get_interventions
-from peft_reft.info import adapter_info, main, positions_in_words
+from peft_reft.info import adapter_info, main
+from peft_reft.info.words import positions_in_words
 from peft_reft.interventions import _BUILT_IN
 from peft_reft.positions import parse_positions
 

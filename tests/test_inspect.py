@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerFast, ViTConfig, ViTForImageClassifi
 
 from peft_reft import ReftConfig, get_interventions, register_intervention, set_strength
 from peft_reft.attach import reft_layers
-from peft_reft.heatmap import GAP, UNEDITED, shown
 from peft_reft.inspect import inspect_adapter, main
+from peft_reft.inspect.heatmap import GAP, UNEDITED, shown
 from peft_reft.interventions import _REGISTRY
 
 WORDS = ["[PAD]", "<eos>", "<unk>", "[MASK]", "one", "two", "$three$", "four", "five", "six", "seven", "eight"]
@@ -221,6 +221,18 @@ def test_several_adapters_have_a_row_each_and_one_for_their_sum():
     assert both["relative"] != pytest.approx(rows["a", first, 0, 1]["relative"], rel=0.01)
     assert math.isnan(both["angle_before"]) and both["edited"] and both["term"] == ""
     assert not rows["b", first, 1, 0]["edited"] and rows["a+b", first, 1, 0]["edited"]
+
+
+def test_adapters_of_different_blocks_have_a_sum_in_each():
+    model = reft_model(tiny_model("llama"), adapter="a", positions="l1", layers_to_transform=[0])
+    model.add_adapter("b", ReftConfig(positions="f1", layers_to_transform=[1]))
+    randomize(model, "b", seed=2).eval()
+    model.base_model.set_adapter(["a", "b"])
+    found = inspect_adapter(model, inputs_of(model, 3))
+    edited = {(row["adapter"], row["depth"], row["column"]): row["edit_norm"] for row in found.edits if row["edited"]}
+    assert set(edited) == {("a", 0, 2), ("a+b", 0, 2), ("b", 1, 0), ("a+b", 1, 0)} and min(edited.values()) > 0.01
+    assert edited["a+b", 0, 2] == edited["a", 0, 2] and edited["a+b", 1, 0] == edited["b", 1, 0]
+    assert [text.get_text() for text in found.plot().axes[0].get_yticklabels()] == ["0", "1"]
 
 
 def test_strength_is_part_of_the_edit():
@@ -437,6 +449,10 @@ def test_what_cannot_be_inspected_is_refused(tokenizer):
         inspect_adapter(model, ["one", ""], tokenizer)
     with pytest.raises(ValueError, match="adapter_names"):
         inspect_adapter(model, {**inputs_of(model, 3), "adapter_names": ["default"]})
+    last_only = {**inputs_of(model, 3, 4), "logits_to_keep": 1}
+    with pytest.raises(ValueError, match="effects=False"):
+        inspect_adapter(model, last_only)
+    assert inspect_adapter(model, last_only, effects=False).edits
 
 
 def test_a_model_with_injected_adapters(tokenizer):

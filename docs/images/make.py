@@ -27,7 +27,9 @@ from quickstart import (  # noqa: E402
 )
 
 from peft_reft import ReftConfig  # noqa: E402
-from peft_reft.inspect import inspect_adapter, padded, summary  # noqa: E402
+from peft_reft.inspect import inspect_adapter  # noqa: E402
+from peft_reft.inspect.batch import padded  # noqa: E402
+from peft_reft.inspect.command import summary  # noqa: E402
 
 
 def make_base(directory: Path, docstrings: list[str]) -> None:

@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from peft_reft.inspect import Inspection
-
 LABELS = {
     "relative": "‖Δh‖ / ‖h‖\n(1: as long as h itself)",
     "edit_norm": "‖Δh‖\n(units of the hidden state)",
@@ -20,51 +18,45 @@ LABELS = {
     "angle_after": "angle of h + Δh to the subspace\n(degrees)",
     "edit_angle": "angle of Δh to the subspace\n(degrees)",
 }
+Row = dict[str, Any]
 UNEDITED = "#e6e6e6"
 GAP = "…"  # stands for a run of tokens that no block edits
 CELL, ROW, MARGIN, WIDEST = 0.34, 0.26, 1.5, 40  # inches
 
 
 def draw(
-    inspection: Inspection,
-    value: str = "relative",
-    *,
-    adapter: str | None = None,
-    prompts: Sequence[int] | None = None,
-    max_tokens: int = 48,
+    edits: Sequence[Row],
+    effects: Sequence[Row],
+    totals: Sequence[Row],
+    value: str,
+    adapter: str,
+    prompts: Sequence[int] | None,
+    max_tokens: int,
 ) -> Figure:
     """A panel per prompt (and per stack of an encoder-decoder model): blocks upwards, tokens to the right.
 
-    Tokens that are not edited are grey, padding is not shown. Of a prompt with more than `max_tokens` tokens those that
-    no block edits are left out, with "…" in their place.
-
     Args:
-        inspection: what `inspect_adapter` returned.
+        edits, effects, totals: the tables of an `Inspection`; the last two may be empty.
         value: what the colours show: a key of `LABELS`.
-        adapter: whose edits; None for the sum of all active ones (of which there are no angles to a subspace).
-        prompts: numbers of the prompts to draw; None for all.
-        max_tokens: how many tokens are shown in full.
+        adapter, prompts, max_tokens: as in `Inspection.plot`.
 
     Raises:
-        ValueError: for a value, adapter or prompt that is not in the inspection.
+        ValueError: for a value, adapter or prompt that is not in the tables.
     """
     from matplotlib.figure import Figure
 
     if value not in LABELS:
         raise ValueError(f"value={value!r} cannot be drawn; use one of {', '.join(LABELS)}.")
-    known = list(dict.fromkeys(row["adapter"] for row in inspection.edits))
-    chosen = "+".join(inspection.adapters) if adapter is None else adapter
-    wanted = {row["prompt"] for row in inspection.edits} if prompts is None else set(prompts)
-    rows = [row for row in inspection.edits if row["adapter"] == chosen and row["prompt"] in wanted]
+    rows = [row for row in edits if row["adapter"] == adapter and (prompts is None or row["prompt"] in prompts)]
     if not rows:
-        numbers = sorted({row["prompt"] for row in inspection.edits})
+        adapters, numbers = (list(dict.fromkeys(row[key] for row in edits)) for key in ("adapter", "prompt"))
         raise ValueError(
             f"There is nothing to draw for adapter={adapter!r}, prompts={prompts!r}: the inspection has the adapters "
-            f"{known} and the prompts {numbers}."
+            f"{adapters} and the prompts {numbers}."
         )
     keys = dict.fromkeys((row["prompt"], row["stack"]) for row in rows)
     panels = [Panel(rows, *key, value, max_tokens) for key in keys]
-    effects = [row for row in inspection.effects if row["tv"] == row["tv"]]
+    effects = [row for row in effects if not math.isnan(row["tv"])]
     finite = [number for panel in panels for line in panel.grid for number in line if math.isfinite(number)]
     low = min(finite, default=0.0) if value.startswith("angle") else 0.0
     high = max(finite, default=1.0)
@@ -79,7 +71,7 @@ def draw(
     image: Any = None
     for panel, axes in zip(panels, grid):
         image = panel.draw(axes[0], low, high)
-        total = next((row for row in inspection.totals if row["prompt"] == panel.prompt), None)
+        total = next((row for row in totals if row["prompt"] == panel.prompt), None)
         axes[0].set_xlim(-0.5, widest - 0.5)  # cells of one size in all panels
         axes[0].set_title(panel.title(total, len(panels) > 1), fontsize=9, loc="left", parse_math=False)
         if effects:
@@ -99,7 +91,7 @@ class Panel:
         grid: [blocks][tokens], NaN where nothing is edited.
     """
 
-    def __init__(self, rows: list[dict[str, Any]], prompt: int, stack: str, value: str, max_tokens: int):
+    def __init__(self, rows: list[Row], prompt: int, stack: str, value: str, max_tokens: int):
         self.prompt, self.stack = prompt, stack
         own = [row for row in rows if (row["prompt"], row["stack"]) == (prompt, stack)]
         lines = list(dict.fromkeys((row["block"], row["call"]) for row in own))
@@ -154,7 +146,7 @@ class Panel:
         axes.set_ylabel("block", fontsize=8)
         return image
 
-    def draw_effects(self, axes: Axes, effects: list[dict[str, Any]]) -> None:
+    def draw_effects(self, axes: Axes, effects: list[Row]) -> None:
         """A bar per block: how much of the prediction is lost without it. All panels have the same scale."""
         own = {row["block"]: row["tv"] for row in effects if row["prompt"] == self.prompt}
         sizes = [own.get(block, 0.0) for block in self.blocks]
@@ -168,11 +160,11 @@ class Panel:
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
 
-    def title(self, total: dict[str, Any] | None, several: bool) -> str:
+    def title(self, total: Row | None, several: bool) -> str:
         parts = [f"prompt {self.prompt}"] if several else []
         parts += [self.stack] if self.stack else []
         text = ", ".join(parts)
-        if total is not None and total["tv"] == total["tv"]:
+        if total is not None and not math.isnan(total["tv"]):
             top, unedited = (drawable(shown(total[key])) for key in ("top", "top_unedited"))
             words = f'most likely "{top}", unedited "{unedited}"'
             words += f"\ntotal variation between the two {total['tv']:.2f}"

@@ -1,0 +1,12 @@
+"""What a saved adapter is, read from its directory alone: `adapter_info`, `python -m peft_reft info DIR`.
+
+No model is loaded, nothing is executed and nothing is fetched. reading.py reads the files, measuring.py looks at the
+parameters of a block, words.py puts the config into words, adapter.py has it all together, command.py is the command.
+What an adapter does to the tokens of a prompt is told by `peft_reft.inspect`.
+"""
+
+from peft_reft.info.adapter import AdapterInfo, adapter_info
+from peft_reft.info.command import main
+from peft_reft.info.measuring import BlockInfo
+
+__all__ = ["AdapterInfo", "BlockInfo", "adapter_info", "main"]

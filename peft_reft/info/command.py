@@ -1,0 +1,25 @@
+"""The command line of `adapter_info`: `python -m peft_reft info DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from peft_reft.info.adapter import adapter_info
+
+
+def main(argv: list[str]) -> int:
+    """`python -m peft_reft info DIR [--json]`; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m peft_reft info", description="What a saved ReFT adapter is, without loading its model."
+    )
+    parser.add_argument("directory", help="as save_pretrained wrote it")
+    parser.add_argument("--json", action="store_true", help="all fields as JSON")
+    arguments = parser.parse_args(argv)
+    try:
+        info = adapter_info(arguments.directory)
+    except ValueError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    print(info.as_json() if arguments.json else info)
+    return 0

@@ -1,0 +1,95 @@
+"""Words for what stands in an adapter's config: its equation, its positions, its prompts and what it shares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from peft_reft.interventions import _REGISTRY
+from peft_reft.positions import PositionSpec, Term
+
+
+def equation_of(kind: str) -> str:
+    """What h becomes, from the first line of the registered class; "" for an unknown name.
+
+    >>> equation_of("loreft")
+    'LoReFT(h) = h + Rᵀ(Wh + b - Rh)'
+    """
+    cls: type[nn.Module] | None = _REGISTRY.get(kind)
+    return "" if cls is None else ((cls.__doc__ or cls.__name__).strip().splitlines()[0].split(":")[0])
+
+
+def positions_in_words(spec: PositionSpec) -> str:
+    """Which tokens a spec edits.
+
+    >>> from peft_reft.positions import parse_positions
+    >>> positions_in_words(parse_positions("f3+l1+d8"))
+    'the first 3 tokens and the last token of the prompt, and every 8th generated token'
+    """
+    prompt = [words(term) for term in spec.terms if term.kind != "d"]
+    parts = [f"{' and '.join([', '.join(prompt[:-1]), prompt[-1]] if prompt[:-1] else prompt)} of the prompt"]
+    parts = (parts if prompt else []) + [words(term) for term in spec.terms if term.kind == "d"]
+    return ", and ".join(parts)
+
+
+def words(term: Term) -> str:
+    """One term of a spec."""
+    n = term.count
+    some = {"f": "the first", "l": "the last"}.get(term.kind)
+    if some is not None:
+        return f"{some} token" if n == 1 else f"{some} {n} tokens"
+    if term.kind == "m":
+        return "the token in the middle" if n == 1 else f"{n} tokens in the middle"
+    what = "generated token" if term.kind == "d" else "token"
+    return f"every {what}" if n == 1 else f"every {ordinal(n)} {what}"
+
+
+def ordinal(n: int) -> str:
+    """
+    >>> [ordinal(n) for n in (1, 2, 3, 4, 11, 22)]
+    ['1st', '2nd', '3rd', '4th', '11th', '22nd']
+    """
+    ending = "th" if n % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
+    return f"{n}{ending}"
+
+
+def prompt_in_words(config: Mapping[str, Any]) -> str:
+    """What counts as the prompt, unless a call names its places itself with `intervention_locations`."""
+    marker, turns, task = config.get("prompt_end"), config.get("turns"), config.get("task_type")
+    whole = "the whole input" if marker is None else f"what stands before {marker!r}, the marker included"
+    if task in (None, "CAUSAL_LM"):
+        text = f"what labels or generate say, else {whole}"
+    else:
+        text = whole + ("; in decoder blocks the decoder's prompt" if task == "SEQ_2_SEQ_LM" else "")
+    return text + (f"; of several turns: {turns}" if turns else "")
+
+
+def weights_in_words(config: Mapping[str, Any], spec: PositionSpec) -> str:
+    """What is shared between positions and blocks."""
+    share = config.get("share_weights", True)
+    if share == "position":
+        text = f"{spec.num_interventions('position')} interventions per block, one per position"
+    elif share is False:
+        names = ", ".join(str(term) for term in spec.terms)
+        text = f"{len(spec.terms)} interventions per block, one per term ({names})"
+    else:
+        text = "one intervention per block, for all its positions"
+    return text + ("; the same for all blocks" if config.get("share_layers") else "")
+
+
+def in_bytes(size: int) -> str:
+    """
+    >>> in_bytes(500), in_bytes(20_480)
+    ('500 bytes', '20.5 kB')
+    """
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.1f} {unit}" if unit != "bytes" else f"{size} bytes"
+        size /= 1000  # type: ignore[assignment]
+    return f"{size:.1f} GB"
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"

@@ -1,0 +1,12 @@
+"""What an adapter does to the tokens of some prompts: `inspect_adapter`, `python -m peft_reft inspect DIR`.
+
+The model is run as it is, and left as it was found. run.py says what is run, batch.py what is fed, spy.py watches the
+layers; deltas.py measures an edit, edits.py and effects.py make the rows of the tables, which tables.py holds and
+heatmap.py draws; command.py is the command. What an adapter is by its saved files alone is told by `peft_reft.info`.
+"""
+
+from peft_reft.inspect.command import main
+from peft_reft.inspect.run import inspect_adapter
+from peft_reft.inspect.tables import Inspection
+
+__all__ = ["Inspection", "inspect_adapter", "main"]

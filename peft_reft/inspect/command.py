@@ -1,0 +1,100 @@
+"""The command line of the inspection: `python -m peft_reft inspect DIR --prompt TEXT ...`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from peft_reft.info.reading import AUTO_CLASSES, read_config
+from peft_reft.inspect.heatmap import LABELS
+from peft_reft.inspect.run import inspect_adapter
+from peft_reft.inspect.tables import Inspection
+
+
+def main(argv: list[str]) -> int:
+    """`python -m peft_reft inspect DIR --prompt TEXT ...`; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m peft_reft inspect",
+        description="How far an adapter moves each token of some prompts, and what each block's edits are worth.",
+    )
+    parser.add_argument("directory", help="the adapter, as save_pretrained wrote it")
+    parser.add_argument("--model", help="the base model; default: the one that the adapter names")
+    parser.add_argument("--prompt", action="append", required=True, help="a prompt; may be given several times")
+    parser.add_argument("--answer", action="append", help="an answer to each prompt: shows edits of generated tokens")
+    parser.add_argument("--out", help="where to draw the heat map; the ending is the format (.png, .svg, .pdf)")
+    parser.add_argument("--csv", help="where to write the table of edits; effects go to NAME-effects.csv beside it")
+    parser.add_argument("--value", default="relative", choices=LABELS, help="what the heat map shows")
+    parser.add_argument("--no-effects", action="store_true", help="do not run the model once more for each block")
+    parser.add_argument("--num-labels", type=int, help="classes of a classifier, if its base model does not say")
+    parser.add_argument("--dtype", default="auto", help="of the base model's weights: auto, float32, bfloat16, ...")
+    parser.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
+    arguments = parser.parse_args(argv)
+    try:
+        model, tokenizer = load(arguments)
+        found = inspect_adapter(
+            model, arguments.prompt, tokenizer, answers=arguments.answer, effects=not arguments.no_effects
+        )
+        if arguments.out:
+            found.plot(arguments.out, arguments.value)
+        if arguments.csv:
+            path = Path(arguments.csv)
+            found.to_csv(path)
+            if found.effects:
+                found.to_csv(path.with_name(f"{path.stem}-effects{path.suffix}"), "effects")
+    except (ValueError, OSError, ImportError, KeyError) as error:
+        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(summary(found))
+    return 0
+
+
+def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The adapter on its base model, and the tokenizer."""
+    import transformers
+
+    import peft_reft  # noqa: F401  (makes REFT known to PEFT)
+
+    config = read_config(Path(arguments.directory))
+    name = arguments.model or config.get("base_model_name_or_path")
+    if not name:
+        raise ValueError("the adapter does not name its base model; give it with --model.")
+    auto = getattr(transformers, AUTO_CLASSES.get(str(config.get("task_type")), "AutoModelForCausalLM"))
+    more = {} if arguments.num_labels is None else {"num_labels": arguments.num_labels}
+    base = auto.from_pretrained(name, dtype=arguments.dtype, **more)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model = PeftModel.from_pretrained(base.to(device), arguments.directory)
+    except RuntimeError as error:
+        raise ValueError(f"the adapter does not fit {name!r}; a classifier may need --num-labels: {error}") from error
+    has_tokenizer = (Path(arguments.directory) / "tokenizer_config.json").is_file()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.directory if has_tokenizer else name)
+    return model.eval(), tokenizer
+
+
+def summary(found: Inspection) -> str:
+    """A few lines per prompt: the prediction, and each block's part in it."""
+    lines = []
+    for prompt in dict.fromkeys(row["prompt"] for row in found.edits):
+        lines.append(f"prompt {prompt}")
+        for total in (row for row in found.totals if row["prompt"] == prompt):
+            lines.append(
+                f"  all blocks: tv {total['tv']:.3f}, kl {total['kl']:.3g} nats; most likely {total['top']!r}, "
+                f"unedited {total['top_unedited']!r}"
+            )
+        effects = {row["block"]: row for row in found.effects if row["prompt"] == prompt}
+        edits = [
+            row for row in found.edits if row["prompt"] == prompt and row["adapter"] == found.together and row["edited"]
+        ]
+        for block in dict.fromkeys(row["block"] for row in edits):
+            sizes = [row["relative"] for row in edits if row["block"] == block]
+            text = f"  {block}: moves {len(sizes)} tokens by {math.fsum(sizes) / len(sizes):.3g} of their length"
+            if block in effects:
+                text += f"; without it tv {effects[block]['tv']:.3f}, kl {effects[block]['kl']:.3g} nats"
+            lines.append(text)
+    return "\n".join(lines)

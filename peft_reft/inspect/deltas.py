@@ -1,0 +1,120 @@
+"""What a layer's adapters do to the vectors they are given: lengths and angles, in double precision.
+
+Shape letters: B rows, S columns, G position groups, d width, r rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_reft.frame import Frame
+from peft_reft.interventions import edit_of
+from peft_reft.layer import ReftLayer, as_rows
+
+NAN = float("nan")
+ANGLES = ("angle_before", "angle_after", "edit_angle")
+
+
+@dataclass
+class Deltas:
+    """What one adapter does, or several together.
+
+    Attributes:
+        adapter: its name.
+        edited: which tokens it edits [B, S].
+        numbers: h_norm, edit_norm, relative, turn and the angles, as in `Inspection.edits`, in [B, S] each.
+        terms: the terms of its positions, each with the tokens it names [B, S]; none for locations and sums.
+    """
+
+    adapter: str
+    edited: Tensor
+    numbers: dict[str, Tensor]
+    terms: list[tuple[str, Tensor]]
+
+
+def deltas_of(layer: ReftLayer, h: Tensor, frame: Frame | None, together: str) -> list[Deltas]:
+    """What a layer's active adapters do to the vectors of `h`.
+
+    Args:
+        layer, h, frame: as in a call of `layer.edit`, which refuses what it cannot edit itself.
+        together: the name for all of them together, who come last if it is not the name of the only one.
+    """
+    h = as_rows(h, {"all"})
+    exact = h.to(torch.float32 if h.device.type == "mps" else torch.float64)
+    total, touched = torch.zeros_like(exact), torch.zeros_like(exact[..., 0], dtype=torch.bool)
+    unknown = exact.new_full((len(ANGLES), *touched.shape), NAN)
+    found = []
+    for name in layer.active_adapters:
+        if name not in layer.reft_interventions:
+            continue
+        interventions: Any = layer.reft_interventions[name]
+        marks = marks_of(layer, name, layer.share_weights[name], h, frame)
+        delta, angles = torch.zeros_like(exact), unknown.clone()
+        for intervention, mark in zip(interventions, marks.unbind(1)):
+            where = mark > 0
+            if where.any():
+                edit = edit_of(intervention, h[where]).to(exact) * mark[where, None] * layer.scaling[name]
+                delta[where] += edit
+                angles[:, where] = angles_to(getattr(intervention, "subspace", None), exact[where], edit)
+        edited = marks.amax(1) > 0
+        numbers = {**lengths(exact, delta, edited), **dict(zip(ANGLES, angles))}
+        found.append(Deltas(name, edited, numbers, terms_of(layer, name, h, frame)))
+        total += delta
+        touched |= edited
+    if [deltas.adapter for deltas in found] != [together]:
+        found.append(Deltas(together, touched, {**lengths(exact, total, touched), **dict(zip(ANGLES, unknown))}, []))
+    return found
+
+
+def marks_of(layer: ReftLayer, name: str, share: bool | str, h: Tensor, frame: Frame | None) -> Tensor:
+    """How often each of an adapter's groups edits each token of `h` [B, S, d]: [B, G, S]; 0 or 1, unless told twice."""
+    spec = layer.position_specs[name]
+    sites = (frame or Frame.alone()).sites(spec, share, h)
+    if sites is None:
+        return h.new_zeros(h.shape[0], spec.num_interventions(share), h.shape[1], dtype=torch.float32)
+    keep = sites.keep.squeeze(-1)
+    if sites.columns is None:
+        return keep
+    chosen = sites.columns.unflatten(1, keep.shape[1:])
+    return keep.new_zeros(*keep.shape[:2], h.shape[1]).scatter_add(2, chosen, keep)
+
+
+def terms_of(layer: ReftLayer, name: str, h: Tensor, frame: Frame | None) -> list[tuple[str, Tensor]]:
+    """The terms of an adapter's positions, each with the tokens it names [B, S]; none for given locations."""
+    if frame is not None and frame.locations is not None:
+        return []
+    marks = marks_of(layer, name, False, h, frame)
+    return [(str(term), mark > 0) for term, mark in zip(layer.position_specs[name].terms, marks.unbind(1))]
+
+
+def lengths(h: Tensor, delta: Tensor, edited: Tensor) -> dict[str, Tensor]:
+    """Length of `h` [B, S, d], of its edits, of these beside h, and by how much they turn it; 0 where not edited."""
+    h_norm, moved = h.norm(dim=-1), h + delta
+    edit_norm = torch.where(edited, delta.norm(dim=-1), 0)
+    u, v = (w / w.norm(dim=-1, keepdim=True) for w in (h, moved))
+    turn = torch.rad2deg(2 * torch.atan2((u - v).norm(dim=-1), (u + v).norm(dim=-1)))  # exact for small angles, too
+    return {
+        "h_norm": h_norm,
+        "edit_norm": edit_norm,
+        "relative": torch.where(edited, edit_norm / h_norm, 0),
+        "turn": torch.where(edited, turn, 0),
+    }
+
+
+def angles_to(subspace: Any, h: Tensor, delta: Tensor) -> Tensor:
+    """The angles of h, h + Δh and Δh [n, d] to the row space of `subspace` [r, d], in degrees: [3, n].
+
+    NaN if there is no such subspace, and for vectors of length 0.
+    """
+    if not isinstance(subspace, Tensor) or subspace.dim() != 2 or subspace.shape[-1] != h.shape[-1]:
+        return h.new_full((len(ANGLES), len(h)), NAN)
+    _, sizes, rows = torch.linalg.svd(subspace.to(h.dtype), full_matrices=False)
+    rows = rows[sizes > 1e-6 * sizes.max()]
+    vectors = torch.stack([h, h + delta, delta])
+    inside = vectors @ rows.mT @ rows
+    degrees = torch.rad2deg(torch.atan2((vectors - inside).norm(dim=-1), inside.norm(dim=-1)))
+    return torch.where(vectors.norm(dim=-1) > 0, degrees, NAN)
