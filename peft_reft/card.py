@@ -29,7 +29,7 @@ from transformers.utils.hub import PushToHubMixin
 from peft_reft.info import AdapterInfo, adapter_info
 from peft_reft.info.reading import AUTO_CLASSES
 from peft_reft.info.words import in_bytes
-from peft_reft.interventions import _BUILT_IN
+from peft_reft.interventions import BUILT_IN
 
 BEGIN = "<!-- peft_reft: this section is written anew whenever the adapter is saved; write above or below it -->"
 END = "<!-- peft_reft: end of the section -->"
@@ -121,7 +121,7 @@ def section_of(info: AdapterInfo) -> str:
     table = "\n".join(f"| {name} | {cell(text)} |" for name, text in rows.items())
     own = (
         ""
-        if info.intervention in _BUILT_IN
+        if info.intervention in BUILT_IN
         else f"\nThe intervention {info.intervention!r} is not part of peft-reft: call "
         "`peft_reft.register_intervention` with its class before loading.\n"
     )

@@ -278,7 +278,8 @@ class LobireftIntervention(Intervention):
     replaces = False
 
 
-_REGISTRY: dict[str, type[nn.Module]] = {
+# Classes by name; `register_intervention` adds to it.
+REGISTRY: dict[str, type[nn.Module]] = {
     "loreft": LoreftIntervention,
     "noreft": NoreftIntervention,
     "direft": DireftIntervention,
@@ -286,12 +287,12 @@ _REGISTRY: dict[str, type[nn.Module]] = {
     "consreft": ConsreftIntervention,
     "lobireft": LobireftIntervention,
 }
-_BUILT_IN = frozenset(_REGISTRY)
+BUILT_IN = frozenset(REGISTRY)
 
 
 def intervention_names() -> list[str]:
     """Names that `ReftConfig(intervention=...)` accepts at the moment."""
-    return sorted(_REGISTRY)
+    return sorted(REGISTRY)
 
 
 def register_intervention(name: str, cls: type[nn.Module]) -> None:
@@ -312,18 +313,18 @@ def register_intervention(name: str, cls: type[nn.Module]) -> None:
     """
     if not (isinstance(name, str) and name.isidentifier() and name == name.lower()):
         raise ValueError(f"{name!r} cannot name an intervention: use a lower-case identifier such as 'my_reft'.")
-    if name in _BUILT_IN:
+    if name in BUILT_IN:
         raise ValueError(f"{name!r} is a built-in intervention; register {cls!r} under another name.")
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"{cls!r} is not a subclass of torch.nn.Module; pass the class itself, not an instance.")
-    _REGISTRY[name] = cls
+    REGISTRY[name] = cls
 
 
 def build_intervention(
     name: str, d: int, r: int, *, dropout: float = 0.0, act_fn: str | None = None, init_weights: bool = True
 ) -> nn.Module:
     """A fresh intervention by its name; the keywords go to the constructors that name them."""
-    cls = _REGISTRY[name]
+    cls = REGISTRY[name]
     keywords = {"dropout": dropout, "act_fn": act_fn, "init_weights": init_weights}
     return cls(d, r, **{key: keywords[key] for key in _keywords_of(cls)})  # type: ignore[arg-type]
 

@@ -25,7 +25,7 @@ from peft_reft import ReftConfig, register_intervention
 from peft_reft.card import BEGIN, END, with_section
 from peft_reft.info import adapter_info
 from peft_reft.info.words import in_bytes
-from peft_reft.interventions import _REGISTRY, DireftIntervention
+from peft_reft.interventions import REGISTRY, DireftIntervention
 
 
 def section(path) -> str:
@@ -198,7 +198,7 @@ def test_an_intervention_of_the_user_s_own_is_pointed_out(tmp_path):
     try:
         reft_model(tiny_model("llama"), intervention="own_for_the_card").save_pretrained(tmp_path)
     finally:
-        del _REGISTRY["own_for_the_card"]
+        del REGISTRY["own_for_the_card"]
     assert "register_intervention" in section(tmp_path) and "something \\| else" in section(tmp_path)
 
 

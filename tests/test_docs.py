@@ -12,7 +12,7 @@ from packaging.specifiers import SpecifierSet
 
 import peft_reft
 from peft_reft import ReftConfig
-from peft_reft.interventions import _REGISTRY, intervention_names
+from peft_reft.interventions import REGISTRY, intervention_names
 from peft_reft.register import SUPPORTED_PEFT
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +42,7 @@ def constraints() -> dict[str, str]:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_python_blocks_run_and_print_what_the_document_shows(document, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    registered = dict(_REGISTRY)
+    registered = dict(REGISTRY)
     text = document.read_text(encoding="utf-8")
     namespace: dict[str, object] = {"__name__": "__main__"}
     try:
@@ -53,8 +53,8 @@ def test_python_blocks_run_and_print_what_the_document_shows(document, tmp_path,
             if shown:
                 assert capsys.readouterr().out == shown[1]
     finally:  # whatever the blocks register is taken back
-        _REGISTRY.clear()
-        _REGISTRY.update(registered)
+        REGISTRY.clear()
+        REGISTRY.update(registered)
 
 
 def test_readme_shows_what_its_first_example_prints():
@@ -94,7 +94,7 @@ def test_version_is_the_same_everywhere():
 
 def test_readme_lists_every_intervention_and_only_fields_that_exist():
     listed = set(re.findall(r'^\| `"(\w+)"` \| h \+', README, re.M))
-    assert listed == {name for name in intervention_names() if _REGISTRY[name].__module__ == "peft_reft.interventions"}
+    assert listed == {name for name in intervention_names() if REGISTRY[name].__module__ == "peft_reft.interventions"}
     table = README.split("The fields of `ReftConfig`")[1].split("Every field")[0]
     rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| `([^`]*)` \|", table, re.M)
     fields = ReftConfig.__dataclass_fields__

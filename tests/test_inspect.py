@@ -20,7 +20,7 @@ from peft_reft import ReftConfig, get_interventions, register_intervention, set_
 from peft_reft.attach import reft_layers
 from peft_reft.inspect import inspect_adapter, main
 from peft_reft.inspect.heatmap import GAP, UNEDITED, shown
-from peft_reft.interventions import _REGISTRY
+from peft_reft.interventions import REGISTRY
 
 WORDS = ["[PAD]", "<eos>", "<unk>", "[MASK]", "one", "two", "$three$", "four", "five", "six", "seven", "eight"]
 
@@ -365,7 +365,7 @@ def test_an_intervention_of_one_s_own_may_leave_its_subspace():
                 modules[0].shift[1:3] = torch.tensor([1.0, 1.0])  # half in the subspace, half out of it
         row = next(row for row in inspect_adapter(model, inputs_of(model, 4)).edits if row["edited"])
     finally:
-        del _REGISTRY["sideways"]
+        del REGISTRY["sideways"]
     assert row["edit_angle"] == pytest.approx(45, abs=1e-4) and row["edit_norm"] == pytest.approx(2**0.5)
 
 

@@ -599,7 +599,7 @@ OWN = [Minimal, WithKeywords, WithAnyKeywords, FreeConstant, HalfEdit, HalfForwa
 @pytest.fixture
 def registry(monkeypatch):
     """The registry, put back as it was afterwards."""
-    monkeypatch.setattr(peft_reft.interventions, "_REGISTRY", dict(peft_reft.interventions._REGISTRY))
+    monkeypatch.setattr(peft_reft.interventions, "REGISTRY", dict(peft_reft.interventions.REGISTRY))
 
 
 @pytest.mark.parametrize("positions", ["f2+l1", "all"])

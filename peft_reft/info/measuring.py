@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_reft.interventions import _REGISTRY, Intervention, build_intervention
+from peft_reft.interventions import REGISTRY, Intervention, build_intervention
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def block_info(name: str, groups: dict[int, dict[str, Tensor]], config: Mapping[
 def built(config: Mapping[str, Any], width: int, rank: int, tensors: Mapping[str, Tensor]) -> Intervention | None:
     """The intervention that has these parameters; None if its equation is not one of the package's kind."""
     kind = str(config.get("intervention"))
-    cls = _REGISTRY.get(kind)
+    cls = REGISTRY.get(kind)
     if cls is None or not issubclass(cls, Intervention) or cls.combine is not Intervention.combine:
         return None
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from peft_reft.interventions import _REGISTRY
+from peft_reft.interventions import REGISTRY
 from peft_reft.positions import PositionSpec, Term
 
 
@@ -17,7 +17,7 @@ def equation_of(kind: str) -> str:
     >>> equation_of("loreft")
     'LoReFT(h) = h + Rᵀ(Wh + b - Rh)'
     """
-    cls: type[nn.Module] | None = _REGISTRY.get(kind)
+    cls: type[nn.Module] | None = REGISTRY.get(kind)
     return "" if cls is None else ((cls.__doc__ or cls.__name__).strip().splitlines()[0].split(":")[0])
 
 
