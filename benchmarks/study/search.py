@@ -71,11 +71,11 @@ def results(split: int) -> Path:
 
 
 def ablations(split: int, seeds: list[int]) -> dict[str, dict[str, Any]]:
-    """Test accuracies of the ablation grid, its basis included, best first, as far as the study has them."""
+    """Test accuracies of the ablation grid and of LoReFT in the main part, best first, as far as the study has them."""
     found: dict[str, list[float]] = {}
     for cell in study_cells(split):
-        is_basis = cell["part"] == "encoder" and cell["name"] == grid.BASIS
-        if cell["seed"] in seeds and (cell["part"] == "ablation" or is_basis):
+        is_loreft = cell["part"] == "encoder" and cell["name"].startswith("LoReFT")
+        if cell["seed"] in seeds and (cell["part"] == "ablation" or is_loreft):
             found.setdefault(cell["name"], []).append(cell["result"]["test"])
     return dict(sorted(((name, mean(found[name])) for name in found), key=lambda item: -item[1]["mean"]))
 
@@ -132,7 +132,7 @@ def main() -> None:
             store.add(cells.key(cell), {**cell, "result": found})
             print(f"{time.strftime('%H:%M:%S')} {cells.key(cell)}: test {found['test']:.4f}", flush=True)
     final = [cell["result"] for cell in store.cells.values() if cell["name"] == name and cell["seed"] in seeds]
-    trials = result.study.trials
+    trials = [trial for trial in result.study.trials if trial.state.name in ("COMPLETE", "PRUNED")]
     written = {
         "command": f"python -m benchmarks.study.search --trials {arguments.trials} --seeds {arguments.seeds}"
         + f" --split {arguments.split}" * bool(arguments.split),
