@@ -88,6 +88,8 @@ _HEADS = {
     "base": transformers.AutoModel,
 }
 
+collect_ignore = ["checkpoints"]  # programs for the peers' own environments
+
 DECODERS = ("llama", "qwen2", "mistral", "gpt2", "opt")
 ENCODERS = ("bert", "roberta")
 FAMILIES = (*DECODERS, *ENCODERS, "t5")
