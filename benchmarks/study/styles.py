@@ -7,6 +7,7 @@ the answer, and as the loss of the right answers to held-out prompts.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from typing import Any
@@ -119,30 +120,21 @@ def run_composition(task: Task, base: Base, method: Method, lr: float, seed: int
 def rows_of_one_batch(model: Any, base: Base, prompts: list[str]) -> dict[str, Any]:
     """Rows with adapters of their own in one `generate`, against three calls with one adapter each."""
     model.eval()
+    tokenizer, length = base.tokenizer, ANSWER_TOKENS // 2
     names = list(itertools.islice(itertools.cycle(["lines", "capitals", "__base__"]), len(prompts)))
     begin = time.process_time()
-    together = causal.answers(
-        model, base.tokenizer, prompts, ANSWER_TOKENS // 2, min_new_tokens=ANSWER_TOKENS // 2, adapter_names=names
-    )
-    mixed_seconds = time.process_time() - begin
+    together = causal.answers(model, tokenizer, prompts, length, min_new_tokens=length, adapter_names=names)
+    seconds = {"together": round(time.process_time() - begin, 2)}
     apart: list[str] = [""] * len(prompts)
     begin = time.process_time()
     for name in dict.fromkeys(names):
         rows = [row for row, other in enumerate(names) if other == name]
-        chosen = [prompts[row] for row in rows]
-        if name == "__base__":
-            with model.disable_adapter():
-                given = causal.answers(
-                    model, base.tokenizer, chosen, ANSWER_TOKENS // 2, min_new_tokens=ANSWER_TOKENS // 2
-                )
-        else:
+        if name != "__base__":
             model.set_adapter(name)
-            given = causal.answers(model, base.tokenizer, chosen, ANSWER_TOKENS // 2, min_new_tokens=ANSWER_TOKENS // 2)
+        with model.disable_adapter() if name == "__base__" else contextlib.nullcontext():
+            given = causal.answers(model, tokenizer, [prompts[row] for row in rows], length, min_new_tokens=length)
         for row, answer in zip(rows, given):
             apart[row] = answer
-    apart_seconds = time.process_time() - begin
-    return {
-        "equal": sum(a == b for a, b in zip(together, apart)) / len(prompts),
-        "different from base": len(set(together)) / len(prompts),
-        "seconds": {"together": round(mixed_seconds, 2), "apart": round(apart_seconds, 2)},
-    }
+    seconds["apart"] = round(time.process_time() - begin, 2)
+    equal = sum(one == other for one, other in zip(together, apart)) / len(prompts)
+    return {"equal": equal, "different answers": len(set(together)), "seconds": seconds}
