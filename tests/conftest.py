@@ -19,7 +19,8 @@ from transformers import AutoConfig
 
 from peft_reft import ReftConfig, get_interventions
 
-collect_ignore = ["peft_suite"]  # PEFT's own tests, which are run by a command of their own
+# Run by commands of their own: PEFT's own tests, and programs for the environments of other libraries.
+collect_ignore = ["peft_suite", "checkpoints"]
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -87,8 +88,6 @@ _HEADS = {
     "classifier": transformers.AutoModelForSequenceClassification,
     "base": transformers.AutoModel,
 }
-
-collect_ignore = ["checkpoints"]  # programs for the peers' own environments
 
 DECODERS = ("llama", "qwen2", "mistral", "gpt2", "opt")
 ENCODERS = ("bert", "roberta")
