@@ -14,7 +14,20 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
-from benchmarks.study import causal, cells, encoder, grid, instructions, memory, methods, report, run, styles, task
+from benchmarks.study import (
+    causal,
+    cells,
+    edits,
+    encoder,
+    grid,
+    instructions,
+    memory,
+    methods,
+    report,
+    run,
+    styles,
+    task,
+)
 from benchmarks.study.methods import Method
 from benchmarks.study.store import Store
 
@@ -136,6 +149,17 @@ def test_batches_hold_every_text_once(tiny_bert):
     plain = list(encoder.batches(tiny_bert, TASK.train, 16, None))
     rows = [sorted(str(row[row != 0].tolist()) for b in found for row in b["input_ids"]) for found in (shuffled, plain)]
     assert rows[0] == rows[1] and len(rows[0]) == len(TASK.train)
+
+
+def test_where_edits_act(tiny_bert):
+    first = edits.run(TASK, grid.reft("loreft", 2, "f1"), 1e-2, 0, 1, path=tiny_bert)
+    assert [len(row) for row in first["relative"]] == [9, 9]
+    assert first["places"][0] == "f1" and first["places"][-1] == "l1" and first["texts"] > 0
+    for row in first["relative"]:
+        assert row[0] > 0 and not any(row[1:])  # f1 edits the first token, and no other
+    last = edits.run(TASK, grid.reft("loreft", 2, "l2"), 1e-2, 0, 1, path=tiny_bert)
+    assert not any(last["relative"][0][:-2]) and all(last["relative"][0][-2:])
+    assert not any(last["relative"][1])  # behind the last block nothing reads these tokens, so that it learns nothing
 
 
 def test_an_unknown_method_is_refused():
