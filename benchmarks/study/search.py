@@ -139,7 +139,7 @@ def main() -> None:
         "best": {**best, "trial": result.trial, METRIC: result.value},
         "trained numbers of the best": final[0]["parameters"] if final else None,
         "test accuracy of the best": mean([found["test"] for found in final]) if final else None,
-        "test accuracy of the ablations, same seeds": ablations(arguments.split, seeds),
+        "test accuracy of the ablations and of LoReFT in the main part, same seeds": ablations(arguments.split, seeds),
         f"{METRIC} in the study's tuning, same seed as the trials": tuned(arguments.split),
         "trials": [
             {
