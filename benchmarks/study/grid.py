@@ -83,8 +83,7 @@ ABLATIONS = {
 }
 ABLATED_RATES = (3e-4, 1e-3, 1e-2, 3e-2)  # and the one that was found
 
-# The language model: one rate for each kind, the best of three (a third, one, three times as high) in trials of
-# "instructions". They are higher than the encoder's: it is narrow.
+# The language model: one rate for each kind, from a few trials. They are higher than the encoder's: it is narrow.
 CAUSAL_RATES = {"reft": 3e-2, "lora": 6e-3, "full": 1e-3}
 CAUSAL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 INSTRUCTIONS = {
