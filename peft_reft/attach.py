@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 from peft.config import PeftConfig
@@ -13,7 +14,7 @@ from peft_reft.batching import BatchingEntry
 from peft_reft.blocks import Remembered
 from peft_reft.cache import FactorCache
 from peft_reft.generation import GenerateEntry
-from peft_reft.host import Host
+from peft_reft.host import Host, Stage
 from peft_reft.layer import CHILD, ReftLayer, detach_layer
 from peft_reft.root import Root
 
@@ -33,23 +34,31 @@ def attach_hosts(model: nn.Module, causal: bool, survey: Remembered | None = Non
     root = host.root if host is not None else Root(causal, [], FactorCache(), survey or Remembered(model))
     root.causal = root.causal or causal
     root.layers[:] = layers.values()
-    around = {""}
-    for name in layers:
-        parts = name.split(".")
-        around.update(".".join(parts[:depth]) for depth in range(1, len(parts)))
     roles = roles_of(model)
-    for name in sorted(around):
+    for name in sorted(around(layers)):
         module = model.get_submodule(name)
-        if name and not TOKENS & set(inspect.signature(type(module).forward).parameters):
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # never called
             continue
+        # An encoder of images takes no tokens, but `generate` runs it by itself.
+        is_side = module in roles and roles.get(model.get_submodule(name.rpartition(".")[0])) is None
+        takes_tokens = bool(TOKENS & set(inspect.signature(type(module).forward).parameters))
         if Host.of(module) is None:
             depth = len(name.split(".")) if name else 0
-            Host(module, root, roles.get(module, "router" if roles else ""), depth).attach(module)
+            kind = Host if not name or is_side or takes_tokens else Stage
+            kind(module, root, roles.get(module, "router" if roles else ""), depth).attach(module)
+        if not (takes_tokens or not name):
+            continue
         if hasattr(type(module), "generate") and not isinstance(module.__dict__.get("generate"), GenerateEntry):
             module.generate = GenerateEntry(module, root)  # type: ignore[assignment]
             if hasattr(type(module), "init_continuous_batching"):
                 module.init_continuous_batching = entry = BatchingEntry(module)  # type: ignore[assignment]
                 root.batching = entry.requests
+
+
+def around(blocks: Iterable[str]) -> set[str]:
+    """Names of the modules that blocks lie in, the model's own ("") among them."""
+    parts = [name.split(".") for name in blocks]
+    return {".".join(path[:depth]) for path in parts for depth in range(len(path))} | {""}
 
 
 def roles_of(model: Any) -> dict[nn.Module, str]:
@@ -81,8 +90,12 @@ def tidy_up(model: nn.Module) -> None:
     for name, layer in reft_layers(model).items():
         if not layer.reft_interventions:
             detach_layer(model.get_submodule(name))
-    if reft_layers(model):
+    if layers := reft_layers(model):
         attach_hosts(model, False)
+        kept = around(layers)
+        for name, module in model.named_modules():
+            if isinstance(Host.of(module), Stage) and name not in kept:
+                Host.detach(module)
     else:
         remove_reft(model)
 

@@ -97,7 +97,7 @@ class Survey:
         if len(shapes) < 2:
             return None
         rows = [traced.rows for traced in self.runs]
-        if self.runs[0].is_image:
+        if self.runs[0].is_image and self._columns(name)[0] == self.runs[0].columns:  # not a decoder of text
             return Layout(pool=OWN) if len(shapes[0]) == 3 and [shape[0] for shape in shapes] == rows else None
         layout = layout_from(shapes, rows, self._columns(name))
         if layout is not None and (layout.before or layout.padded):

@@ -99,8 +99,7 @@ def frame_of_block(inputs: tuple[Any, ...]) -> Frame | None:
     bound = next((bound for other, bound in _frames_by_input.items() if other.data_ptr() == h.data_ptr()), None)
     if bound is None:
         return frame
-    # A reentrant checkpoint runs a backward of its own, which must not run into the graph that made the factors.
-    return replace(bound, call=replace(bound.call, factors=FactorTable()))
+    return cast("Frame", bound).without_factors()
 
 
 @dataclass(eq=False)
@@ -159,6 +158,12 @@ class Frame:
         """The frame of a block that runs outside of a call and whose vectors tell all there is to know."""
         nobody = cast("Host", None)
         return cls(nobody, Call(nobody, None, None, None, None, None))
+
+    def without_factors(self) -> Frame:
+        """This frame for a reentrant checkpoint's second run of the blocks: it has a backward pass of its own, which
+        must not run into the graph that made the factors.
+        """
+        return replace(self, call=replace(self.call, factors=FactorTable()))
 
     def of_vectors(self, pool: int, columns: int) -> Frame:
         """This frame for blocks whose vectors are not those of single tokens.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,13 +16,14 @@ from torch import Tensor, nn
 
 from peft_reft.arguments import check_locations, past_length, token_device, token_shape, valid_columns, window_of
 from peft_reft.batching import paged_prompts
-from peft_reft.frame import Call, Frame, current_frame, innermost_generation, state
+from peft_reft.frame import Call, Frame, current_frame, frame_of_block, innermost_generation, state
 from peft_reft.positions import PositionSpec
 from peft_reft.prompt import Prompts, Tokens, align_shift_labels, document_starts
 from peft_reft.root import BASE, Root
 from peft_reft.scoring import warn_if_scored_blindly
 
 OWN_ARGUMENTS = ("intervention_locations", "adapter_names")  # taken out of the call: the model does not know them
+CHECKPOINT = "_gradient_checkpointing_func"  # transformers' name for it
 UNLABELLED_TRAINING = (
     "A training forward of a ReFT model got neither `labels` nor `intervention_locations`, so the whole row counts as "
     "the prompt and the last prompt token is the end of the answer. That is right for a bare forward, but wrong for a "
@@ -66,13 +68,16 @@ class Host:
 
     @classmethod
     def detach(cls, module: nn.Module) -> None:
-        """Take the hooks off again."""
+        """Take the hooks off again, and give the module its checkpoint function back."""
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
                 if isinstance(getattr(hook, "__self__", None), cls):
                     del hooks[key]
                     module._forward_pre_hooks_with_kwargs.pop(key, None)
                     module._forward_hooks_always_called.pop(key, None)
+        checkpoint = module.__dict__.get(CHECKPOINT)
+        if isinstance(checkpoint, WithFrame):
+            module.__dict__[CHECKPOINT] = checkpoint.checkpoint
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Forward pre-hook: find the prompts of this call's tokens."""
@@ -234,3 +239,56 @@ class Host:
         if isinstance(shift_labels, Tensor) and shift_labels.shape == (rows, columns):
             return align_shift_labels(shift_labels)
         return None
+
+
+class Stage(Host):
+    """The hooks on a module between a host and its blocks, around which a checkpoint may be.
+
+    The blocks are then run once more in the backward pass, when the host's call has ended, and on tensors that are
+    new. transformers keeps a module's hooks out of its checkpoint, so what it calls to make one is stood in for; where
+    a checkpoint holds the hooks, as torch's CheckpointWrapper does, the module's own input tells the call's frame.
+    """
+
+    def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Forward pre-hook: see to it that the frame of this call is there when the blocks are run once more."""
+        if torch.compiler.is_compiling():
+            return args, kwargs
+        frame = frame_of_block((*args, *kwargs.values()))
+        if frame is not None and torch._C._current_graph_task_id() != -1:
+            state.frames.append(replace(frame, host=self))
+        checkpoint = module.__dict__.get(CHECKPOINT)
+        if checkpoint is not None and not isinstance(checkpoint, WithFrame):
+            module.__dict__[CHECKPOINT] = WithFrame(checkpoint)
+        return args, kwargs
+
+    def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Forward hook, called even if the forward was ended early, as checkpoints do."""
+        if state.frames and state.frames[-1].host is self:
+            state.frames.pop()
+
+
+class WithFrame:
+    """Stands in for the function by which a module of transformers checkpoints its forward."""
+
+    def __init__(self, checkpoint: Callable[..., Any]):
+        self.checkpoint = checkpoint
+
+    def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        frame = current_frame()
+        if frame is None or torch.compiler.is_compiling():
+            return self.checkpoint(run, *args, **kwargs)
+        recorded: bool | None = None
+
+        def run_with_frame(*args: Any, **kwargs: Any) -> Any:
+            nonlocal recorded
+            if recorded is None:  # in the forward pass
+                recorded = torch.is_grad_enabled()
+                return run(*args, **kwargs)
+            depth = len(state.frames)
+            state.frames.append(frame if recorded else frame.without_factors())
+            try:
+                return run(*args, **kwargs)
+            finally:
+                del state.frames[depth:]
+
+        return self.checkpoint(run_with_frame, *args, **kwargs)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import inspect
 import sys
@@ -20,6 +21,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 import architectures
 import pytest
@@ -28,9 +30,16 @@ from architectures import DEPTH, Batch, batch_for, tiny_model
 from conftest import randomize
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from peft_reft import ReftConfig, get_interventions
+from peft_reft.host import CHECKPOINT, WithFrame
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:A training forward:UserWarning")
 
@@ -326,7 +335,8 @@ REPRESENTATIVES = [
     *[("masked", name) for name in ("bert", "modernbert", "xlm", "squeezebert", "longformer", "funnel")],
     *[("seq2seq", name) for name in ("t5", "bart", "led", "fsmt", "encoder-decoder")],
     *[("sequence", "qwen2"), ("sequence", "canine"), ("token", "deberta-v2"), ("image", "vit")],
-    *[("image-text", name) for name in ("llava", "mllama", "blip-2")],
+    ("image", "pvt_v2"),
+    *[("image-text", name) for name in ("llava", "mllama", "blip-2", "vision-encoder-decoder")],
 ]
 REFUSED = [
     ("causal", "reformer", "reversible"),
@@ -354,6 +364,102 @@ def test_the_blocks_of_a_vision_tower_are_reached_by_name():
     pattern = r".*vision_tower.*layers\.\d+"
     names = list(get_interventions(get_peft_model(base, ReftConfig(target_modules=pattern, positions="all"))))
     assert len(names) == DEPTH and all("vision_tower" in name for name in names)
+
+
+def test_a_decoder_beside_an_encoder_of_images_counts_over_its_own_prompt():
+    base = tiny_model("vision-encoder-decoder", "image-text")
+    model = get_peft_model(base, ReftConfig(target_modules=r"decoder\..*layer\.\d+", positions="f2+l2", r=2)).eval()
+    randomize(model)
+    inputs = batch_for(base, "image-text", LENGTHS).inputs
+    edits = model.get_submodule("base_model.model.decoder.bert.encoder.layer.0")
+    seen = []
+    edits.register_forward_hook(lambda block, args, output: seen.append(output))
+    labels = torch.full_like(inputs["decoder_input_ids"], -100)
+    labels[:, 2:] = 7  # predicted by the tokens in column 2 and behind it
+    with torch.no_grad():
+        model(**inputs, labels=labels)
+        with model.disable_adapter():
+            model(**inputs, labels=labels)
+    edited, plain = (output if isinstance(output, Tensor) else output[0] for output in seen)
+    changed = (edited != plain).any(-1)
+    assert changed.tolist() == [[True, True, True, False]] * len(LENGTHS)
+
+
+def test_rows_with_images_generate_with_their_own_adapters():
+    base = tiny_model("vision-encoder-decoder", "image-text")
+    common = {"target_modules": r"encoder\.layers\.\d+", "positions": "all"}  # which runs before the model does
+    model = get_peft_model(base, ReftConfig(**common)).eval()
+    model.add_adapter("other", ReftConfig(**common, intervention="direft", init_weights=False))
+    randomize(model, seed=1)
+    settings = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4, "pad_token_id": 0, "num_beams": 1}
+    settings |= {"decoder_start_token_id": 2, "return_dict_in_generate": True, "output_scores": True}
+    pixels = batch_for(base, "image-text", LENGTHS[:1]).inputs["pixel_values"].expand(3, -1, -1, -1)
+    together = model.generate(pixel_values=pixels, adapter_names=["other", "__base__", "default"], **settings)
+    alone = []
+    for row, name in enumerate(("other", None, "default")):
+        model.set_adapter(name or "default")
+        with model.disable_adapter() if name is None else contextlib.nullcontext():
+            alone.append(model.generate(pixel_values=pixels[row : row + 1], **settings))
+    for step, scores in enumerate(together.scores):
+        rows = [output.scores[step][0] for output in alone]
+        close(scores, torch.stack(rows), f"step {step}")
+        differences = [float((one - other).nan_to_num().abs().max()) for one, other in pairwise(rows)]
+        assert min(differences) > 1e-4, differences
+
+
+class Stage(nn.Module):
+    """Several blocks, which a checkpoint runs together, as the stages of some vision models."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(6, 6) for _ in range(2)])
+
+    def run(self, h: Tensor) -> Tensor:
+        for block in self.blocks:
+            h = torch.tanh(block(h))
+        return h
+
+    def forward(self, h: Tensor) -> Tensor:
+        checkpoint = getattr(self, CHECKPOINT, None)
+        return self.run(h) if checkpoint is None else checkpoint(self.run, h)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("hooks_inside", [True, False])
+def test_a_checkpoint_around_several_blocks_edits_what_the_call_did(reentrant, hooks_inside):
+    def gradients(checkpointed: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        base = nn.Sequential(Stage(), Stage())
+        config = ReftConfig(target_modules=r".*blocks\.\d", positions="f1", r=2)
+        model = randomize(get_peft_model(base, config)).train()
+        if checkpointed and hooks_inside:
+            how = CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT
+            wrapper = functools.partial(checkpoint_wrapper, checkpoint_impl=how)
+            apply_activation_checkpointing(model, wrapper, lambda module: isinstance(module, Stage))
+        elif checkpointed:
+            for stage in base:
+                setattr(stage, CHECKPOINT, functools.partial(checkpoint, use_reentrant=reentrant))
+        loss = 0.0
+        for call in range(2):  # two calls with positions of their own before one backward pass
+            h = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(call)).requires_grad_()
+            loss = loss + model(h, intervention_locations=torch.full((2, 1, 1), call)).square().sum()
+        loss.backward()
+        return [p.grad for m in get_interventions(model).values() for p in m.parameters()]
+
+    for found, expected in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+        assert expected.abs().max() > 0
+
+
+def test_unload_gives_a_module_its_checkpoint_function_back():
+    base = tiny_model("pvt_v2", "image")
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    before = [module.__dict__.get(CHECKPOINT) for module in base.modules()]
+    model = adapted(base, "image").train()
+    model(pixel_values=torch.zeros(1, 3, 32, 32))
+    assert any(isinstance(module.__dict__.get(CHECKPOINT), WithFrame) for module in base.modules())
+    after = [module.__dict__.get(CHECKPOINT) for module in model.unload().modules()]
+    assert all(one is other for one, other in zip(before, after, strict=True))
 
 
 def sweep(mapping: str, model_types: list[str]) -> dict[str, str]:

@@ -15,6 +15,7 @@ import torch
 import transformers
 from conftest import BLOCKS, HIDDEN, VOCAB, batch, inputs_of, logits, randomize, reft_model, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
 from peft_reft import ReftConfig, get_interventions, set_strength
@@ -395,6 +396,16 @@ def test_swapped_weights_show_in_the_next_forward(frozen, inputs):
     with torch.no_grad():
         next(iter(get_interventions(model).values()))[0].bias.add_(1)
     assert not torch.allclose(logits(model, inputs), want, atol=1e-3)
+
+
+def test_pefts_hotswap_says_which_methods_it_is_for_and_changes_nothing(inputs, tmp_path):
+    """It is LoRA's; `set_peft_model_state_dict` swaps ReFT's weights, see the test above."""
+    model = reft_model(tiny_model("llama"), **CAUSAL)
+    before = logits(model, inputs)
+    reft_model(tiny_model("llama"), seed=2, **CAUSAL).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Hotswapping only supports LORA but REFT was passed"):
+        hotswap_adapter(model, str(tmp_path), adapter_name="default", torch_device="cpu")
+    assert torch.equal(logits(model, inputs), before)
 
 
 # One adapter for each row.
