@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from peft.utils import peft_types
 
 NAME = "REFT"
-SUPPORTED_PEFT = SpecifierSet(">=0.21.0,<0.22")  # the same range as in pyproject.toml
+LOWEST, TOO_NEW = Version("0.21.0"), Version("0.22")
+SUPPORTED_PEFT = f">={LOWEST},<{TOO_NEW}"  # the same range as in pyproject.toml
 
 
 def check_peft_version(installed: str) -> None:
     """Raise ImportError, with both versions, if this PEFT is not supported."""
-    if not SUPPORTED_PEFT.contains(Version(installed).base_version):
+    if not LOWEST <= Version(Version(installed).base_version) < TOO_NEW:
         raise ImportError(
             f"peft_reft supports peft{SUPPORTED_PEFT}, but peft {installed} is installed. "
             f'Install a supported one: pip install "peft{SUPPORTED_PEFT}"'

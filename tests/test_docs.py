@@ -83,7 +83,7 @@ def test_pinned_versions_lie_in_the_ranges_of_pyproject():
 
 def test_the_range_of_peft_is_stated_once_in_two_places():
     (peft,) = [requirement for requirement in requirements("dependencies") if requirement.name == "peft"]
-    assert peft.specifier == SpecifierSet(str(SUPPORTED_PEFT))
+    assert peft.specifier == SpecifierSet(SUPPORTED_PEFT)
 
 
 def test_version_is_the_same_everywhere():

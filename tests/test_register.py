@@ -15,6 +15,7 @@ from pathlib import Path
 import peft
 import pytest
 from conftest import tiny_model
+from packaging.specifiers import SpecifierSet
 from peft import PeftConfig, get_peft_config, get_peft_model
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -271,7 +272,7 @@ def test_an_unsupported_peft_is_refused_at_import_and_left_as_it_was():
 def test_an_unsupported_version_is_refused_with_both_versions(installed):
     with pytest.raises(ImportError, match=rf"peft {re.escape(installed)} is installed") as error:
         check_peft_version(installed)
-    for specifier in SUPPORTED_PEFT:
+    for specifier in SpecifierSet(SUPPORTED_PEFT):
         assert str(specifier) in str(error.value)
 
 
@@ -285,4 +286,4 @@ def test_a_supported_version_is_accepted(installed):
 def test_the_supported_range_is_that_of_pyproject():
     pyproject = (Path(peft_reft.__file__).parents[1] / "pyproject.toml").read_text()
     (dependency,) = re.findall(r'"peft([<>=!~][^"]*)"', pyproject)
-    assert set(dependency.split(",")) == {str(specifier) for specifier in SUPPORTED_PEFT}
+    assert set(dependency.split(",")) == {str(specifier) for specifier in SpecifierSet(SUPPORTED_PEFT)}
