@@ -43,7 +43,13 @@ ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 
 
 def llama(
-    hidden: int = 768, blocks: int = 12, intermediate: int = 2048, vocab: int = 32000, **changes: Any
+    hidden: int = 768,
+    blocks: int = 12,
+    intermediate: int = 2048,
+    vocab: int = 32000,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
 ) -> nn.Module:
     """A Llama with seeded random weights, frozen, in eval mode."""
     torch.manual_seed(0)
@@ -51,7 +57,9 @@ def llama(
     config = LlamaConfig(
         hidden_size=hidden, num_hidden_layers=blocks, intermediate_size=intermediate, vocab_size=vocab, **settings
     )
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
+    with torch.device(device):
+        model = LlamaForCausalLM._from_config(config, dtype=dtype)
+    return model.eval().requires_grad_(False)
 
 
 def with_same_weights(model: nn.Module) -> nn.Module:
