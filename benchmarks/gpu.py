@@ -3,8 +3,8 @@
     python benchmarks/gpu.py                                   # one GPU with 40 GB or more
     python benchmarks/gpu.py --device cpu --hidden 64 --blocks 2 --rounds 2 --no-write   # does it run
 
-The work: 4 x 512 tokens with labels on the last half; LoReFT r=4, f4+l4, weights shared, on all blocks. Base, floor (one
-vector trained behind the first block) and the methods share one set of base weights. Times are ratios within a round,
+The work: 4 x 512 tokens with labels on the last half; LoReFT r=4, f4+l4, weights shared, on all blocks. Base, floor
+(one vector trained behind the first block) and the methods share one set of base weights. Times are ratios in a round,
 as in overhead.py; peak memory is torch's; kernels are what the profiler sees on the device (on a CPU: operations).
 """
 
