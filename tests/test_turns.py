@@ -84,6 +84,17 @@ def test_labels_that_cover_the_prompt_leave_its_end_to_the_marker(masked, turns,
     assert batch["intervention_locations"].flatten().tolist() == [0, column]
 
 
+def test_labels_that_show_a_prompt_are_believed_and_the_marker_is_not_looked_at():
+    """The shortest prompt that labels can show has two tokens: the first token is never predicted."""
+    model, ids = family(prompt_end=MARKER), conversation(2, 6)
+    labels = ids.masked_fill(torch.arange(10) < 2, -100)
+    assert_edits(model, {"input_ids": ids}, [0, 1], labels=labels)
+    batch = ReftDataCollator(default_data_collator, ReftConfig(positions="f1+l1", prompt_end=MARKER))(
+        [{"input_ids": ids[0], "labels": labels[0]}]
+    )
+    assert batch["intervention_locations"].flatten().tolist() == [0, 1]
+
+
 def test_a_row_without_the_marker_warns_once_and_is_all_prompt():
     model = family(prompt_end=MARKER)
     with pytest.warns(UserWarning, match=r"without the marker prompt_end=\[7, 8\]"):
