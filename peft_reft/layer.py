@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -173,11 +173,11 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         scale = self.scaling[name]
         return sites if sites is None or scale == 1 else sites._replace(keep=sites.keep * scale)
 
-    def _edits_by_row(self, names: Sequence[str], h: Tensor, frame: Frame) -> Iterable[tuple[str, Sites | None, Any]]:
+    def _edits_by_row(self, names: Sequence[str], h: Tensor, frame: Frame) -> Iterator[tuple[str, Sites | None, Any]]:
         """The edits of a batch whose rows have adapters of their own: one gather, batched products and one scatter
         for all that multiply with the same kinds of factors.
 
-        Returns:
+        Yields:
             For each kind: one of its adapters, the places, and the factors [B, G, r, d].
         """
         own: Any = self.reft_interventions._modules
@@ -188,9 +188,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             else None
             for name in names
         )
-        for members, sites in frame.once(
-            (rows, self.training, h.shape[1], h.device), lambda: self._passes(rows, h, frame)
-        ):
+        key = (rows, self.training, h.shape[1], h.device, frame.pool)
+        for members, sites in frame.once(key, lambda: self._passes(rows, h, frame)):
             some = next(name for name in members if name is not None)
             yield some, sites, frame.factors_by_row(self, members)
 
