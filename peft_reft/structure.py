@@ -27,6 +27,15 @@ def size_of(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def input_embedding(model: Any) -> nn.Module | None:
+    """The module that embeds the tokens; None for models that have none, or cannot say which it is."""
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError, TypeError):  # plain modules; none; several inputs
+        return None
+    return embedding if isinstance(embedding, nn.Module) else None
+
+
 def _text_stacks(model: Any) -> list[tuple[str, nn.Module]]:
     """The modules in which to look for one list of blocks each: encoder and decoder, or the home of the text."""
     config = getattr(model, "config", None)
@@ -34,10 +43,7 @@ def _text_stacks(model: Any) -> list[tuple[str, nn.Module]]:
         names = {module: name for name, module in model.named_modules()}
         stacks = [model.get_encoder(), model.get_decoder()]
         return [(names[stack], stack) for stack in stacks if stack in names]
-    try:
-        embedding = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        embedding = None
+    embedding = input_embedding(model)
     path = next((name for name, module in model.named_modules() if module is embedding), "")
     # The smallest part of the model that holds both the input embedding and a list of blocks.
     while path:

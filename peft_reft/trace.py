@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PretrainedConfig
 
 from peft_reft.layout import hidden_state_of
+from peft_reft.structure import input_embedding
 
 _HOOKS = [name for name in nn.Module().__dict__ if "hook" in name and name != "_is_full_backward_hook"]
 _OWN_STATE = {"_parameters", "_buffers", "_modules", "forward", "generate", "_compiled_call_impl", *_HOOKS}
@@ -203,7 +204,7 @@ def run(model: nn.Module, entry: str, rows: int, columns: int, ids_per_row: int 
             record.events.append(Event(name, inputs, hidden_state_of(output)))
 
         hooks.append(module.register_forward_hook(hook, with_kwargs=True))
-    embedding = _input_embedding(clone)
+    embedding = input_embedding(clone)
     for module in clone.modules():  # tied embeddings are modules of their own
         if module is embedding or (isinstance(module, nn.Embedding) and _same_table(module, embedding)):
             module.register_forward_hook(_distinct_vectors, prepend=True)
@@ -221,7 +222,7 @@ def codebooks(model: nn.Module) -> list[int]:
 
 def entries(model: nn.Module) -> list[str]:
     """The modules that may be run on tokens alone: the model, and what lies between it and its input embedding."""
-    embedding = _input_embedding(model)
+    embedding = input_embedding(model)
     path = next((name for name, module in model.named_modules() if module is embedding), "")
     names = [""]
     while "." in path:
@@ -229,14 +230,6 @@ def entries(model: nn.Module) -> list[str]:
         if "input_ids" in inspect.signature(type(model.get_submodule(path)).forward).parameters:
             names.insert(1, path)
     return names
-
-
-def _input_embedding(model: nn.Module) -> nn.Module | None:
-    try:
-        embedding = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError, TypeError):
-        return None
-    return embedding if isinstance(embedding, nn.Module) else None
 
 
 def _same_table(module: nn.Embedding, embedding: nn.Module | None) -> bool:
@@ -284,7 +277,7 @@ def _image_shape(config: Any) -> tuple[int, ...]:
 def _usable_ids(module: nn.Module, count: int) -> list[int]:
     """Token ids without a special meaning (padding, an image, the end), as far as the config tells."""
     special: set[int] = set()
-    embedding = _input_embedding(module)
+    embedding = input_embedding(module)
     size = getattr(embedding, "num_embeddings", None) or 1000
     config = getattr(module, "config", None)
     settings = [config.to_dict()] if isinstance(config, PretrainedConfig) else []
