@@ -99,6 +99,8 @@ def main() -> None:
         blocks=arguments.blocks,
         intermediate=arguments.hidden * 43 // 16,
         vocab=32000,
+        num_attention_heads=max(1, arguments.hidden // 128),
+        num_key_value_heads=max(1, arguments.hidden // 128),
         device=arguments.device,
         dtype=torch.bfloat16,
     )
