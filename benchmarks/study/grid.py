@@ -11,12 +11,12 @@ from benchmarks.study.methods import Method
 
 # Learning rates that are tried for each method, on the validation split: as many for all.
 RATES = {
-    "reft": (1e-3, 3e-3, 1e-2),
-    "lora": (3e-4, 1e-3, 3e-3),
-    "ia3": (3e-3, 1e-2, 3e-2),
-    "bitfit": (1e-3, 3e-3, 1e-2),
-    "head": (1e-2, 3e-2, 1e-1),
-    "full": (3e-5, 1e-4, 3e-4),
+    "reft": (3e-4, 1e-3, 3e-3, 1e-2),
+    "lora": (3e-4, 1e-3, 3e-3, 1e-2),
+    "ia3": (3e-3, 1e-2, 3e-2, 1e-1),
+    "bitfit": (1e-3, 3e-3, 1e-2, 3e-2),
+    "head": (1e-2, 3e-2, 1e-1, 3e-1),
+    "full": (1e-5, 3e-5, 1e-4, 3e-4),
 }
 
 
@@ -81,7 +81,7 @@ ABLATIONS = {
     "initialisation": {"random": changed(init_weights=False)},
     "equation": {name: changed(intervention=name) for name in ("noreft", "direft", "odireft", "consreft", "lobireft")},
 }
-ABLATED_RATES = (3e-4, 1e-3, 1e-2, 3e-2)  # and the one that was found
+ABLATED_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # the one that was found is among them, or comes to them
 
 # The language model: one rate for each kind, from a few trials. They are higher than the encoder's: it is narrow.
 CAUSAL_RATES = {"reft": 3e-2, "lora": 6e-3, "full": 1e-3}
