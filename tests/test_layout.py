@@ -21,6 +21,7 @@ ORDER = [
     ["register"],
     ["__init__"],
     # What stands beside the tuner, and is imported by those who use it.
+    ["reading"],
     ["info.reading", "info.measuring", "info.words"],
     ["info.adapter"],
     ["info.command"],
@@ -33,7 +34,7 @@ ORDER = [
     ["inspect.__init__"],
     ["convert.rotation", "convert.structure", "convert.locations", "children.__init__", "search.space"],
     ["convert.conversion", "children.sitecustomize", "search.attempt"],
-    ["convert.reading", "convert.writing", "search.picture"],
+    ["convert.writing", "search.picture"],
     ["convert.pyreft", "search.study"],
     ["convert.adapterhub", "convert.export", "search.__init__"],
     ["convert.__init__"],

@@ -15,9 +15,9 @@ from peft_reft.convert.conversion import Conversion, ConversionError, Edit
 from peft_reft.convert.export import is_ours, read_adapter, write_pyreft
 from peft_reft.convert.locations import adapterhub_locations, pyreft_locations
 from peft_reft.convert.pyreft import find_checkpoint, read_pyreft
-from peft_reft.convert.reading import read_json
 from peft_reft.convert.structure import ModelLike, Structure
 from peft_reft.convert.writing import write_adapter
+from peft_reft.reading import read_json
 
 __all__ = [
     "Conversion",
@@ -67,6 +67,7 @@ def from_pyreft(
 
     Raises:
         ConversionError: a ValueError that says why the checkpoint cannot be converted, and what to do.
+        ValueError: if a file of it is damaged, or not safe to open.
     """
     source = Path(src)
     directory = find_checkpoint(source)

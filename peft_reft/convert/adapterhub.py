@@ -16,9 +16,9 @@ from transformers.activations import ACT2FN
 
 from peft_reft.convert.conversion import Conversion, ConversionError, Edit, assemble
 from peft_reft.convert.pyreft import natural
-from peft_reft.convert.reading import read_json, read_tensors
 from peft_reft.convert.rotation import orthogonal_weight
 from peft_reft.convert.structure import Structure, task_of
+from peft_reft.reading import read_json, read_tensors
 
 KEY = re.compile(r"(?P<block>.+)\.reft_layer\.refts\.(?P<adapter>[^.]+)\.units\.(?P<unit>[01])\.(?P<tensor>.+)")
 ROTATION = "projection.parametrizations.weight."

@@ -7,7 +7,6 @@ its config on the meta device, which takes no memory; no code of a model that is
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable
 from typing import Any, TypeAlias, Union
 
@@ -24,6 +23,7 @@ from transformers import (
 )
 
 from peft_reft.blocks import Survey
+from peft_reft.reading import one_line
 
 TASK_TYPES = {
     "ForCausalLM": "CAUSAL_LM",
@@ -157,9 +157,3 @@ def on_meta(model: str | os.PathLike[str] | PretrainedConfig) -> nn.Module:
             f"No {getattr(build, '__name__', 'model')} can be built from the config of {type(config).__name__} "
             f"({one_line(error)}). Pass the model itself, from Python: model=..."
         ) from error
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message, with its class."""
-    text = re.sub(r"\s+", " ", str(error)).strip()
-    return f"{type(error).__name__}: {text[:200]}"

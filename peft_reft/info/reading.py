@@ -6,19 +6,15 @@ tensors only).
 
 from __future__ import annotations
 
-import json
-import pickle
 import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from peft_reft.numbering import block_number
+from peft_reft.reading import read_json, read_tensors
 
 KEY = re.compile(r"(?:base_model\.model\.)?(?P<block>.+)\.reft\.reft_interventions\.(?P<group>\d+)\.(?P<name>.+)")
 AUTO_CLASSES = {  # the class of transformers that makes the base model, by task type
@@ -49,14 +45,11 @@ def read_config(directory: Path) -> dict[str, Any]:
             f"{str(directory)!r} {what} {CONFIG_NAME}, so it is no saved adapter. Give the directory that "
             f"save_pretrained wrote (a download of it, if it is on the hub).{hint}"
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is not JSON: {error}") from error
-    kind = config.get("peft_type") if isinstance(config, dict) else None
+    config = read_json(path)
+    kind = config.get("peft_type")
     if kind != "REFT":
         raise ValueError(f"{str(directory)!r} holds an adapter of the type {kind!r}, and not one of the type 'REFT'.")
-    return dict(config)
+    return config
 
 
 def weights_file(directory: Path) -> Path:
@@ -77,18 +70,9 @@ def read_interventions(file: Path) -> tuple[Parameters, dict[str, Tensor]]:
     Raises:
         ValueError: if the file cannot be read, or holds no intervention.
     """
-    try:
-        if file.suffix == ".safetensors":
-            tensors = load_file(file)
-        else:
-            tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{str(file)!r} holds weights that cannot be read: {error}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{str(file)!r} cannot be read: it does not hold tensors by name.")
     found: Parameters = {}
     others = {}
-    for key, tensor in tensors.items():
+    for key, tensor in read_tensors(file).items():
         match = KEY.fullmatch(key)
         if match is None:
             others[key] = tensor
