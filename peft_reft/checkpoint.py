@@ -1,7 +1,7 @@
-"""Checking an adapter's tensors against the model before any of them is loaded.
+"""Checking an adapter against the model before any of its tensors is loaded.
 
 PEFT loads what fits and reports the rest as missing keys; an adapter that fits half a model would then run, with
-some blocks edited and others not.
+some blocks edited and others not. And where it puts new weights in the place of old ones, it keeps the old config.
 """
 
 from __future__ import annotations
@@ -10,6 +10,19 @@ from collections.abc import Iterable, Mapping
 
 from peft.config import PeftConfig
 from torch import Tensor
+
+# Settings that say what weights mean, and that the names and shapes of interventions do not show.
+MEANING = (
+    "intervention",
+    "positions",
+    "share_weights",
+    "share_layers",
+    "prompt_end",
+    "turns",
+    "act_fn",
+    "trainable_token_indices",
+    "modules_to_save",
+)
 
 
 def mismatch(saved: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -47,6 +60,23 @@ def does_not_fit(model: object, reason: str, config: PeftConfig) -> str:
     return (
         f"This ReFT adapter does not fit {type(model).__name__}: {reason}. Load it into the model it was "
         f"trained on (base_model_name_or_path={config.base_model_name_or_path!r})."
+    )
+
+
+def other_meaning(new: PeftConfig, current: PeftConfig) -> str | None:
+    """Which setting gives the weights of two adapters different meanings, in words; None if there is none."""
+    for name in MEANING:
+        ours, theirs = getattr(current, name), getattr(new, name)
+        if ours != theirs and (name != "modules_to_save" or {*(ours or ())} != {*(theirs or ())}):
+            return f"{name} is {theirs!r} in the new adapter and {ours!r} in the one that it would replace"
+    return None
+
+
+def cannot_replace(adapter_name: str, reason: str) -> str:
+    """The message of the error for weights that cannot take the place of an adapter's."""
+    return (
+        f"The weights of adapter {adapter_name!r} cannot be replaced, and are what they were: {reason}. Load the new "
+        "adapter under another name with load_adapter; delete_adapter removes the old one."
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,12 +16,19 @@ from torch import Tensor, nn
 
 from peft_reft.attach import attach_hosts, is_causal_lm, reft_layers, remove_reft, tidy_up
 from peft_reft.blocks import Remembered, refuse_unsound
-from peft_reft.checkpoint import blocks_of, does_not_fit, intervention_shapes, mismatch
+from peft_reft.checkpoint import (
+    blocks_of,
+    cannot_replace,
+    does_not_fit,
+    intervention_shapes,
+    mismatch,
+    other_meaning,
+)
 from peft_reft.config import ReftConfig, prompt_end_ids
 from peft_reft.frame import adapter_names_scope
 from peft_reft.host import Host
 from peft_reft.layer import CHILD, ReftLayer, attach_layer
-from peft_reft.native import CheckedLoading
+from peft_reft.native import CheckedLoading, call_of
 from peft_reft.structure import device_and_dtype
 from peft_reft.targets import check_shapes, choose_targets, own_name, rank_of
 
@@ -188,6 +194,7 @@ class ReftModel(BaseTuner):
             remove_if_being_loaded(model, adapter_name)
             base = model.get_base_model() if isinstance(model, PeftModel) else model
             raise ValueError(does_not_fit(base, reason, config))
+        refuse_another_meaning(adapter_name, config)
         for layer in reft_layers(model).values():
             layer.being_loaded.pop(adapter_name, None)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
@@ -230,11 +237,22 @@ def peft_is_loading() -> bool:
 
     PEFT creates an adapter before it reads the weights, and does not say for which purpose.
     """
-    loaders = (PeftModel.load_adapter.__code__, PeftModel.from_pretrained.__func__.__code__)
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code not in loaders:
-        frame = frame.f_back
-    return frame is not None
+    return call_of(PeftModel.load_adapter, PeftModel.from_pretrained.__func__) is not None
+
+
+def refuse_another_meaning(adapter_name: str, config: PeftConfig) -> None:
+    """`load_adapter` with the name of an adapter that is there already: PEFT loads its weights and keeps the config.
+
+    Raises:
+        ValueError: if the saved adapter's own config gives these weights another meaning.
+    """
+    call = call_of(PeftModel.load_adapter)
+    if call is None or "peft_config" in call.f_locals:  # it was made for these weights, by their config
+        return
+    saved = PeftConfig.from_pretrained(call.f_locals["model_id"], **call.f_locals["hf_hub_download_kwargs"])
+    reason = other_meaning(saved, config) if saved.peft_type == config.peft_type else None
+    if reason is not None:
+        raise ValueError(cannot_replace(adapter_name, reason))
 
 
 def remove_if_being_loaded(model: nn.Module, adapter_name: str) -> None:

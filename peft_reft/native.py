@@ -2,11 +2,15 @@
 
 What keeps an adapter from fitting is worked out in checkpoint.py; here is only how to get between transformers and
 its loading. An adapter that does not fit is removed again, as it is by PEFT's ways of loading.
+
+PEFT and transformers do not say for which purpose an adapter is created or weights are set: `call_of` looks.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 from peft.config import PeftConfig
@@ -18,6 +22,15 @@ from peft_reft.attach import tidy_up
 from peft_reft.checkpoint import does_not_fit, intervention_shapes, mismatch
 
 LOADER = "_load_pretrained_model"  # the method of transformers' models that reads a checkpoint into one
+
+
+def call_of(*functions: Callable[..., Any]) -> FrameType | None:
+    """The innermost call of one of these functions that is under way; None if there is none."""
+    codes = [function.__code__ for function in functions]
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code not in codes:
+        frame = frame.f_back
+    return frame
 
 
 class CheckedLoading:
@@ -35,9 +48,7 @@ class CheckedLoading:
     @classmethod
     def begun(cls, model: nn.Module, adapter_name: str) -> CheckedLoading | None:
         """If transformers' `load_adapter` is about to inject this adapter into the model; else None."""
-        frame = inspect.currentframe()
-        while frame is not None and frame.f_code is not PeftAdapterMixin.load_adapter.__code__:
-            frame = frame.f_back
+        frame = call_of(PeftAdapterMixin.load_adapter)
         return cls(model, adapter_name) if frame is not None and frame.f_locals.get("self") is model else None
 
     def expect(self, config: PeftConfig) -> None:

@@ -6,19 +6,22 @@ Saving, loading, unloading and what is refused on loading are in test_checkpoint
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 
+import accelerate
 import peft
 import pytest
 import torch
 import transformers
 from conftest import BLOCKS, HIDDEN, VOCAB, batch, inputs_of, logits, randomize, reft_model, tiny_model
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
-from peft.utils.hotswap import hotswap_adapter
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from torch import nn
 
 from peft_reft import ReftConfig, get_interventions, set_strength
+from peft_reft.checkpoint import MEANING
 
 CAUSAL = {"task_type": "CAUSAL_LM"}
 LORA = {"target_modules": ["q_proj", "v_proj"], "r": 2, "init_lora_weights": False}
@@ -398,14 +401,177 @@ def test_swapped_weights_show_in_the_next_forward(frozen, inputs):
     assert not torch.allclose(logits(model, inputs), want, atol=1e-3)
 
 
-def test_pefts_hotswap_says_which_methods_it_is_for_and_changes_nothing(inputs, tmp_path):
-    """It is LoRA's; `set_peft_model_state_dict` swaps ReFT's weights, see the test above."""
-    model = reft_model(tiny_model("llama"), **CAUSAL)
-    before = logits(model, inputs)
-    reft_model(tiny_model("llama"), seed=2, **CAUSAL).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="Hotswapping only supports LORA but REFT was passed"):
-        hotswap_adapter(model, str(tmp_path), adapter_name="default", torch_device="cpu")
+SWAPPED = {
+    "loreft": ("llama", None, {}),
+    "own_weights": ("llama", None, {"intervention": "direft", "share_weights": False, "positions": "f2+l2"}),
+    "shared_by_blocks": ("llama", None, {"share_layers": True, "intervention": "noreft", "act_fn": "relu"}),
+    "head": ("bert", "classifier", {"task_type": "SEQ_CLS"}),
+    "tokens": ("llama", None, {"trainable_token_indices": [5, 6], "layers_to_transform": [0, 2]}),
+}
+
+
+def saved_adapter(path, seed: int, family: str = "llama", head: str | None = None, **settings) -> str:
+    """The directory of a random adapter: interventions, heads and tokens."""
+    model = reft_model(tiny_model(family, head), seed, **settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name or "trainable_tokens_delta" in name:
+                parameter.add_(torch.randn(parameter.shape))
+    model.save_pretrained(path)
+    return str(path)
+
+
+def loaded(path: str, family: str = "llama", head: str | None = None, **kwargs) -> PeftModel:
+    return PeftModel.from_pretrained(tiny_model(family, head), path, **kwargs)
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+@pytest.mark.parametrize("kind", SWAPPED)
+def test_hotswap_gives_the_model_that_loading_gives_in_place(kind, is_trainable, inputs, tmp_path):
+    family, head, settings = SWAPPED[kind]
+    inputs["input_ids"][:, 1] = 5  # a token that is trained
+    old, new = (saved_adapter(tmp_path / name, seed, family, head, **settings) for seed, name in enumerate("ab"))
+    model = loaded(old, family, head, is_trainable=is_trainable).eval()
+    model.load_adapter(old, "beside")
+    before, fresh = logits(model, inputs), loaded(new, family, head)
+    set_strength(model, 0.5)
+    places = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    hotswap_adapter(model, new, "default", torch_device="cpu")
+    assert torch.equal(logits(model, inputs), logits(fresh, inputs))
+    assert not torch.allclose(logits(model, inputs), before, atol=1e-2)
+    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == places
+    own = get_peft_model_state_dict(fresh)
+    assert all(torch.equal(tensor, own[name]) for name, tensor in get_peft_model_state_dict(model).items())
+    model.set_adapter("beside")
     assert torch.equal(logits(model, inputs), before)
+    hotswap_adapter(model, old, "default", torch_device="cpu")  # and back, while it is not active
+    model.set_adapter("default")
+    assert torch.equal(logits(model, inputs), before)
+
+
+def test_hotswap_looks_at_the_adapter_that_is_replaced_and_not_at_the_active_one(inputs, tmp_path):
+    model = two_adapters()
+    active = logits(model, inputs)
+    new = saved_adapter(tmp_path, 3, intervention="direft", positions="all", **CAUSAL)
+    hotswap_adapter(model, new, "b", torch_device="cpu")
+    assert torch.equal(logits(model, inputs), active)
+    model.set_adapter("b")
+    assert torch.equal(logits(model, inputs), logits(loaded(new), inputs))
+
+
+def test_a_compiled_model_is_not_compiled_again_by_hotswap(tmp_path, inputs):
+    old, new = (saved_adapter(tmp_path / name, seed, **CAUSAL) for seed, name in enumerate("ab"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = torch.compile(loaded(old), fullgraph=True, backend="eager")
+    before = logits(model, inputs)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for path in (new, old, new):
+            hotswap_adapter(model, path, "default", torch_device="cpu")
+            got = logits(model, inputs)
+            torch.testing.assert_close(got, logits(loaded(path), inputs))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch.allclose(got, before, atol=1e-2)
+
+
+PLAIN_SETTINGS = {"r": 2, "positions": "f1+l1", **CAUSAL}
+OTHER_MEANING = [
+    ({"positions": "f1+l2"}, r"positions is 'f1\+l2' in the new adapter and 'f1\+l1' in the one"),
+    ({"intervention": "noreft"}, "intervention is 'noreft'"),
+    ({"share_weights": False, "positions": "f1+l1"}, "share_weights is False"),
+    ({"share_layers": True}, "share_layers is True"),
+    ({"prompt_end": [7]}, r"prompt_end is \[7\]"),
+    ({"turns": "all"}, "turns is 'all'"),
+    ({"act_fn": "relu"}, "act_fn is 'relu'"),
+    ({"trainable_token_indices": [3]}, r"trainable_token_indices is \[3\]"),
+    ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]"),
+]
+OTHER_TENSORS = [
+    ({"r": 3}, r"is \[3, 32\] in the adapter and \[2, 32\] in this model: another rank"),
+    ({"layers_to_transform": [0, 1]}, "the adapter has 2 edited blocks, this model 3"),
+]
+
+
+@pytest.mark.parametrize("settings, message", OTHER_MEANING + OTHER_TENSORS, ids=str)
+def test_hotswap_of_an_adapter_with_other_settings_is_refused_and_changes_nothing(settings, message, inputs, tmp_path):
+    model = loaded(saved_adapter(tmp_path / "old", 1, **PLAIN_SETTINGS))
+    new = saved_adapter(tmp_path / "new", 2, **{**PLAIN_SETTINGS, **settings})
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    set_strength(model, 0.5)
+    want = logits(model, inputs)
+    with pytest.raises(ValueError, match=f"weights of adapter 'default' cannot be replaced, .*{message}"):
+        hotswap_adapter(model, new, "default", torch_device="cpu")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(logits(model, inputs), want)
+
+
+@pytest.mark.parametrize("settings, message", OTHER_MEANING, ids=str)
+def test_loading_weights_of_another_meaning_onto_an_adapter_is_refused(settings, message, inputs, tmp_path):
+    """PEFT reads the config of new adapters only: old positions would edit with new weights."""
+    model = loaded(saved_adapter(tmp_path / "old", 1, **PLAIN_SETTINGS))
+    new = saved_adapter(tmp_path / "new", 2, **{**PLAIN_SETTINGS, **settings})
+    want = logits(model, inputs)
+    if {"share_layers", "share_weights"} & settings.keys():  # seen in the names of the weights, too
+        message = "does not fit .* (1 edited blocks|another intervention or share_weights)"
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(new, "default")
+    assert torch.equal(logits(model, inputs), want)
+    model.load_adapter(new, "another")
+    model.set_adapter("another")
+    assert torch.equal(logits(model, inputs), logits(loaded(new), inputs))
+
+
+def test_hotswap_of_a_head_for_more_classes_is_refused(tmp_path):
+    head = {"task_type": "SEQ_CLS"}
+    model = loaded(saved_adapter(tmp_path / "old", 1, "bert", "classifier", **head), "bert", "classifier")
+    three = reft_model(tiny_model("bert", "classifier", num_labels=3), **head)
+    three.save_pretrained(tmp_path / "new")
+    with pytest.raises(
+        ValueError, match=r"another shape: base_model.model.classifier.bias, .*classifier.weight\. Load"
+    ):
+        hotswap_adapter(model, str(tmp_path / "new"), "default", torch_device="cpu")
+
+
+def test_hotswap_of_an_offloaded_adapter_is_refused(tmp_path):
+    """There is no tensor to write to in place, and torch would say nothing."""
+    old = saved_adapter(tmp_path, 1, **CAUSAL)
+    with pytest.raises(ValueError, match="they are offloaded"):
+        hotswap_adapter(accelerate.cpu_offload(loaded(old)), old, "default", torch_device="cpu")
+
+
+def test_each_setting_is_compared_seen_in_the_tensors_or_only_for_training():
+    in_tensors = {"r", "rank_pattern", "layers_to_transform", "target_modules", "exclude_modules"}
+    own = {field.name for field in dataclasses.fields(ReftConfig)} - {f.name for f in dataclasses.fields(PeftConfig)}
+    assert own == {*MEANING, *in_tensors, "dropout", "init_weights"}
+
+
+def test_hotswap_needs_an_adapter_of_that_name(tmp_path):
+    model, new = two_adapters(), saved_adapter(tmp_path, 3, **CAUSAL)
+    with pytest.raises(ValueError, match=r"no ReFT adapter 'c' whose .* its adapters are \['a', 'b'\]"):
+        hotswap_adapter(model, new, "c", torch_device="cpu")
+
+
+def test_transformers_and_lora_s_own_ways_of_hotswapping_refuse_reft(tmp_path):
+    old = saved_adapter(tmp_path, 1, **CAUSAL)
+    with pytest.raises(ValueError, match="No adapter layers found on the model, make sure call"):
+        prepare_model_for_compiled_hotswap(loaded(old))
+    base = tiny_model("llama")
+    base.load_adapter(old, "default")
+    with pytest.raises(ValueError, match="Hotswapping is currently only supported for LoRA"):
+        base.load_adapter(old, "default", hotswap=True)
+
+
+def test_hotswap_of_lora_is_what_it_was(inputs, tmp_path):
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        lora = get_peft_model(tiny_model("llama"), LoraConfig(**{**LORA, "r": 2 + seed}, lora_alpha=3, **CAUSAL))
+        lora.save_pretrained(tmp_path / name)
+    model = loaded(tmp_path / "a")
+    hotswap_adapter(model, str(tmp_path / "b"), "default", torch_device="cpu")
+    assert torch.equal(logits(model, inputs), logits(loaded(tmp_path / "b"), inputs))
+    reft = saved_adapter(tmp_path / "reft", 1, **CAUSAL)
+    with pytest.raises(ValueError, match="Incompatible PEFT types found: LORA and REFT"):
+        hotswap_adapter(model, reft, "default", torch_device="cpu")
 
 
 # One adapter for each row.

@@ -184,6 +184,33 @@ def test_importing_before_peft_works():
     assert out.split()[-2:] == ["LoraModel", "ReftModel"]
 
 
+def test_a_hotswap_that_was_imported_before_takes_reft_and_is_wrapped_once(tmp_path):
+    out = succeed(
+        """
+        import importlib
+        from peft.utils import hotswap
+        from peft.utils.hotswap import hotswap_adapter
+        pefts = hotswap.hotswap_adapter_from_state_dict
+
+        import peft_reft
+        from peft import get_peft_model
+        importlib.reload(peft_reft)
+        bases = [tiny(), tiny()]
+        models = [get_peft_model(base, peft_reft.ReftConfig(init_weights=False)) for base in bases]
+
+        def equal():
+            return all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models)))
+
+        models[0].save_pretrained(sys.argv[1])
+        before = equal()
+        hotswap_adapter(models[1], sys.argv[1], "default", torch_device="cpu")
+        print(before, equal(), hotswap.hotswap_adapter_from_state_dict.__wrapped__ is pefts)
+        """,
+        str(tmp_path),
+    )
+    assert out.split()[-3:] == ["False", "True", "True"]
+
+
 # Other processes.
 
 
