@@ -88,7 +88,6 @@ def allow_hotswap() -> None:
     """
     from peft.utils import hotswap
 
-    from peft_reft.hotswap import swap_weights
     from peft_reft.model import ReftModel
 
     peft_type = peft_types.PeftType[NAME]
@@ -100,6 +99,8 @@ def allow_hotswap() -> None:
     ) -> None:
         if config.peft_type != peft_type:
             return pefts(model, state_dict, adapter_name, config, parameter_prefix)
+        from peft_reft.hotswap import swap_weights  # when it is needed: imports of the package are kept short
+
         return swap_weights(model, state_dict, adapter_name, config, ReftModel.prefix)
 
     hotswap.hotswap_adapter_from_state_dict = hotswap_adapter_from_state_dict
