@@ -178,7 +178,7 @@ def test_a_task_is_scored_by_the_answers_to_its_rows(tmp_path):
     result = generating.score(
         rows, ["6 * 200 = 1,200. The answer is 1200.", "11. The answer is 17."], tmp_path / "x.jsonl"
     )
-    assert result == {"score": 0.5, "careful": 0.5, "rows": 2}
+    assert result == {"score": 0.5, "careful": 0.5, "rows": 2, "too_long": 0}
     written = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["read"]["careful"] for line in written] == [1200, 17]
     assert [line["gold"] for line in written] == [1200, 18]

@@ -17,7 +17,8 @@ TOLERANCE = 1e-3  # how far a number may be from the right one, as in both sourc
 
 # A phrase behind which the final answer stands.
 _ANNOUNCED = re.compile(r"(?:\banswer\s*(?:is|:|=|would be|should be)|####)\s*:?\s*(?:option\s*)?", re.IGNORECASE)
-_DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?"
+_GROUPED = r"(?:(?<=[$€£])\d{1,3}(?: \d{3})+(?![\d,/])|\d{1,3}(?:,\d{3})+(?!\d))"
+_DECIMAL = rf"(?:{_GROUPED}(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?"
 _NUMBER = re.compile(
     r"(?P<sign>(?<![\w)\]])-(?=[$€£.\d])|\A\s*-\s|(?<==\s)-\s)?[$€£]?(?P<inner>(?<=[$€£])-)?(?<![A-Za-z_\d.])"
     rf"(?:(?P<whole>\d+)\s+(?=\d+\s?/\s?\d))?(?P<value>{_DECIMAL})(?:\s?/\s?(?P<divisor>{_DECIMAL}))?"
@@ -70,8 +71,8 @@ def careful_option(text: str, instruction: str) -> str | None:
 def careful_number(text: str) -> float | None:
     """The number that is announced as the answer, or else the last one; None if there is none.
 
-    Commas only group thousands, a minus between two operands is no sign, "3/4" and "1 1/2" are fractions, percent and
-    currency signs are left out. Of an equation the right side counts.
+    Commas group thousands, and blanks do behind a currency sign; a minus between two operands is no sign, "3/4" and
+    "1 1/2" are fractions, percent and currency signs are left out. Of an equation the right side counts.
 
     >>> careful_number("5 - 3 = 2, and 2 * 600 = 1,200. The answer is $1,200. That took 3 steps.")
     1200.0
@@ -121,12 +122,17 @@ def gold_of(row: Any) -> str | float:
     """The right answer of a row: a number where it is one, else the option's or the choice's name.
 
     It may be stored as text, as a number or as a list with one of these; of GSM8K's own format the part behind "####".
+
+    Raises:
+        ValueError: if there is none, or more than one.
     """
     answer = row["answer"]
     if isinstance(answer, (list, tuple)):
         if len(answer) != 1:
             raise ValueError(f"answer={answer!r} of a row is not one answer; a row must have exactly one.")
         answer = answer[0]
+    if answer is None or not str(answer).strip():
+        raise ValueError(f"answer={row['answer']!r} is no answer; a row must have exactly one.")
     text = str(answer).split("####")[-1].strip()
     try:
         return float(text.replace(",", ""))
@@ -158,9 +164,9 @@ def judge(text: str, row: Any) -> dict[str, Any]:
 def _numbers(text: str) -> list[float]:
     values = []
     for match in _NUMBER.finditer(text):
-        value = float(match["value"].replace(",", ""))
+        value = float(match["value"].replace(",", "").replace(" ", ""))
         if match["divisor"]:
-            divisor = float(match["divisor"].replace(",", ""))
+            divisor = float(match["divisor"].replace(",", "").replace(" ", ""))
             if divisor == 0:
                 continue
             value /= divisor

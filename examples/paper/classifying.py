@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import peft
 from accelerate import PartialState
+from datasets import Dataset, Value
 from methods import adapter_config, load_model, load_tokenizer, parameters, size, trained, trainer_arguments
 from recipe import RecipeError
 from report import peak_memory
 from scores import TASKS, glue_scores, halves, main_metric
-from sources import rows
+from sources import is_file, rows
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 # The one or two columns with the text.
@@ -41,8 +42,40 @@ def texts(settings: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _source(settings: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """The training rows: those of the task, unless the recipe's `train` names others."""
-    return {"name": task, **settings["evaluation"]["tasks"][task], "split": "train", **settings["train"]}
+    """The training rows: those of the recipe's `train`, of the task's `train` file, or of its data's training split."""
+    entry = dict(settings["evaluation"]["tasks"][task])
+    own = {"data": entry.pop("train")} if "train" in entry else {}
+    source = {"name": task, **entry, **own, "split": "train", **settings["train"]}
+    if is_file(entry["data"]) and not own and "data" not in settings["train"]:
+        raise RecipeError(
+            f"evaluation.tasks.{task}.data={entry['data']!r} is one file, to evaluate by. Give another to train on: "
+            f"evaluation.tasks.{task}.train=..."
+        )
+    return source
+
+
+def labelled(source: Mapping[str, Any], task: str, seed: int, split: str) -> Dataset:
+    """A task's rows with a label each: a class number, for stsb a similarity from 0 to 5.
+
+    Raises:
+        RecipeError: if a row has no such label, as in GLUE's test splits, or lacks a text.
+    """
+    found = rows(source, seed, split, columns=[*COLUMNS[task], "label"])
+    most = 5 if task == "stsb" else LABELS.get(task, 2) - 1
+    for number, label in enumerate(found["label"]):
+        known = isinstance(label, (int, float)) and 0 <= label <= most
+        if not known or (task != "stsb" and label != int(label)):
+            raise RecipeError(
+                f"Row {number} of {source['data']!r} ({split}) has label={label!r}; in {task} a label is a "
+                f"{'similarity' if task == 'stsb' else 'whole number'} from 0 to {most}, as in nyu-mll/glue."
+            )
+    for column in COLUMNS[task]:
+        for number, text in enumerate(found[column]):
+            if not isinstance(text, str):
+                raise RecipeError(
+                    f"Row {number} of {source['data']!r} ({split}) has {column}={text!r}, which is no text."
+                )
+    return found.cast_column("label", Value("float32" if task == "stsb" else "int64"))
 
 
 def run(settings: Mapping[str, Any], seed: int, folder: Path) -> dict[str, Any]:
@@ -70,11 +103,13 @@ def run(settings: Mapping[str, Any], seed: int, folder: Path) -> dict[str, Any]:
             remove_columns=[*kept, *COLUMNS[task]],
         ).rename_column("label", "labels")
 
-    train = encoded(rows(_source(settings, task), seed))
-    validation = encoded(rows(source, seed, split="validation"))
+    train = encoded(labelled(_source(settings, task), task, seed, "train"))
+    validation = encoded(labelled(source, task, seed, "validation"))
     selection, held_out = halves(len(validation), seed)
+    if not selection:
+        raise RecipeError(f"{source['data']!r} has one row; one to select the epoch by and one to report are needed.")
 
-    base = load_model(settings, num_labels=LABELS.get(task, 2))
+    base = load_model(settings, num_labels=LABELS.get(task, 2), pad_token_id=tokenizer.pad_token_id)
     base_size = size(base)
     adapter = adapter_config(settings)
     model = base if adapter is None else peft.get_peft_model(base, adapter)

@@ -35,7 +35,11 @@ def load_model(settings: Mapping[str, Any], **changes: Any) -> transformers.PreT
         changes: of the model's config, such as num_labels.
     """
     dtype = getattr(torch, settings.get("dtype", "float32")) if torch.cuda.is_available() else torch.float32
-    return _from_hub(_CLASSES[settings["kind"]][0], settings["model"], dtype=dtype, **changes)
+    model = _from_hub(_CLASSES[settings["kind"]][0], settings["model"], dtype=dtype, **changes)
+    if settings["kind"] == "causal":
+        # What a model brings along, such as Qwen's repetition penalty, would fill in where the recipe is silent.
+        model.generation_config = transformers.GenerationConfig()
+    return model
 
 
 def load_tokenizer(settings: Mapping[str, Any]) -> transformers.PreTrainedTokenizerBase:

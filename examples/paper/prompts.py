@@ -27,7 +27,8 @@ TRIGGER = "the correct answer is "  # what every completion of commonsense170k b
 
 def commonsense(row: Row) -> tuple[str, str]:
     """The instruction and a newline; completed by "the correct answer is X" (pyreft 0.1.0, `task_config.py`)."""
-    return row["instruction"].strip() + "\n", TRIGGER + str(row.get("answer", "")).strip()
+    answer = row.get("answer")
+    return row["instruction"].strip() + "\n", "" if answer is None else TRIGGER + str(answer).strip()
 
 
 def arithmetic(row: Row) -> tuple[str, str]:
@@ -38,14 +39,20 @@ def arithmetic(row: Row) -> tuple[str, str]:
 def instruct(row: Row) -> tuple[str, str]:
     """Alpaca's template, with the input if the row has one; completed by the response.
 
-    Raw UltraFeedback rows hold several `completions`; the one with the best `overall_score` is taken.
+    Raw UltraFeedback rows hold several `completions`; the one with the best mean of its four ratings is taken. Its
+    `overall_score` is a 10 in many rows where the worst, a 1, was meant (UltraFeedback's issue 8).
     """
     template = WITH_INPUT if row.get("input") else WITHOUT_INPUT
     prompt = template.format(instruction=row["instruction"], input=row.get("input"))
     if "completions" in row:
-        best = max(row["completions"], key=lambda one: float(one["overall_score"]), default={"response": ""})
-        return prompt, best["response"]
+        best = max(row["completions"] or [], key=_rating, default={})
+        return prompt, best.get("response") or ""
     return prompt, row.get("output") or ""
+
+
+def _rating(completion: Row) -> float:
+    """`fine-grained_score` is that mean."""
+    return float(completion.get("fine-grained_score") or completion.get("overall_score") or 0)
 
 
 FORMATS: dict[str, Callable[[Row], tuple[str, str]]] = {

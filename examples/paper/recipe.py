@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from transformers import GenerationConfig
 from trl import SFTConfig
 
 import peft_reft  # noqa: F401  (makes REFT known to PEFT)
@@ -141,8 +142,14 @@ def _check(settings: Settings) -> None:
     _known(settings["train"], ("data", "name", "split", "max_examples"), "of train")
     _known(settings["evaluation"], ("tasks", "batch_size", "generation", "max_examples"), "of evaluation")
     _known(settings["training"], [field.name for field in dataclasses.fields(SFTConfig)], "of training")
+    _known(settings["evaluation"].get("generation", {}), vars(GenerationConfig()), "of evaluation.generation")
     if not settings["evaluation"].get("tasks"):
         raise RecipeError("evaluation.tasks is empty; name at least one task with its data.")
+    for name, entry in settings["evaluation"]["tasks"].items():
+        own = ("train",) if settings["kind"] == "glue" else ()
+        _known(entry, ("data", "name", "split", "max_examples", *own), f"of evaluation.tasks.{name}")
+        if "data" not in entry:
+            raise RecipeError(f"evaluation.tasks.{name} has no data; give evaluation.tasks.{name}.data=...")
     adapter = settings["adapter"]
     if adapter is not None:
         peft_type = adapter.get("peft_type")

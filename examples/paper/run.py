@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -78,6 +79,8 @@ def run_one(settings: dict[str, Any], method: str, seed: int, folder: Path, smok
     """One training with its evaluation; the results are returned and saved as `results.json`."""
     wanted = json.loads(json.dumps(settings))
     transformers.set_seed(seed)
+    if PartialState().is_main_process:
+        shutil.rmtree(folder / "trainer", ignore_errors=True)  # checkpoints of a run that this one replaces
     kind = KINDS[settings["kind"]]
     name = settings["model"]
     if isinstance(name, Mapping):
@@ -139,6 +142,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for seed in chosen_seeds(recipe, options.seed):
             settings = resolve(recipe, options.method, None, options.smoke, options.model, options.overrides)
             tasks = chosen_tasks(settings, options.tasks)
+            if settings["kind"] == "glue" and len(tasks) > 1 and "data" in settings["train"]:
+                raise RecipeError(
+                    f"train.data={settings['train']['data']!r} is for one task, not {', '.join(tasks)}. Choose one "
+                    "with --tasks, or give each its own: evaluation.tasks.<task>.train=..."
+                )
             # One training for all tasks, or, in GLUE, one for each.
             for name in tasks if settings["kind"] == "glue" else [None]:
                 settings = resolve(recipe, options.method, name, options.smoke, options.model, options.overrides)
