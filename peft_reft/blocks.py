@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 
 from peft_reft.layout import CHANNELS_FIRST, OWN, PLAIN, Layout, edit_hidden_state, layout_from
 from peft_reft.structure import block_width, device_and_dtype, size_of, structural_stacks
-from peft_reft.trace import Run, codebooks, entries, run
+from peft_reft.trace import Run, codebooks, entries, is_read, run
 
 __all__ = ["Survey", "block_width", "device_and_dtype", "edit_hidden_state", "find_blocks"]
 
@@ -165,10 +165,11 @@ class Survey:
         for found in self._lists(self.model, ""):
             is_decoder = self._columns(found.ran[0])[0] != self.runs[0].columns
             sides.setdefault(is_decoder, []).append(found)
-        if len(sides) == 2 and not getattr(self.model.config, "is_encoder_decoder", False):
+        has_decoder = len(sides) == 2
+        if has_decoder and not getattr(self.model.config, "is_encoder_decoder", False):
             del sides[True]  # of a text diffusion model: it refines a draft, and has no prompt
         stacks = []
-        for _, lists in sorted(sides.items()):
+        for is_decoder, lists in sorted(sides.items()):
             candidates = [found for found in lists if not found.leaves]
             if not candidates:
                 continue
@@ -180,8 +181,15 @@ class Survey:
             for twin in twins:
                 refuse_unsound(self.model, twin.names)
                 self._refuse_maps(twin)
-                stacks.append(twin.names)
+                unread = has_decoder and not is_decoder and not self._is_read(twin.names[-1])
+                stacks.append(twin.names[:-1] if unread else twin.names)
         return stacks
+
+    def _is_read(self, name: str) -> bool:
+        """Whether an edit of a module's output can do anything: decoders that read the cache of an encoder's blocks
+        read no output of the last one.
+        """
+        return is_read(self.model, self._entry, name, *TOKENS[0], self.ids_per_row)
 
     def _lists(self, module: nn.Module, path: str) -> Iterator[BlockList]:
         """The outermost lists that ran; a list of lists counts as one."""

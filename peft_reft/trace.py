@@ -12,6 +12,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class _ZeroLinear(nn.Module):
         self.out_features = out_features
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return x.new_zeros(*x.shape[:-1], self.out_features)
+        return (x[..., :1] * 0).repeat_interleave(self.out_features, dim=-1)  # worked out from x, as gradients see it
 
 
 def _plain_linear(module: nn.Module) -> nn.Module | None:
@@ -99,7 +100,7 @@ def _stand_in_value(value: Any, memo: dict[int, Any]) -> Any:
     if type(value) in (dict, OrderedDict):
         return type(value)((k, _stand_in_value(v, memo)) for k, v in value.items())
     if inspect.ismethod(value) and id(value.__self__) in memo:
-        return value.__func__.__get__(memo[id(value.__self__)])
+        return MethodType(value.__func__, memo[id(value.__self__)])
     return value
 
 
@@ -194,25 +195,57 @@ def run(model: nn.Module, entry: str, rows: int, columns: int, ids_per_row: int 
     """
     clone = stand_in(model)
     part = clone.get_submodule(entry)
-    names = inspect.signature(type(part).forward).parameters
-    record = Run(rows, columns, columns + 5 if "decoder_input_ids" in names else columns, "input_ids" not in names)
-    hooks = []
+    record = _record(part, rows, columns)
     for name, module in clone.named_modules():
 
         def hook(_: Any, args: tuple, kwargs: dict, output: Any, name: str = name) -> None:
             inputs = [t for t in tensors_in([args, kwargs]) if t.is_floating_point()]
             record.events.append(Event(name, inputs, hidden_state_of(output)))
 
-        hooks.append(module.register_forward_hook(hook, with_kwargs=True))
+        module.register_forward_hook(hook, with_kwargs=True)
     embedding = input_embedding(clone)
     for module in clone.modules():  # tied embeddings are modules of their own
         if module is embedding or (isinstance(module, nn.Embedding) and _same_table(module, embedding)):
             module.register_forward_hook(_distinct_vectors, prepend=True)
-    inputs = example_inputs(part, record, ids_per_row, first_token)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _NoLargeProducts():
-        warnings.simplefilter("ignore")
-        part(**inputs)
+    with torch.no_grad():
+        _forward(part, example_inputs(part, record, ids_per_row, first_token))
     return record
+
+
+def _record(module: nn.Module, rows: int, columns: int) -> Run:
+    """An empty record of a run with tokens of this shape."""
+    names = inspect.signature(type(module).forward).parameters
+    return Run(rows, columns, columns + 5 if "decoder_input_ids" in names else columns, "input_ids" not in names)
+
+
+def is_read(model: nn.Module, entry: str, name: str, rows: int, columns: int, ids_per_row: int = 1) -> bool:
+    """Whether what `model.<entry>` puts out (its logits, mostly) depends on a module's output in a differentiable way.
+
+    True also where that cannot be told.
+    """
+    clone = stand_in(model)
+    part = clone.get_submodule(entry)
+
+    def follow(_: Any, args: tuple, output: Any) -> None:
+        h = hidden_state_of(output)
+        if h is not None:
+            h.requires_grad_()  # nothing else does, so that only what is worked out from it will
+
+    clone.get_submodule(name).register_forward_hook(follow)
+    try:
+        with torch.enable_grad():
+            output = _forward(part, example_inputs(part, _record(part, rows, columns), ids_per_row))
+    except Exception:  # code that writes to what requires gradients
+        return True
+    result = hidden_state_of(output)
+    return result is None or result.requires_grad
+
+
+def _forward(module: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
+    """Call a stand-in, without its warnings, and without changing what numbers are drawn later."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _NoLargeProducts():
+        warnings.simplefilter("ignore")
+        return module(**inputs)
 
 
 def codebooks(model: nn.Module) -> list[int]:

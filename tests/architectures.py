@@ -197,6 +197,7 @@ FIXES: dict[str, Callable[[Settings], None]] = {
     "bros": _set(dim_bbox_sinusoid_emb_2d=16, dim_bbox_sinusoid_emb_1d=2, dim_bbox_projection=16),
     "cvt": _set(embed_dim=[16, 32, 64], num_heads=[1, 2, 4], depth=[1, 2, 3]),
     "deepseek_ocr2_text": _set(mlp_layer_types=["dense", "sparse", "sparse"], num_experts_per_tok=2),
+    "diffusion_gemma": _set(canvas_length=8),
     "diffusion_gemma_text": _set(num_experts=4, top_k_experts=2, moe_intermediate_size=HIDDEN),
     "glm5_next_text": _set(index_topk=16, index_kpool=8),
     "granite4_vision": _set(deepstack_layer_map=[(0, 0)], spatial_target_layers=[1], downsample_rate="1/2"),

@@ -68,6 +68,7 @@ COUNTS = {
     "nemotron_h": 4,
     "nemotron_h_omni": 4,
     "hrm_text": 4,
+    "diffusion_gemma": DEPTH - 1,  # nothing reads the output of the last
 }
 
 
@@ -176,8 +177,9 @@ def reference(
         )
         for name in interventions
     ]
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel) and part.can_generate():
+    for name, part in model.named_modules():
+        is_called = isinstance(part, PreTrainedModel) and part.can_generate()
+        if is_called or (model_type == "diffusion_gemma" and name == "model.encoder"):  # which is called alone
             hooks += [part.register_forward_pre_hook(count), part.register_forward_hook(uncount)]
     try:
         yield
@@ -294,6 +296,9 @@ def check_generate_equals_the_reference_with_and_without_a_cache(model_type: str
         return
     model = adapted(model, mapping)
     batch = batch_for(base, mapping, LENGTHS, side="left")
+    if model_type == "diffusion_gemma":
+        check_drafts_equal_the_reference(model, base, batch)
+        return
     if "attention_mask" not in batch.inputs:  # `generate` would tell the padding by its id, a forward would not
         batch = batch_for(base, mapping, LENGTHS[:1] * 2)
     inputs = {k: v for k, v in batch.inputs.items() if k not in ("decoder_input_ids", "decoder_attention_mask")}
@@ -312,6 +317,21 @@ def check_generate_equals_the_reference_with_and_without_a_cache(model_type: str
         got = model.generate(**inputs, **settings, use_cache=use_cache)
         for step, (one, other) in enumerate(zip(got.scores, expected.scores, strict=True)):
             close(one, other, f"use_cache={use_cache}, step {step}")
+
+
+def check_drafts_equal_the_reference(model: PeftModel, base: nn.Module, batch: Batch) -> None:
+    """Two drafts of eight tokens, refined one after the other; the first is not edited when the second reads it."""
+    settings = {"max_new_tokens": 16, "max_denoising_steps": 3, "eos_token_id": None, "pad_token_id": 0}
+
+    def drafts(model: nn.Module) -> Tensor:
+        torch.manual_seed(0)
+        return model.generate(**batch.inputs, **settings).sequences
+
+    plain = drafts(base)
+    with reference(base, get_interventions(model), batch, "diffusion_gemma", cached=True):
+        expected = drafts(base)
+    assert plain.shape[1] == batch.columns + 16 and not torch.equal(plain, expected)
+    assert torch.equal(drafts(model), expected)
 
 
 CHECKS: tuple[Callable[[str, str], None], ...] = (

@@ -372,6 +372,28 @@ def test_a_vision_tower_is_edited_at_every_patch(model_type, mapping, pattern):
     assert (got - before).abs().max() > 1e-2
 
 
+def test_a_block_whose_output_nothing_reads_is_not_edited():
+    """DiffusionGemma's decoder reads the keys and values of each of the encoder's blocks, not their outputs."""
+    base = architectures.tiny_model("diffusion_gemma", "image-text")
+    stack = "model.encoder.language_model.layers"
+    assert targets(base) == [f"{stack}.{number}" for number in range(architectures.DEPTH - 1)]
+    inputs = architectures.batch_for(base, "image-text", (6, 6)).inputs
+
+    def logits_with(changed):
+        handle = base.get_submodule(f"{stack}.{changed}").register_forward_hook(lambda module, args, h: h.cos())
+        torch.manual_seed(0)  # of the draft that is refined
+        with torch.no_grad():
+            got = base(**inputs).logits
+        handle.remove()
+        return got
+
+    torch.manual_seed(0)
+    with torch.no_grad():
+        before = base(**inputs).logits
+    changed = [not torch.equal(logits_with(number), before) for number in range(architectures.DEPTH)]
+    assert changed == [True] * (architectures.DEPTH - 1) + [False]
+
+
 def test_a_model_that_rescales_its_hidden_states_is_refused_with_the_way_out():
     base = architectures.tiny_model("rwkv")
     base.config.rescale_every = 2
