@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from functools import partial
+from types import MethodType
 
 import architectures
 import pytest
@@ -14,7 +16,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from peft_reft import ReftConfig, get_interventions
-from peft_reft.blocks import block_width, edit_hidden_state, find_blocks
+from peft_reft.blocks import Survey, block_width, edit_hidden_state, find_blocks
 
 STACKS = {
     "llama": ["model.layers"],
@@ -370,6 +372,16 @@ def test_a_vision_tower_is_edited_at_every_patch(model_type, mapping, pattern):
     got, expected = features(model.get_base_model()), features(base)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     assert (got - before).abs().max() > 1e-2
+
+
+def test_a_model_with_methods_of_any_callable_is_traced(llama):
+    """torchao gives its layers such a method."""
+    projection = llama.model.layers[0].mlp.up_proj
+    projection.extra_repr = MethodType(
+        partial(lambda prefix, module: f"{prefix}{module.in_features}", "of "), projection
+    )
+    survey = Survey(llama)
+    assert len(survey.runs) == 2 and survey.stacks() == numbered(*STACKS["llama"])
 
 
 def test_a_block_whose_output_nothing_reads_is_not_edited():

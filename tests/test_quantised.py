@@ -1,6 +1,7 @@
 """Bases whose weights are not plain float32 numbers in memory: quantised, half precision, offloaded, without data.
 
-bitsandbytes is not among the package's dependencies; without it the tests of quantised bases are skipped.
+The packages that quantise (bitsandbytes, torchao, optimum-quanto, hqq) are not among the package's dependencies; the
+tests of bases of those that are missing are skipped.
 """
 
 from __future__ import annotations
@@ -21,11 +22,27 @@ from peft_reft import ReftConfig, get_interventions
 
 CAUSAL = {"task_type": "CAUSAL_LM"}
 CONFIG = ReftConfig(positions="f2+l1", share_weights=False, **CAUSAL)
-WITHOUT = "bitsandbytes is not installed"
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:MatMul8bitLt", "ignore:.*torchao.*")
+KINDS = {  # by the package that each needs
+    "bitsandbytes": ["4 bit", "4 bit double", "8 bit"],
+    "torchao": ["torchao 4 bit", "torchao 8 bit", "torchao float8"],
+    "optimum.quanto": ["quanto 4 bit", "quanto 8 bit"],
+    "hqq": ["hqq 4 bit"],
+}
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:MatMul8bitLt", "ignore:.*torchao.*"
+)
 
 
-def quantisation(kind: str) -> transformers.BitsAndBytesConfig:
+def quantisation(kind: str):
+    if kind.startswith("torchao"):
+        from torchao import quantization as ao
+
+        four = {"weight_dtype": torch.int4, "granularity": ao.PerGroup(32)}
+        configs = {"4 bit": (ao.IntxWeightOnlyConfig, four), "8 bit": (ao.Int8WeightOnlyConfig, {})}
+        config, settings = configs.get(kind.removeprefix("torchao "), (ao.Float8WeightOnlyConfig, {}))
+        return transformers.TorchAoConfig(config(**settings))
+    if kind.startswith("quanto"):
+        return transformers.QuantoConfig(weights=f"int{kind.split()[1]}")
     if kind == "8 bit":
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
     double = kind == "4 bit double"
@@ -38,6 +55,19 @@ def quantisation(kind: str) -> transformers.BitsAndBytesConfig:
     )
 
 
+def load_quantised(kind: str, path):
+    if kind != "hqq 4 bit":
+        settings = {"quantization_config": quantisation(kind), "device_map": {"": "cpu"}}
+        return transformers.AutoModelForCausalLM.from_pretrained(path, **settings).eval()
+    from hqq.core.quantize import BaseQuantizeConfig  # by its own loader: that of transformers wants a GPU
+    from hqq.models.hf.base import AutoHQQHFModel
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(path)
+    config = BaseQuantizeConfig(nbits=4, group_size=32)
+    AutoHQQHFModel.quantize_model(base, quant_config=config, compute_dtype=torch.float32, device="cpu")
+    return base.eval()
+
+
 @pytest.fixture(scope="module")
 def saved_base(tmp_path_factory):
     path = tmp_path_factory.mktemp("base")
@@ -45,13 +75,15 @@ def saved_base(tmp_path_factory):
     return path
 
 
-@pytest.fixture(params=["4 bit", "4 bit double", "8 bit"])
+@pytest.fixture(
+    params=[(package, kind) for package, kinds in KINDS.items() for kind in kinds], ids=lambda pair: pair[1]
+)
 def quantised(request, saved_base):
     """A function that loads the quantised base afresh."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        pytest.skip(WITHOUT)
-    settings = {"quantization_config": quantisation(request.param), "device_map": {"": "cpu"}}
-    return lambda: transformers.AutoModelForCausalLM.from_pretrained(saved_base, **settings).eval()
+    package, kind = request.param
+    if importlib.util.find_spec(package.partition(".")[0]) is None:
+        pytest.skip(f"{package} is not installed")
+    return lambda: load_quantised(kind, saved_base)
 
 
 @pytest.fixture
@@ -97,8 +129,9 @@ def check_gradients(model, inputs) -> None:
 def test_edits_of_a_quantised_base_equal_the_reference(quantised, inputs):
     base = quantised()
     model = randomize(get_peft_model(quantised(), CONFIG).eval())
-    kinds = {type(module).__name__ for module in model.modules()}
-    assert kinds & {"Linear4bit", "Linear8bitLt"}
+    projection = model.get_base_model().model.layers[0].mlp.up_proj
+    weight = projection._parameters.get("weight")
+    assert type(projection) is not torch.nn.Linear or type(weight.data) is not torch.Tensor
     with torch.no_grad():
         expected = reference.forward(base, get_interventions(model), CONFIG, inputs).logits
     mask = inputs["attention_mask"].bool()
