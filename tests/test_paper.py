@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
@@ -41,8 +42,9 @@ def paper_modules() -> dict[str, object]:
 
 
 modules = paper_modules()
-answers, generating, methods, prompts = (modules[name] for name in ("answers", "generating", "methods", "prompts"))
-recipe, report, run, scores, tiny = (modules[name] for name in ("recipe", "report", "run", "scores", "tiny"))
+answers, classifying, generating, methods = (modules[n] for n in ("answers", "classifying", "generating", "methods"))
+prompts, recipe, report, run = (modules[name] for name in ("prompts", "recipe", "report", "run"))
+scores, sources, tiny = (modules[name] for name in ("scores", "sources", "tiny"))
 
 RECIPES = ("commonsense", "arithmetic", "instruct", "instruct_1k", "glue_base", "glue_large")
 GLUE = ["mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb"]
@@ -78,6 +80,8 @@ NUMBERS = {
     "The answer is 4.5": (4.5, 4.5),
     "Let x2 be what x1 was. 3 of them": (3, 3),
     "-$5": (5, -5),
+    "The answer is $9 500. That took 2 steps.": (2, 9500),
+    "Of 9 500 is the last": (500, 500),
     "3/0": (0, None),
     "I do not know": (None, None),
     "": (None, None),
@@ -301,6 +305,17 @@ def test_a_recipe_may_extend_another():
         (["commonsense.yaml", "training.learning_rat=1"], "did you mean learning_rate"),
         (["commonsense.yaml", "r=3"], "'r' is not a setting of a recipe"),
         (["commonsense.yaml", "training.learning_rate"], "write key=value"),
+        (["commonsense.yaml", "evaluation.generation.num_beam=2"], "'num_beam' is not .* did you mean num_beams"),
+        (["commonsense.yaml", "evaluation.tasks.boolq.dat=x.json"], "'dat' is not a setting of evaluation.tasks.boolq"),
+        (["commonsense.yaml", "evaluation.tasks.mine.split=test"], "evaluation.tasks.mine has no data"),
+        (
+            ["glue_base.yaml", "train.data=x.csv", "--tasks", "cola,rte"],
+            "train.data='x.csv' is for one task, not cola, rte",
+        ),
+        (
+            ["glue_base.yaml", "--model", "TINY", "evaluation.tasks.rte.data=x.csv", "--tasks", "rte"],
+            "x.csv' is one file, to evaluate by. .* evaluation.tasks.rte.train=",
+        ),
         (["commonsense.yaml", "--method", "bitfit"], "--method bitfit: commonsense has loreft, direft, lora"),
         (["commonsense.yaml", "--tasks", "boolq,cola"], "--tasks boolq,cola: commonsense has boolq, piqa"),
         (["commonsense.yaml", "--seed", "x"], "--seed x must be a number, or all"),
@@ -311,6 +326,9 @@ def test_a_recipe_may_extend_another():
 )
 def test_a_wrong_call_is_explained_in_one_line(arguments, message, tmp_path, capsys):
     name, *rest = arguments
+    if "TINY" in rest:
+        tiny.save_tiny(tmp_path / "tiny", "glue", load(name.removesuffix(".yaml"))["smoke"]["model"], ["a text"])
+        rest[rest.index("TINY")] = str(tmp_path / "tiny")
     assert run.main([str(PAPER / name), *rest, "--output", str(tmp_path)]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("error: ")
@@ -360,6 +378,94 @@ def test_prompts_have_the_original_formats():
         "completions": [{"response": "a", "overall_score": "3"}, {"response": "b", "overall_score": 8.5}],
     }
     assert prompts.instruct(raw)[1] == "b"
+    raw["completions"][0] |= {"fine-grained_score": 4.25}
+    raw["completions"][1] |= {"fine-grained_score": 1.5, "overall_score": 10.0}  # the known fault of that score
+    assert prompts.instruct(raw)[1] == "a"
+    assert prompts.instruct({"instruction": "Hi", "completions": []})[1] == ""
+    assert prompts.commonsense({"instruction": "Hi", "answer": None})[1] == ""
+
+
+# Data.
+
+
+def in_file(folder: Path, rows: list[dict], kind: str = ".json") -> str:
+    """The file that `rows` are written to."""
+    file = folder / f"data{len(list(folder.iterdir()))}{kind}"
+    if kind == ".jsonl":
+        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    elif kind == ".json":
+        file.write_text(json.dumps(rows, indent=4), encoding="utf-8")
+    else:
+        data = Dataset.from_list(rows)
+        data.to_csv(file, index=False) if kind == ".csv" else data.to_parquet(file)
+    return str(file)
+
+
+@pytest.mark.parametrize("kind", [".json", ".jsonl", ".csv", ".parquet"])
+def test_files_of_every_kind_have_the_same_rows(kind, tmp_path):
+    texts = ["null", "NA", 'Say "hi", twice', "Ünïcödé ☕ 日本", " space "]
+    rows = [{"sentence": text, "label": number % 2, "idx": number} for number, text in enumerate(texts)]
+    found = classifying.labelled({"data": in_file(tmp_path, rows, kind)}, "cola", 0, "train")
+    assert found.to_list() == rows
+
+
+@pytest.mark.parametrize(
+    "task, row, message",
+    [
+        ("rte", {"label": -1}, "Row 1 .*label=-1; in rte a label is a whole number from 0 to 1"),  # GLUE's test splits
+        ("rte", {"label": None}, "Row 1 .*label=None"),
+        ("rte", {"label": 2}, "Row 1 .*label=2"),
+        ("rte", {"label": "entailment"}, "Row 0 .*label='0'|Row 1 .*label='entailment'"),
+        ("stsb", {"label": -1.0}, "Row 1 .*label=-1.0; in stsb a label is a similarity from 0 to 5"),
+        ("rte", {"sentence2": None}, "Row 1 .*sentence2=None, which is no text"),
+        ("mnli", {}, "2 rows with the columns sentence1, sentence2, label; .*premise, hypothesis, label"),
+    ],
+)
+def test_rows_without_a_label_are_refused(task, row, message, tmp_path):
+    good = {"sentence1": "a", "sentence2": "b", "label": 0.5 if task == "stsb" else 0}
+    with pytest.raises(recipe.RecipeError, match=message):
+        classifying.labelled({"data": in_file(tmp_path, [good, {**good, **row}])}, task, 0, "test")
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([{"instruction": "1?", "answer": "1"}, {"instruction": "2?", "answer": None}], "Row 1 .*answer=None"),
+        ([{"instruction": "1?", "answer": " "}], "Row 0 .*no answer"),
+        ([{"instruction": "1?", "answer": ["1", "2"]}], "Row 0 .*exactly one"),
+        ([{"instruction": None, "answer": "1"}], "Row 0 .*instruction=None must be a text"),
+        ([{"question": "1?", "answer": "1"}], "1 rows with the columns question, answer; .*instruction, answer"),
+    ],
+)
+def test_rows_that_cannot_be_judged_are_refused_before_training(rows, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(generating, "SFTTrainer", None)
+    arguments = ["--smoke", "--tasks", "gsm8k", f"evaluation.tasks.gsm8k.data={in_file(tmp_path, rows)}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generating, "texts", lambda settings: ["a text"])
+        assert run.main([str(PAPER / "arithmetic.yaml"), *arguments, "--output", str(tmp_path / "out")]) == 2
+    assert re.search(message, capsys.readouterr().err.strip().splitlines()[-1])
+
+
+def test_training_rows_without_a_completion_are_left_out(tmp_path):
+    rows = [
+        {"instruction": "1?", "output": "1"},
+        {"instruction": "2?", "output": None},
+        {"instruction": "", "output": "3"},
+    ]
+    settings = {"prompts": "arithmetic", "train": {"data": in_file(tmp_path, rows)}}
+    with pytest.warns(UserWarning, match="2 of 3 training rows lack"):
+        (example,) = generating.examples(settings, 0)
+    assert example["completion"] == "1"
+    settings["train"]["data"] = in_file(tmp_path, rows[1:])
+    with pytest.raises(recipe.RecipeError, match=r"No row .* columns instruction, output"):
+        generating.examples(settings, 0)
+
+
+def test_a_validation_set_of_one_row_is_refused(tmp_path, capsys):
+    data = in_file(tmp_path, [{"sentence": "a", "label": 1}], ".csv")
+    arguments = ["--smoke", "--tasks", "cola", f"evaluation.tasks.cola.data={data}", "--output", str(tmp_path / "out")]
+    assert run.main([str(PAPER / "glue_base.yaml"), *arguments]) == 2
+    assert "has one row; one to select the epoch by and one to report" in capsys.readouterr().err
 
 
 # Runs.
@@ -412,8 +518,45 @@ def test_arithmetic_is_decoded_by_sampling_with_beams(tmp_path, monkeypatch):
     monkeypatch.setattr(transformers.LlamaForCausalLM, "generate", spy)
     (result,) = smoke(tmp_path, "arithmetic", "evaluation.generation.max_new_tokens=8", "--method", "lora")
     assert set(result["tasks"]) == {"AQuA", "gsm8k", "mawps", "SVAMP"}
-    decoding = ("do_sample", "num_beams", "temperature", "top_p", "top_k")
-    assert {tuple(getattr(config, name) for name in decoding) for config in seen} == {(True, 4, 0.3, 0.75, 40)}
+    decoding = ("do_sample", "num_beams", "temperature", "top_p", "top_k", "early_stopping")
+    assert {tuple(getattr(config, name) for name in decoding) for config in seen} == {(True, 4, 0.3, 0.75, 40, True)}
+
+
+def test_decoding_is_the_recipe_s_whatever_the_model_brings_along(tmp_path):
+    config = {**load("commonsense")["smoke"]["model"], "num_hidden_layers": 1}
+    folder = Path(tiny.save_tiny(tmp_path / "tiny", "causal", config, ["one two three"]))
+    settings = {"kind": "causal", "model": str(folder)}
+    settings["evaluation"] = {"batch_size": 2, "generation": {"max_new_tokens": 12, "do_sample": False}}
+    tokenizer = methods.load_tokenizer(settings)
+
+    def answered(model):
+        return generating.generate(model.eval(), tokenizer, settings, ["one", "two three"])
+
+    plain = answered(methods.load_model(settings))
+    penalised = transformers.GenerationConfig(repetition_penalty=50.0, no_repeat_ngram_size=1, max_length=4)
+    penalised.save_pretrained(folder)
+    assert answered(methods.load_model(settings)) == plain
+    assert answered(transformers.AutoModelForCausalLM.from_pretrained(folder)) != plain
+
+
+def test_prompts_that_are_too_long_are_never_cut(tmp_path):
+    """In training they are left out; in a test they are not asked and count as wrong; both are said."""
+    rows = json.loads((PAPER / "smoke" / "gsm8k.json").read_text(encoding="utf-8"))
+    data = in_file(tmp_path, [{**rows[0], "instruction": "how many " * 300}, *rows])
+    settings = ["--tasks", "gsm8k", "training.max_steps=1", f"train.data={data}", f"evaluation.tasks.gsm8k.data={data}"]
+    settings += ["evaluation.generation.num_beams=1", "evaluation.generation.do_sample=false"]
+    with pytest.warns(UserWarning, match="1 of 3 prompts have 512 tokens or more: not asked"):
+        (result,) = smoke(tmp_path / "out", "arithmetic", *settings)
+    assert (result["training"]["examples"], result["training"]["too_long"]) == (2, 1)
+    assert (result["tasks"]["gsm8k"]["rows"], result["tasks"]["gsm8k"]["too_long"]) == (3, 1)
+    (file,) = tmp_path.rglob("gsm8k.jsonl")
+    first, *others = (json.loads(line) for line in file.open(encoding="utf-8"))
+    assert (first["output"], first["paper"], first["careful"]) == ("", False, False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(file.parent / "tiny-model")
+    model = PeftModel.from_pretrained(model, file.parent / "adapter").eval()
+    tokenizer = methods.load_tokenizer({"model": str(file.parent / "tiny-model")})
+    alone = generating.generate(model, tokenizer, result["settings"], [prompts.arithmetic(row)[0] for row in rows])
+    assert alone == [row["output"] for row in others] != ["", ""]
 
 
 @pytest.mark.parametrize("name, rows", [("instruct", 6), ("instruct_1k", 5)])
@@ -438,6 +581,26 @@ def test_glue_trains_each_task_and_keeps_the_best_epoch(tmp_path):
         assert result["parameters"]["trainable"] == 2 * (2 * 64 + 1)  # without the head
         folder = next(path.parent for path in tmp_path.rglob("adapter_config.json") if f"/{task}/adapter/" in str(path))
         assert PeftConfig.from_pretrained(folder).positions == positions
+
+
+def test_a_run_that_is_done_again_forgets_the_checkpoints_before(tmp_path):
+    for epochs in ("3", "1"):
+        settings = ["--tasks", "cola", "--again", f"training.num_train_epochs={epochs}"]
+        smoke(tmp_path, "glue_base", *settings)
+    assert [path.name for path in tmp_path.rglob("checkpoint-*")] == ["checkpoint-2"]  # 16 rows, 8 at a time
+
+
+def test_glue_tasks_may_have_files_of_their_own(tmp_path):
+    settings = []
+    for task, kind in (("cola", ".csv"), ("rte", ".parquet")):
+        rows = [json.loads(line) for line in (PAPER / "smoke" / f"{task}.jsonl").open(encoding="utf-8")]
+        settings += [f"evaluation.tasks.{task}.data={in_file(tmp_path, rows[:5], kind)}"]
+        settings += [f"evaluation.tasks.{task}.train={in_file(tmp_path, rows[5:], kind)}"]
+    results = smoke(tmp_path / "out", "glue_base", "--tasks", "cola,rte", "training.num_train_epochs=1", *settings)
+    assert {task: entry["rows"] for result in results for task, entry in result["tasks"].items()} == {
+        "cola": 3,
+        "rte": 3,
+    }
 
 
 def test_glue_reports_the_epoch_that_was_best_on_the_selection_half(tmp_path, monkeypatch):
@@ -532,7 +695,7 @@ def test_an_experiment_for_peft_s_comparison_loads_and_builds(folder, llama_fold
 
 @pytest.mark.parametrize("folder", EXPERIMENTS, ids=lambda path: path.name)
 def test_peft_s_comparison_edits_the_same_tokens_in_training_and_generation(folder, llama_folder):
-    """Its labels are a copy of the tokens, and padding tokens have labels too."""
+    """Its labels are a copy of the tokens, up to the first of padding; text for its test of forgetting has none."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(llama_folder)
     base = transformers.AutoModelForCausalLM.from_pretrained(llama_folder)
     config = PeftConfig.from_pretrained(folder)
@@ -543,9 +706,18 @@ def test_peft_s_comparison_edits_the_same_tokens_in_training_and_generation(fold
     batch = tokenizer.pad(rows, return_tensors="pt")
     columns = torch.arange(7).expand(2, -1)
     with torch.no_grad():
-        got = model(**batch, labels=batch["input_ids"].clone()).logits
+        labels = batch["input_ids"].clone()
+        for row, given in zip(labels, rows):
+            row[len(given["input_ids"]) + 1 :] = -100
+        got = model(**batch, labels=labels).logits
         torch.testing.assert_close(got, model(**batch, intervention_locations=columns).logits)
         assert not torch.allclose(got, model(**batch, intervention_locations=columns[:, :1]).logits, atol=1e-3)
+        texts = ["Eight is a number with a half.", "Four and four are eight, and so are two and six."]
+        text = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+        padding = (text["attention_mask"] == 0).sum(1, keepdim=True)
+        with pytest.warns(UserWarning, match="without the marker"):
+            got = model(**text).logits
+        torch.testing.assert_close(got, model(**text, intervention_locations=columns + padding).logits)
     given = tokenizer(queries, return_tensors="pt", padding=True, padding_side="left")
     padding = (given["attention_mask"] == 0).sum(1, keepdim=True)
     settings = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
