@@ -482,6 +482,89 @@ def test_unload_gives_a_module_its_checkpoint_function_back():
     assert all(one is other for one, other in zip(before, after, strict=True))
 
 
+@pytest.mark.parametrize("mapping, model_type", [("causal", "llama"), ("seq2seq", "t5"), ("sequence", "deberta-v2")])
+def test_checkpoints_within_checkpointed_blocks_give_the_same_gradients(mapping: str, model_type: str):
+    """Those of transformers around each block, and torch's around the parts of blocks that hold their weights."""
+
+    def gradients(nested: bool) -> list[Tensor]:
+        base = tiny_model(model_type, mapping)
+        model = adapted(base, mapping).train()
+        interventions = get_interventions(model)
+        if nested:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+            base.disable_input_require_grads()
+            parts = [m for block in interventions for m in base.get_submodule(block).modules()]
+            kinds = {type(m) for m in parts if type(m).__name__.endswith(("MLP", "LayerFF", "Attention"))}
+            wrapper = functools.partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.NO_REENTRANT)
+            apply_activation_checkpointing(model, wrapper, lambda module: type(module) in kinds)
+            assert kinds
+        output = result(model(**batch_for(base, mapping, LENGTHS).inputs))
+        output.square().sum().backward()
+        return [p.grad for m in interventions.values() for p in m.parameters()]
+
+    for found, expected in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        assert expected.abs().max() > 0
+
+
+VARIED = [
+    ("causal", "gpt2"),
+    ("causal", "mamba2"),
+    ("causal", "qwen3_moe"),
+    ("seq2seq", "t5"),
+    ("masked", "modernbert"),
+]
+VARIED += [("sequence", "deberta-v2"), ("image", "vit"), ("image-text", "llava")]
+
+
+@pytest.mark.parametrize("mapping, model_type", VARIED)
+def test_bfloat16_bases_take_float32_adapters_and_load_them_without_an_initialisation(mapping, model_type, tmp_path):
+    base, again = (tiny_model(model_type, mapping).to(torch.bfloat16).requires_grad_(False) for _ in range(2))
+    batch = batch_for(base, mapping, LENGTHS, side="left")
+    inputs = {name: t.to(torch.bfloat16) if t.is_floating_point() else t for name, t in batch.inputs.items()}
+    batch = replace(batch, inputs=inputs)
+    before = result(run(base, batch))
+    model = get_peft_model(base, config_for(mapping)).eval()
+    assert torch.equal(result(run(model, batch)), before)
+    got = result(run(randomize(model), batch))
+    assert got.dtype == before.dtype and (got - before).abs().max() > 0.01
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(again, tmp_path, low_cpu_mem_usage=True).eval()
+    assert torch.equal(result(run(loaded, batch)), got)
+    result(model.train()(**inputs)).float().square().sum().backward()
+    for name, modules in get_interventions(model).items():
+        for parameter in modules.parameters():
+            assert parameter.dtype == parameter.grad.dtype == torch.float32, name
+            assert parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("model_type", ["t5", "bart", "encoder-decoder"])
+def test_beams_of_an_encoder_and_a_decoder_score_as_the_reference_does(model_type: str):
+    model, base = (tiny_model(model_type, "seq2seq") for _ in range(2))
+    base.generation_config.forced_eos_token_id = None  # which would have no score
+    model = adapted(model, "seq2seq")
+    batch = batch_for(base, "seq2seq", LENGTHS, side="left")
+    inputs = {name: tensor for name, tensor in batch.inputs.items() if not name.startswith("decoder_")}
+    settings = {"num_beams": 3, "num_return_sequences": 2, "do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5}
+    settings |= {"pad_token_id": 0, "decoder_start_token_id": 2, "forced_eos_token_id": None}
+    settings |= {"return_dict_in_generate": True, "output_scores": True}
+    rows = torch.arange(len(LENGTHS)).repeat_interleave(2)
+    twice = replace(batch, inputs={}, valid=[batch.valid[row] for row in rows], decoder_columns=1)
+    for use_cache in (True, False):
+        got = model.generate(**inputs, **settings, use_cache=use_cache)
+        tokens = got.sequences
+        arguments = {name: tensor[rows] for name, tensor in inputs.items()} | {"decoder_input_ids": tokens[:, :-1]}
+        with torch.no_grad():
+            plain = base(**arguments).logits
+            with reference(base, get_interventions(model), twice, model_type):
+                expected = base(**arguments).logits
+        plain, expected = (
+            logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1).sum(1) for logits in (plain, expected)
+        )
+        close(got.sequences_scores * (tokens.shape[1] - 1), expected)
+        assert (plain - expected).abs().min() > 1e-2
+
+
 def sweep(mapping: str, model_types: list[str]) -> dict[str, str]:
     """The outcome for each model type: "passed", "refused: ...", "not built: ..." or "FAILED ...: ..."."""
     outcomes = {}
