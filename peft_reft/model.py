@@ -30,7 +30,7 @@ from peft_reft.host import Host
 from peft_reft.layer import CHILD, ReftLayer, attach_layer
 from peft_reft.native import CheckedLoading, call_of
 from peft_reft.structure import device_and_dtype
-from peft_reft.targets import check_shapes, choose_targets, own_name, rank_of
+from peft_reft.targets import check_shapes, check_trained_tokens, choose_targets, own_name, rank_of
 
 INTERVENTIONS = f".{CHILD}.reft_interventions."  # what stands between a block's name and the adapter's in a key
 
@@ -107,6 +107,7 @@ class ReftModel(BaseTuner):
         self._layouts = {name: layout for name, (_, layout) in shapes.items()}
         self._targets = {name: (width, rank_of(peft_config, name)) for name, (width, _) in shapes.items()}
         check_shapes(peft_config, self._targets)  # before anything is changed
+        check_trained_tokens(peft_config, model, {*self._targets, *reft_layers(model)})
         self._prompt_end = prompt_end_ids(
             peft_config, None, getattr(getattr(model, "config", None), "_name_or_path", None)
         )

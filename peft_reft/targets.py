@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
-from peft.utils.other import get_pattern_key
+from peft.utils.other import _get_input_embeddings_name, get_pattern_key
 from torch import nn
 
 from peft_reft.attach import reft_layers
@@ -76,3 +76,25 @@ def check_shapes(config: ReftConfig, targets: Mapping[str, tuple[int, int]]) -> 
             f"share_layers=True needs blocks of one width, but these are {widths} wide. Choose blocks of one width "
             "with layers_to_transform or target_modules, or do not share."
         )
+
+
+def check_trained_tokens(config: ReftConfig, model: nn.Module, edited: Iterable[str]) -> None:
+    """Refuse to train single tokens of an embedding whose output is edited: PEFT then looks the tokens up by itself.
+
+    Args:
+        edited: names of the modules whose output is edited.
+
+    Raises:
+        ValueError: if `trainable_token_indices` are of one of these modules.
+    """
+    tokens = config.trainable_token_indices
+    if tokens is None:
+        return
+    trained = list(tokens) if isinstance(tokens, dict) else [_get_input_embeddings_name(model, "embed_tokens")]
+    for name in edited:
+        if any(f".{name}".endswith(f".{embedding}") for embedding in trained):
+            raise ValueError(
+                f"trainable_token_indices trains tokens of {name!r}, whose output is edited: those are looked up "
+                "without calling that module, so that there would be no edit. Do one of the two, or target the first "
+                "block instead."
+            )

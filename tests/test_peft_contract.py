@@ -383,6 +383,18 @@ def test_trained_tokens_go_with_the_adapter(inputs):
     assert type(unloaded.model.embed_tokens) is nn.Embedding
 
 
+@pytest.mark.parametrize("indices", [[5, 6], {"embed_tokens": [5, 6]}], ids=str)
+def test_tokens_of_an_edited_embedding_are_not_trained(indices):
+    """PEFT's layer for them does not call the embedding: its output would not be edited, and nothing would say so."""
+    base = tiny_model("llama")
+    with pytest.raises(ValueError, match=r"trains tokens of 'model\.embed_tokens', whose output is edited"):
+        get_peft_model(base, ReftConfig(target_modules=["embed_tokens"], trainable_token_indices=indices, **CAUSAL))
+    assert base.state_dict().keys() == tiny_model("llama").state_dict().keys()
+    model = get_peft_model(base, ReftConfig(target_modules=["embed_tokens"], **CAUSAL))
+    with pytest.raises(ValueError, match="whose output is edited"):
+        model.add_adapter("b", ReftConfig(target_modules=["q_proj"], trainable_token_indices=indices, **CAUSAL))
+
+
 # Weights that change under a running model.
 
 
