@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from trl import SFTConfig, SFTTrainer
@@ -620,14 +621,16 @@ def test_glue_reports_the_epoch_that_was_best_on_the_selection_half(tmp_path, mo
     assert by_epoch[-1] < max(by_epoch) - 1e-3  # the last epoch would have been worse
 
 
-def test_the_runner_is_a_program_and_goes_on_where_it_was(tmp_path):
+def test_the_runner_is_a_program_of_two_processes_and_goes_on_where_it_was(tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(PAPER / "run.py"), str(PAPER / "glue_large.yaml"), "--smoke", "--method", "full"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(PAPER / "run.py"), str(PAPER / "glue_large.yaml"), "--smoke", "--method", "full"]
     command += ["--tasks", "rte", "--output", "out"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "| full | tiny roberta | 1 | 100.0000 |" in done.stdout
+    assert done.stdout.count("| full | tiny roberta | 1 | 100.0000 |") == 1
     (file,) = tmp_path.rglob("results.json")
+    assert json.loads(file.read_text(encoding="utf-8"))["environment"]["processes"] == 2
     before = file.stat().st_mtime_ns
     arguments = [str(PAPER / "glue_large.yaml"), "--smoke", "--method", "full", "--tasks", "rte"]
     arguments += ["--output", str(tmp_path / "out")]
@@ -635,6 +638,14 @@ def test_the_runner_is_a_program_and_goes_on_where_it_was(tmp_path):
     assert file.stat().st_mtime_ns == before
     assert run.main([*arguments, "training.learning_rate=1e-4"]) == 2  # other settings do not pass for the same run
     assert file.stat().st_mtime_ns == before
+
+
+def test_processes_without_a_gpu_find_each_other_before_anything_is_written(monkeypatch):
+    """Else each takes itself for the main one until the trainer is made, and both write the tiny model."""
+    asked = []
+    monkeypatch.setattr(run, "PartialState", lambda **how: asked.append(how) or PartialState(**how))
+    assert run.main(["nowhere.yaml"]) == 2
+    assert asked[0] == {"cpu": not torch.cuda.is_available()}
 
 
 def test_the_table_has_means_over_seeds_beside_the_paper_s_numbers():

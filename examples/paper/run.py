@@ -132,6 +132,7 @@ def is_done(folder: Path, settings: Mapping[str, Any]) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; returns the exit status."""
     options = arguments(argv)
+    PartialState(cpu=not torch.cuda.is_available())  # without this, each process on a CPU takes itself for the only one
     warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries to each other
     datasets.disable_progress_bars()
     if options.smoke:
