@@ -37,11 +37,11 @@ LABELS = {"mnli": 3, "stsb": 1}  # the others have 2; one label is a regression
 def texts(settings: Mapping[str, Any]) -> Iterator[str]:
     """All texts of a recipe's task, for a smoke run's vocabulary."""
     (task,) = settings["evaluation"]["tasks"]
-    for row in rows(_source(settings, task)):
+    for row in rows(training_source(settings, task)):
         yield from (row[column] for column in COLUMNS[task])
 
 
-def _source(settings: Mapping[str, Any], task: str) -> dict[str, Any]:
+def training_source(settings: Mapping[str, Any], task: str) -> dict[str, Any]:
     """The training rows: those of the recipe's `train`, of the task's `train` file, or of its data's training split."""
     entry = dict(settings["evaluation"]["tasks"][task])
     own = {"data": entry.pop("train")} if "train" in entry else {}
@@ -103,7 +103,7 @@ def run(settings: Mapping[str, Any], seed: int, folder: Path) -> dict[str, Any]:
             remove_columns=[*kept, *COLUMNS[task]],
         ).rename_column("label", "labels")
 
-    train = encoded(labelled(_source(settings, task), task, seed, "train"))
+    train = encoded(labelled(training_source(settings, task), task, seed, "train"))
     validation = encoded(labelled(source, task, seed, "validation"))
     selection, held_out = halves(len(validation), seed)
     if not selection:

@@ -147,7 +147,7 @@ def _check(settings: Settings) -> None:
         raise RecipeError("evaluation.tasks is empty; name at least one task with its data.")
     for name, entry in settings["evaluation"]["tasks"].items():
         own = ("train",) if settings["kind"] == "glue" else ()
-        _known(entry, ("data", "name", "split", "max_examples", *own), f"of evaluation.tasks.{name}")
+        _known(entry, ("data", "name", "split", *own), f"of evaluation.tasks.{name}")
         if "data" not in entry:
             raise RecipeError(f"evaluation.tasks.{name} has no data; give evaluation.tasks.{name}.data=...")
     adapter = settings["adapter"]

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import shutil
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -79,8 +78,6 @@ def run_one(settings: dict[str, Any], method: str, seed: int, folder: Path, smok
     """One training with its evaluation; the results are returned and saved as `results.json`."""
     wanted = json.loads(json.dumps(settings))
     transformers.set_seed(seed)
-    if PartialState().is_main_process:
-        shutil.rmtree(folder / "trainer", ignore_errors=True)  # checkpoints of a run that this one replaces
     kind = KINDS[settings["kind"]]
     name = settings["model"]
     if isinstance(name, Mapping):
