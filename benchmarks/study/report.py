@@ -161,22 +161,43 @@ def color(name: str) -> str:
     return COLORS.get(name.split()[0], "tab:orange")
 
 
+def marker(name: str) -> str:
+    """By what is edited: all tokens or linear layers, the first token or two of the layers, or both ends."""
+    if "ReFT" not in name and "LoRA" not in name:
+        return "D"
+    return "s" if name.endswith(("all", "all linear")) else "^" if name.endswith("l4") else "o"
+
+
 def accuracy_picture(store: Store, plt: Any) -> Any:
-    """Accuracy against trained numbers, error bars over seeds."""
-    figure, axis = plt.subplots(figsize=(8.5, 5))
-    for name, cells in by_name(store.of("encoder")).items():
-        tests = [100 * value for value in values(cells, "test")]
-        mean, parameters = statistics.mean(tests), cells[0]["result"]["parameters"]
-        if name == "head only":
-            axis.axhspan(mean - spread(tests), mean + spread(tests), color="gray", alpha=0.15)
-            axis.axhline(mean, color="gray", linewidth=1, label=f"head only ({cells[0]['result']['with_head']:,})")
-            continue
-        marker = "s" if "LoRA" in name else "o" if "ReFT" in name else "D"
-        axis.errorbar(parameters, mean, spread(tests), color=color(name), marker=marker, capsize=3, linestyle="none")
-        axis.annotate(name, (parameters, mean), xytext=(5, 4), textcoords="offset points", fontsize=7)
-    axis.set(xscale="log", xlabel="trained numbers without the head", ylabel="test accuracy, %")
+    """Accuracy against trained numbers, error bars over seeds; methods of one size stand side by side."""
+    figure, axis = plt.subplots(figsize=(9.5, 5))
+    methods = by_name(store.of("encoder"))
+    head = methods.pop("head only", [])
+    parameters = {name: cells[0]["result"]["parameters"] for name, cells in methods.items()}
+    sizes: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(methods, key=lambda name: parameters[name]):
+        sizes[f"{parameters[name]:.1g}"].append(name)
+    for names in sizes.values():
+        for number, name in enumerate(names):
+            tests = [100 * value for value in values(methods[name], "test")]
+            beside = parameters[name] * 1.08 ** (number - (len(names) - 1) / 2)
+            mean, label = statistics.mean(tests), f"{name}: {parameters[name]:,}"
+            style = {"color": color(name), "marker": marker(name), "label": label}
+            axis.errorbar(beside, mean, spread(tests), capsize=2, elinewidth=1, linestyle="none", **style)
+    if head:
+        tests = [100 * value for value in values(head, "test")]
+        mean = statistics.mean(tests)
+        axis.axhspan(mean - spread(tests), mean + spread(tests), color="gray", alpha=0.15)
+        axis.axhline(mean, color="gray", linewidth=1, label="head only: 0")
+    axis.set(
+        xscale="log",
+        xlabel="trained numbers without the head (those of about one size stand side by side)",
+        ylabel="test accuracy, %",
+    )
     axis.set_title("MiniLM names the module family of a docstring (mean and standard deviation over seeds)", fontsize=9)
-    axis.legend(fontsize=7)
+    axis.legend(
+        fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1), title="method: trained numbers", title_fontsize=7
+    )
     return figure
 
 
@@ -231,18 +252,27 @@ def ablation_picture(store: Store, plt: Any) -> Any:
 
 def styles_picture(store: Store, plt: Any) -> Any:
     """How long a style lasts."""
-    figure, axis = plt.subplots(figsize=(6.5, 3.6))
-    for name, cells in by_name(store.of("styles")).items():
+    figure, axis = plt.subplots(figsize=(8, 3.6))
+    groups = by_name(store.of("styles"))
+    for number, (name, cells) in enumerate(groups.items()):
         quarters = zip(*(cell["result"]["quarters"]["lines"] for cell in cells))
-        means = [100 * statistics.mean([v for v in quarter if v is not None] or [0.0]) for quarter in quarters]
-        style = "-" if "+d" in name else "--" if "ReFT" in name else ":"
-        axis.plot(
-            range(1, 5), means, style, marker="o", color=color(name), alpha=0.5 + 0.5 * ("r1" in name), label=name
+        shares = [[100 * value for value in quarter if value is not None] or [0.0] for quarter in quarters]
+        places = [quarter + 0.03 * (number - (len(groups) - 1) / 2) for quarter in range(1, 5)]
+        axis.errorbar(
+            places,
+            [statistics.mean(share) for share in shares],
+            [spread(share) for share in shares],
+            linestyle="-" if "+d" in name or "LoRA" in name else "--",
+            marker="od^vsP"[number % 6],
+            markersize=5,
+            color=color(name),
+            alpha=0.8,
+            label=name,
         )
     axis.set(
         xlabel="quarter of a free-running answer of 96 tokens", ylabel="in the trained style, %", xticks=range(1, 5)
     )
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
     return figure
 
 
@@ -273,7 +303,7 @@ def write(store: Store, folder: Path, split: int) -> Path:
 
     def save(figure: Any, name: str) -> str:
         figure.tight_layout()
-        figure.savefig(folder / f"{name}.png", dpi=100)
+        figure.savefig(folder / f"{name}.png", dpi=100, bbox_inches="tight")
         plt.close(figure)
         return f"![{name}]({name}.png)\n"
 
