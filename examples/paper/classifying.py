@@ -44,7 +44,8 @@ def texts(settings: Mapping[str, Any]) -> Iterator[str]:
 def training_source(settings: Mapping[str, Any], task: str) -> dict[str, Any]:
     """The training rows: those of the recipe's `train`, of the task's `train` file, or of its data's training split."""
     entry = dict(settings["evaluation"]["tasks"][task])
-    own = {"data": entry.pop("train")} if "train" in entry else {}
+    own_file = entry.pop("train", None)
+    own = {"data": own_file} if own_file else {}
     source = {"name": task, **entry, **own, "split": "train", **settings["train"]}
     if is_file(entry["data"]) and not own and "data" not in settings["train"]:
         raise RecipeError(
