@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import re
+from contextlib import contextmanager
 
 import accelerate
 import peft
@@ -18,6 +20,7 @@ import transformers
 from conftest import BLOCKS, HIDDEN, VOCAB, batch, inputs_of, logits, randomize, reft_model, tiny_model
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from reference import columns_to_edit, edit_vector
 from torch import nn
 
 from peft_reft import ReftConfig, get_interventions, set_strength
@@ -723,6 +726,130 @@ def test_strength_is_an_adapters_own_and_holds_by_row(inputs):
     torch.testing.assert_close(got, torch.stack([full["a"][0], half[1], half[2]]), atol=1e-4, rtol=1e-4)
     set_strength(model, 1.0, "b")
     assert torch.equal(alone(model, "b", lambda m: logits(m, inputs)), full["b"])
+
+
+@contextmanager
+def scaled_edits(base: nn.Module, model: PeftModel, strengths: list[dict[str, float]], columns):
+    """Plain hooks on a model without adapters: to each row's h is added, of each of its adapters, strength * edit(h).
+
+    Args:
+        strengths: one for each row, by adapter.
+        columns: gives an adapter's [row][group] -> columns in the call that is being made.
+    """
+
+    def hook_of(block: str):
+        def hook(module, args, hidden):
+            edited = hidden.clone()
+            for row, adapters in enumerate(strengths):
+                for name, strength in adapters.items():
+                    config, interventions = model.peft_config[name], get_interventions(model, name).get(block, [])
+                    for group, intervention in enumerate(interventions):
+                        groups = columns(name)[row]
+                        for column in groups[group] if len(interventions) > 1 else itertools.chain(*groups):
+                            h = hidden[row, column]
+                            after = edit_vector(config.intervention, intervention, h, config.act_fn)
+                            edited[row, column] += strength * (after - h)
+            return edited
+
+        return hook
+
+    blocks = {block for name in model.peft_config for block in get_interventions(model, name)}
+    handles = [base.get_submodule(block).register_forward_hook(hook_of(block)) for block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def logits_with_scaled_edits(model: PeftModel, inputs: dict, strengths: list[dict[str, float]]) -> torch.Tensor:
+    def columns(name):
+        return columns_to_edit(model.peft_config[name].positions, inputs["attention_mask"])
+
+    base = tiny_model("llama")
+    with scaled_edits(base, model, strengths, columns):
+        return logits(base, inputs)
+
+
+@pytest.mark.parametrize("strength", [0, 1, -1.0, 0.3, 2.5])
+@pytest.mark.parametrize("name", BY_ROW)
+def test_strength_is_what_multiplies_the_equations_in_every_block(name, strength, inputs):
+    model = many_adapters(**CAUSAL)
+    model.set_adapter(name)
+    set_strength(model, strength)
+    got = logits(model, inputs)
+    torch.testing.assert_close(
+        got, logits_with_scaled_edits(model, inputs, [{name: strength}] * 3), atol=1e-3, rtol=1e-3
+    )
+    base = logits(tiny_model("llama"), inputs)
+    assert torch.equal(got, base) if strength == 0 else not torch.allclose(got, base, atol=1e-2)
+
+
+def test_active_adapters_are_summed_each_with_its_strength(inputs):
+    model = many_adapters(**CAUSAL)
+    strengths = {"a": -0.7, "b": 0.4, "c": 1.5, "d": 0.0}
+    model.base_model.set_adapter(list(strengths))
+    for name, strength in strengths.items():
+        set_strength(model, strength, name)
+    got = logits(model, inputs)
+    torch.testing.assert_close(got, logits_with_scaled_edits(model, inputs, [strengths] * 3), atol=1e-3, rtol=1e-3)
+    set_strength(model, 1.0)  # of all that are active
+    assert not torch.allclose(logits(model, inputs), got, atol=1e-2)
+    model.base_model.set_adapter(["a", "d"])
+    set_strength(model, 0.0, "d")
+    both = logits(model, inputs)
+    model.set_adapter("a")
+    assert torch.equal(logits(model, inputs), both)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_each_row_has_its_adapters_strength(side):
+    model, inputs = many_adapters(**CAUSAL), batch(7, 4, 6, 5, 8, 9, 3, side=side)
+    strengths = {"a": 2.0, "b": -0.5, "c": 0.0, "d": 0.3, "e": 1.0, "__base__": 0.0}
+    for name in BY_ROW:
+        set_strength(model, strengths[name], name)
+    got = logits(model, inputs, adapter_names=ROWS)
+    rows = [{} if name == "__base__" else {name: strengths[name]} for name in ROWS]
+    want, base = logits_with_scaled_edits(model, inputs, rows), logits(tiny_model("llama"), inputs)
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(got[real], want[real], atol=1e-3, rtol=1e-3)
+    for row, name in enumerate(ROWS):
+        assert torch.allclose(got[row][real[row]], base[row][real[row]], atol=1e-2) == (strengths[name] == 0)
+
+
+@pytest.mark.parametrize("schedule", [[1.0, -1.0, 2.0, 0.0, 0.5], [0.0, 0.0, 3.0, 3.0, 0.0], [0.0] * 5], ids=str)
+def test_a_strength_that_is_set_while_text_is_generated_holds_from_the_next_token_on(schedule):
+    """What is in the cache stays as it was made; the prompt's first token and all generated tokens are edited."""
+    model = reft_model(tiny_model("llama"), positions="f1+d", **CAUSAL)
+    inputs, base = batch(6, 6), tiny_model("llama")
+    later = iter(schedule[1:])
+
+    def change(ids, scores):
+        if (strength := next(later, None)) is not None:
+            set_strength(model, strength)
+        return scores
+
+    set_strength(model, schedule[0])
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True}
+    out = model.generate(**inputs, **settings, output_logits=True, logits_processor=[change])
+
+    def first_token(name):  # of the prompt, or the only one in a call that follows
+        return [[[0]]] * 2
+
+    ids, cache, want = inputs["input_ids"], None, []
+    for step, strength in enumerate(schedule):
+        with scaled_edits(base, model, [{"default": strength}] * 2, first_token), torch.no_grad():
+            output = base(input_ids=ids, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        want.append(output.logits[:, -1])
+        ids = out.sequences[:, 6 + step : 7 + step]
+    torch.testing.assert_close(torch.stack(out.logits), torch.stack(want), atol=1e-3, rtol=1e-3)
+    plain = base.generate(**inputs, **settings, output_logits=True)
+    if not any(schedule):
+        torch.testing.assert_close(out.logits, plain.logits)
+        assert out.sequences.tolist() == plain.sequences.tolist()
+    else:
+        assert not torch.allclose(out.logits[2], plain.logits[2], atol=1e-2)
 
 
 @pytest.mark.parametrize(
