@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import accelerate
 import peft
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from conftest import BLOCKS, HIDDEN, VOCAB, batch, inputs_of, logits, randomize, reft_model, tiny_model
@@ -352,6 +353,33 @@ def test_auto_peft_model_loads_an_adapter_without_a_task_type(inputs, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     again = peft.AutoPeftModel.from_pretrained(tmp_path / "adapter").eval()
     torch.testing.assert_close(logits(again, inputs), logits(model, inputs))
+
+
+def test_a_key_mapping_renames_blocks_on_loading(inputs, tmp_path):
+    model = reft_model(tiny_model("llama"), **CAUSAL)
+    model.save_pretrained(tmp_path)
+    weights = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    renamed = {name.replace("model.layers.", "decoder.blocks."): tensor for name, tensor in weights.items()}
+    safetensors.torch.save_file(renamed, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"the model lacks base_model\.model\.decoder\.blocks\.0"):
+        PeftModel.from_pretrained(tiny_model("llama"), tmp_path)
+    again = PeftModel.from_pretrained(tiny_model("llama"), tmp_path, key_mapping={"decoder.blocks": "model.layers"})
+    assert torch.equal(logits(again, inputs), logits(model, inputs))
+
+
+def test_embeddings_of_a_grown_vocabulary_go_with_the_adapter(inputs, tmp_path):
+    def grown(seed):
+        base = tiny_model("llama")
+        torch.manual_seed(seed)
+        base.resize_token_embeddings(VOCAB + 4, mean_resizing=False)
+        return base
+
+    model = reft_model(grown(1), **CAUSAL)
+    inputs["input_ids"][:, 1] = VOCAB + 1  # a new token
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    again = PeftModel.from_pretrained(grown(2), tmp_path)
+    assert torch.equal(logits(again, inputs), logits(model, inputs))
+    assert not torch.allclose(logits(grown(2), inputs), logits(grown(1), inputs))
 
 
 def test_an_adapter_brings_its_own_classification_head(inputs):
