@@ -6,9 +6,9 @@ cannot be traced (it has no config, or its code needs what a stand-in has not), 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise, product
+from itertools import pairwise
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 
 from peft_reft.layout import CHANNELS_FIRST, OWN, PLAIN, Layout, edit_hidden_state, layout_from
 from peft_reft.structure import block_width, device_and_dtype, size_of, structural_stacks
-from peft_reft.trace import Run, codebooks, entries, is_read, run
+from peft_reft.trace import Entry, Run, entries, has_images_beside_tokens, is_read, run
 
 __all__ = ["Survey", "block_width", "device_and_dtype", "edit_hidden_state", "find_blocks"]
 
@@ -58,22 +58,35 @@ class Survey:
 
     Attributes:
         runs: two forwards with different numbers of rows and columns; none if the model cannot be traced.
-        ids_per_row: how many rows of ids make one row of the hidden state.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, ways: Sequence[Entry] | None = None):
+        """Run the model in the first of the `ways` that reaches lists of blocks; None for those of `entries`."""
         self.model = model
-        self.runs: list[Run] = []
-        self.ids_per_row = 1
         is_traceable = isinstance(getattr(model, "config", None), PretrainedConfig)
-        for entry, ids_per_row in product(entries(model), codebooks(model)) if is_traceable else ():
+        ways = ways if ways is not None else entries(model) if is_traceable else ()
+        first: tuple[Entry, list[Run]] | None = None
+        for entry in ways:
             try:
-                self.runs = [run(model, entry, *tokens, ids_per_row) for tokens in TOKENS]
-                self._entry, self.ids_per_row = entry, ids_per_row
-                break
+                runs = [run(model, entry, *tokens) for tokens in TOKENS]
             except Exception:  # whatever a model's own code may raise on example inputs
                 continue
-        self._calls = [traced.calls() for traced in self.runs]
+            first = first or (entry, runs)
+            self._take(entry, runs)
+            if next(self._lists(model, ""), None) is not None:
+                break
+        else:
+            self._take(*(first or (Entry(), [])))
+        is_beside = bool(self.runs) and not self._entry.with_image and has_images_beside_tokens(model, self._entry)
+        self._beside = Survey(model, [replace(self._entry, with_image=True)]) if is_beside else None
+
+    def _take(self, entry: Entry, runs: list[Run]) -> None:
+        self._entry, self.runs, self._calls = entry, runs, [traced.calls() for traced in runs]
+
+    @property
+    def ids_per_row(self) -> int:
+        """How many rows of ids make one row of the hidden state."""
+        return self._entry.ids_per_row
 
     # Shapes.
 
@@ -92,7 +105,16 @@ class Survey:
         return self._shapes(name)[0][layout.vector], layout
 
     def layout_of(self, name: str) -> Layout | None:
-        """The layout of a module's output in the trace; None if it was not run or puts out no vectors to count."""
+        """The layout of a module's output in the trace; None if it was not run or puts out no vectors to count.
+
+        Where an image's vectors may stand beside those of the tokens, it is the layout with an image, which tells where
+        the tokens are without one, too.
+        """
+        layout = self._layout_of(name)
+        beside = self._beside.layout_of(name) if self._beside is not None and layout == PLAIN else None
+        return beside or layout
+
+    def _layout_of(self, name: str) -> Layout | None:
         shapes = self._shapes(name)
         if len(shapes) < 2:
             return None
@@ -118,7 +140,7 @@ class Survey:
         if shapes[0][1] == shapes[1][1]:
             return Layout(pool=OWN)
         many = 32  # tokens: enough to see by how much their number is divided
-        output = run(self.model, self._entry, rows[0], many, self.ids_per_row).calls()[name][0].output
+        output = run(self.model, self._entry, rows[0], many).calls()[name][0].output
         return None if output is None else Layout(pool=round(many / output.shape[1]))
 
     def _shapes(self, name: str) -> list[tuple[int, ...]]:
@@ -136,10 +158,7 @@ class Survey:
 
     def _first_column(self, name: str, layout: Layout) -> int | None:
         """Where the first token stands: the one column that changes when another token takes its place."""
-        one, other = (
-            run(self.model, self._entry, *TOKENS[1], self.ids_per_row, token).calls()[name][0].output
-            for token in (0, 1)
-        )
+        one, other = (run(self.model, self._entry, *TOKENS[1], token).calls()[name][0].output for token in (0, 1))
         if one is None or other is None:
             return None
         changed = (one != other).movedim((layout.rows, layout.columns), (0, 1)).flatten(2).any(2).any(0)
@@ -154,7 +173,8 @@ class Survey:
         Raises:
             ValueError: if there are none, or an adapter cannot work on them, with the reason.
         """
-        stacks = self._traced_stacks() if self.runs else structural_stacks(self.model)
+        stacks = self._traced_stacks() if self.runs else []
+        stacks = stacks or structural_stacks(self.model)
         if not stacks:
             raise ValueError(_no_blocks(self.model))
         return stacks
@@ -189,7 +209,7 @@ class Survey:
         """Whether an edit of a module's output can do anything: decoders that read the cache of an encoder's blocks
         read no output of the last one.
         """
-        return is_read(self.model, self._entry, name, *TOKENS[0], self.ids_per_row)
+        return is_read(self.model, self._entry, name, *TOKENS[0])
 
     def _lists(self, module: nn.Module, path: str) -> Iterator[BlockList]:
         """The outermost lists that ran; a list of lists counts as one."""

@@ -9,18 +9,26 @@ import torch
 from torch import nn
 
 
-def named_block_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
+def named_block_lists(
+    module: nn.Module, prefix: str = "", kind: type[nn.Module] = nn.ModuleList
+) -> Iterator[tuple[str, nn.Module]]:
     """The outermost lists of modules that look like blocks: not leaves, and with parameters."""
     for name, child in module.named_children():
         path = f"{prefix}.{name}" if prefix else name
-        if isinstance(child, nn.ModuleList) and len(child) > 0 and all(_has_parts(entry) for entry in child):
+        entries = list(child.children()) if isinstance(child, kind) else []
+        if entries and all(_has_parts(entry) for entry in entries):
             yield path, child
         else:
-            yield from named_block_lists(child, path)
+            yield from named_block_lists(child, path, kind)
 
 
 def _has_parts(module: nn.Module) -> bool:
     return any(True for _ in module.children()) and any(True for _ in module.parameters())
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Whether it has matrices, as blocks have whose output is a vector for each place; convolutions have none."""
+    return any(parameter.dim() == 2 for parameter in module.parameters())
 
 
 def size_of(module: nn.Module) -> int:
@@ -58,9 +66,10 @@ def structural_stacks(model: nn.Module) -> list[list[str]]:
     stacks = []
     for path, stack in _text_stacks(model):
         found = list(named_block_lists(stack, path))
+        found = found or [item for item in named_block_lists(stack, path, nn.Sequential) if _multiplies(item[1])]
         if found:
-            name, blocks = max(found, key=lambda item: size_of(item[1]))
-            stacks.append([f"{name}.{i}" for i in range(len(blocks))])
+            name, blocks = max(found, key=lambda item: (_multiplies(item[1]), size_of(item[1])))
+            stacks.append([f"{name}.{entry}" for entry, _ in blocks.named_children()])
     return stacks
 
 

@@ -12,6 +12,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from types import MethodType
 from typing import Any
 
@@ -183,18 +184,32 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
-def run(model: nn.Module, entry: str, rows: int, columns: int, ids_per_row: int = 1, first_token: int = 0) -> Run:
-    """Run a stand-in for `model.<entry>` on tokens.
+@dataclass(frozen=True)
+class Entry:
+    """A way to run a model on example inputs.
+
+    Attributes:
+        path: the module to call; the model itself if empty.
+        ids_per_row: how many rows of ids make one row of the batch (one for each codebook of an audio model).
+        with_image: whether each row of tokens comes with an image.
+    """
+
+    path: str = ""
+    ids_per_row: int = 1
+    with_image: bool = False
+
+
+def run(model: nn.Module, entry: Entry, rows: int, columns: int, first_token: int = 0) -> Run:
+    """Run a stand-in for the model on tokens.
 
     Args:
-        ids_per_row: how many rows of ids make one row of the batch (one for each codebook of an audio model).
         first_token: which of the usable token ids the rows begin with.
 
     Raises:
         Exception: whatever the model's code raises on such inputs.
     """
     clone = stand_in(model)
-    part = clone.get_submodule(entry)
+    part = clone.get_submodule(entry.path)
     record = _record(part, rows, columns)
     for name, module in clone.named_modules():
 
@@ -208,7 +223,7 @@ def run(model: nn.Module, entry: str, rows: int, columns: int, ids_per_row: int 
         if module is embedding or (isinstance(module, nn.Embedding) and _same_table(module, embedding)):
             module.register_forward_hook(_distinct_vectors, prepend=True)
     with torch.no_grad():
-        _forward(part, example_inputs(part, record, ids_per_row, first_token))
+        _forward(part, example_inputs(part, record, entry, first_token))
     return record
 
 
@@ -218,13 +233,13 @@ def _record(module: nn.Module, rows: int, columns: int) -> Run:
     return Run(rows, columns, columns + 5 if "decoder_input_ids" in names else columns, "input_ids" not in names)
 
 
-def is_read(model: nn.Module, entry: str, name: str, rows: int, columns: int, ids_per_row: int = 1) -> bool:
-    """Whether what `model.<entry>` puts out (its logits, mostly) depends on a module's output in a differentiable way.
+def is_read(model: nn.Module, entry: Entry, name: str, rows: int, columns: int) -> bool:
+    """Whether what the model puts out (its logits, mostly) depends on a module's output in a differentiable way.
 
     True also where that cannot be told.
     """
     clone = stand_in(model)
-    part = clone.get_submodule(entry)
+    part = clone.get_submodule(entry.path)
 
     def follow(_: Any, args: tuple, output: Any) -> None:
         h = hidden_state_of(output)
@@ -234,7 +249,7 @@ def is_read(model: nn.Module, entry: str, name: str, rows: int, columns: int, id
     clone.get_submodule(name).register_forward_hook(follow)
     try:
         with torch.enable_grad():
-            output = _forward(part, example_inputs(part, _record(part, rows, columns), ids_per_row))
+            output = _forward(part, example_inputs(part, _record(part, rows, columns), entry))
     except Exception:  # code that writes to what requires gradients
         return True
     result = hidden_state_of(output)
@@ -248,21 +263,46 @@ def _forward(module: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
         return module(**inputs)
 
 
-def codebooks(model: nn.Module) -> list[int]:
-    """The numbers of rows of ids that may make one row of the batch: one, or one for each codebook."""
-    return sorted({1, _setting(getattr(model, "config", None), "num_codebooks", 1)})
+def entries(model: nn.Module) -> list[Entry]:
+    """The ways in which a model may run on tokens or images alone, to be tried in this order: itself, its body without
+    the head, what lies between it and its input embedding; then with an image beside the tokens.
 
-
-def entries(model: nn.Module) -> list[str]:
-    """The modules that may be run on tokens alone: the model, and what lies between it and its input embedding."""
+    None for models of sound: they would run for long, and a part of them that takes tokens is their decoder alone.
+    """
+    whole = _argument_names(model, "")
+    if "input_ids" not in whole and whole & {"input_features", "input_values"}:
+        return []
     embedding = input_embedding(model)
     path = next((name for name, module in model.named_modules() if module is embedding), "")
-    names = [""]
+    inner: list[str] = []
     while "." in path:
         path = path.rpartition(".")[0]
-        if "input_ids" in inspect.signature(type(model.get_submodule(path)).forward).parameters:
-            names.insert(1, path)
-    return names
+        inner.insert(0, path)
+    per_row = sorted({1, _setting(getattr(model, "config", None), "num_codebooks", 1)})
+    found = []
+    paths = dict.fromkeys(["", getattr(model, "base_model_prefix", ""), *inner])
+    for with_image, path, ids_per_row in product((False, True), paths, per_row):
+        names = _argument_names(model, path)
+        if (path == "" or names & {"input_ids", "pixel_values"}) and (not with_image or _takes_both(names)):
+            found.append(Entry(path, ids_per_row, with_image))
+    return found
+
+
+def _takes_both(names: set[str]) -> bool:
+    return names >= {"input_ids", "pixel_values"}
+
+
+def _argument_names(model: nn.Module, path: str) -> set[str]:
+    """The names of the arguments of the forward of a part; none if there is no such part."""
+    part = dict(model.named_modules()).get(path)
+    return set() if part is None else set(inspect.signature(type(part).forward).parameters)
+
+
+def has_images_beside_tokens(model: nn.Module, entry: Entry) -> bool:
+    """Whether images may come with the tokens, and have places of their own: no token stands for them."""
+    settings = [name for config in _settings(getattr(model, "config", None)) for name in config]
+    names = _argument_names(model, entry.path)
+    return _takes_both(names) and not any("image_token" in str(name) for name in settings)
 
 
 def _same_table(module: nn.Embedding, embedding: nn.Module | None) -> bool:
@@ -277,7 +317,7 @@ def _distinct_vectors(module: nn.Module, args: tuple, output: Any) -> Any:
     return torch.sin(waves * (1.0 + args[0].unsqueeze(-1).float())).view(output.shape).to(output.dtype) + output
 
 
-def example_inputs(module: nn.Module, record: Run, ids_per_row: int = 1, first_token: int = 0) -> dict[str, Tensor]:
+def example_inputs(module: nn.Module, record: Run, entry: Entry, first_token: int = 0) -> dict[str, Tensor]:
     """Tokens (or an image) for a module's forward, by the names of its parameters."""
     names = inspect.signature(type(module).forward).parameters
     config = getattr(module, "config", None)
@@ -286,8 +326,8 @@ def example_inputs(module: nn.Module, record: Run, ids_per_row: int = 1, first_t
         if name in names:
             ids = _usable_ids(module, columns + 1)
             row = torch.tensor([ids[first_token], *ids[2:]])
-            inputs[name] = row.repeat(record.rows * ids_per_row, 1)
-    if "input_ids" not in names and "pixel_values" in names:
+            inputs[name] = row.repeat(record.rows * entry.ids_per_row, 1)
+    if "pixel_values" in names and ("input_ids" not in names or entry.with_image):
         inputs["pixel_values"] = torch.zeros(record.rows, *_image_shape(config))
     if "bbox" in names:
         inputs["bbox"] = torch.zeros(record.rows, record.columns, 4, dtype=torch.long)
@@ -303,8 +343,17 @@ def _setting(config: Any, name: str, default: Any) -> Any:
 
 
 def _image_shape(config: Any) -> tuple[int, ...]:
-    size = _setting(config, "image_size", 224)
+    size = _setting(config, "image_size", _setting(config, "input_size", 224))
     return (_setting(config, "num_channels", 3), *((size, size) if isinstance(size, int) else tuple(size)[-2:]))
+
+
+def _settings(config: Any) -> Iterator[dict[str, Any]]:
+    """The settings of a config and of its parts."""
+    found = [config.to_dict()] if isinstance(config, PretrainedConfig) else []
+    while found:
+        settings = found.pop()
+        found += [value for value in settings.values() if isinstance(value, dict)]
+        yield settings
 
 
 def _usable_ids(module: nn.Module, count: int) -> list[int]:
@@ -312,13 +361,9 @@ def _usable_ids(module: nn.Module, count: int) -> list[int]:
     special: set[int] = set()
     embedding = input_embedding(module)
     size = getattr(embedding, "num_embeddings", None) or 1000
-    config = getattr(module, "config", None)
-    settings = [config.to_dict()] if isinstance(config, PretrainedConfig) else []
-    while settings:
-        for name, value in settings.pop().items():
-            if isinstance(value, dict):
-                settings.append(value)
-            elif "token" in str(name):
+    for config in _settings(getattr(module, "config", None)):
+        for name, value in config.items():
+            if "token" in str(name):
                 special.update(v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int))
     ids = [i for i in range(2, size) if i not in special] or [0]
     return (ids * (1 + count // len(ids)))[:count]

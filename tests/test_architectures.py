@@ -26,6 +26,7 @@ from itertools import pairwise
 import architectures
 import pytest
 import torch
+import transformers
 from architectures import DEPTH, Batch, batch_for, tiny_model
 from conftest import randomize
 from peft import PeftModel, get_peft_model
@@ -425,6 +426,132 @@ def test_rows_with_images_generate_with_their_own_adapters():
         close(scores, torch.stack(rows), f"step {step}")
         differences = [float((one - other).nan_to_num().abs().max()) for one, other in pairwise(rows)]
         assert min(differences) > 1e-4, differences
+
+
+def changed_columns(model: PeftModel, name: str, inputs: dict[str, Tensor]) -> list[list[int]]:
+    """The columns of a block's output [B, S, d] that the adapter edits, of each row. For the first block of a stack."""
+    seen = []
+
+    def remember(block: nn.Module, args: tuple, output) -> None:
+        seen.append(output if isinstance(output, Tensor) else output[0])
+
+    handle = model.get_base_model().get_submodule(name).register_forward_hook(remember)
+    run(model, Batch(inputs, [], 0))
+    with model.disable_adapter():
+        run(model, Batch(inputs, [], 0))
+    handle.remove()
+    return [row.nonzero().flatten().tolist() for row in (seen[0] != seen[1]).any(-1)]
+
+
+@pytest.mark.parametrize(
+    ("class_name", "start"),
+    [("LayoutLMv3ForTokenClassification", 0), ("GitForCausalLM", 17), ("ViltForImagesAndTextClassification", 0)],
+)
+def test_tokens_are_found_beside_the_vectors_of_an_image(class_name: str, start: int):
+    """Which stand in the same row: before the tokens or behind them."""
+    cls = getattr(transformers, class_name)
+    config = architectures.tiny_config(cls.config_class.model_type)
+    config.num_images = 1
+    base = cls._from_config(config).eval()
+    model = randomize(get_peft_model(base, config_for("image-text")).eval())
+    inputs = batch_for(base, "image-text", LENGTHS).inputs
+    pixels = torch.randn(len(LENGTHS), 3, architectures.IMAGE, architectures.IMAGE)
+    first = next(iter(get_interventions(model)))
+    edited = [[0, 1, 7, 8], [0, 1, 3, 4], [0, 1, 2]]
+    if "Vilt" not in class_name:
+        inputs.pop("pixel_values", None)
+        assert changed_columns(model, first, inputs) == edited
+    with_image = inputs | {"pixel_values": pixels.unsqueeze(1) if "Vilt" in class_name else pixels}
+    assert changed_columns(model, first, with_image) == [[start + column for column in row] for row in edited]
+
+
+def test_tokens_behind_an_image_are_edited_when_they_are_generated():
+    model, base = (tiny_model("git", "causal") for _ in range(2))
+    model = randomize(get_peft_model(model, ReftConfig(positions="f1+l1+d", r=2)).eval())
+    tokens = batch_for(base, "causal", (5, 5)).inputs["input_ids"]
+    pixels = torch.randn(2, 3, architectures.IMAGE, architectures.IMAGE)
+    settings = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5, "pad_token_id": 0}
+    settings |= {"return_dict_in_generate": True, "output_scores": True}
+    for use_cache in (True, False):  # 17 vectors of the image come first
+        got = model.generate(input_ids=tokens, pixel_values=pixels, use_cache=use_cache, **settings)
+        inputs = {"input_ids": got.sequences[:, :-1], "pixel_values": pixels}
+
+        def edit(block: nn.Module, args: tuple, output, name: str):
+            h = output[0].clone() if isinstance(output, tuple) else output.clone()
+            for column in (0, 4, 5, 6, 7, 8):
+                h[:, 17 + column] = get_interventions(model)[name][0](h[:, 17 + column])
+            return (h, *output[1:]) if isinstance(output, tuple) else h
+
+        handles = [
+            base.get_submodule(name).register_forward_hook(lambda b, a, o, name=name: edit(b, a, o, name))
+            for name in get_interventions(model)
+        ]
+        with torch.no_grad():
+            expected = base(**inputs).logits[:, -5:]
+            for handle in handles:
+                handle.remove()
+            assert (base(**inputs).logits[:, -5:] - expected).abs().max() > 1e-2
+        for step, scores in enumerate(got.scores):
+            possible = scores.isfinite()
+            close(scores[possible], expected[:, step][possible], f"use_cache={use_cache}, step {step}")
+
+
+def of_sound(class_name: str) -> nn.Module:
+    cls = getattr(transformers, class_name)
+    torch.manual_seed(0)
+    return cls._from_config(architectures.tiny_config(cls.config_class.model_type)).eval()
+
+
+@pytest.mark.parametrize(
+    ("class_name", "stacks"),
+    [
+        ("Wav2Vec2ForCTC", ["wav2vec2.encoder.layers"]),
+        ("HubertForSequenceClassification", ["hubert.encoder.layers"]),
+        ("ASTForAudioClassification", ["audio_spectrogram_transformer.layers"]),
+        ("WhisperForConditionalGeneration", ["model.encoder.layers", "model.decoder.layers"]),
+        (
+            "SpeechT5ForSpeechToText",
+            ["speecht5.encoder.wrapped_encoder.layers", "speecht5.decoder.wrapped_decoder.layers"],
+        ),
+    ],
+)
+def test_the_blocks_of_models_of_sound_are_found(class_name: str, stacks: list[str]):
+    names = list(get_interventions(get_peft_model(of_sound(class_name), ReftConfig())))
+    assert names == [f"{stack}.{number}" for stack in stacks for number in range(DEPTH)]
+
+
+def test_an_encoder_of_sound_counts_frames_and_its_decoder_tokens():
+    model, base = (of_sound("WhisperForConditionalGeneration") for _ in range(2))
+    model = randomize(get_peft_model(model, ReftConfig(positions="f2+l2", r=2)).eval())
+    frames = base.config.max_source_positions
+    sound = {"input_features": torch.randn(2, base.config.num_mel_bins, 2 * frames)}
+    inputs = sound | {"decoder_input_ids": torch.randint(5, 90, (2, 7))}
+    assert changed_columns(model, "model.encoder.layers.0", inputs) == [[0, 1, frames - 2, frames - 1]] * 2
+    decoder = get_peft_model(base, ReftConfig(target_modules=r"model\.decoder\.layers\.\d", positions="f2+l2", r=2))
+    assert changed_columns(randomize(decoder).eval(), "model.decoder.layers.0", inputs) == [[0, 1, 5, 6]] * 2
+    base = decoder.unload()
+    settings = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4, "return_dict_in_generate": True}
+    for use_cache in (True, False):
+        got = model.generate(**sound, **settings, output_scores=True, use_cache=use_cache)
+        batch = Batch(sound, [[], []], frames, got.sequences.shape[1] - len(got.scores))
+        with torch.no_grad(), reference(base, get_interventions(model), batch, "whisper"):
+            expected = base(**sound, decoder_input_ids=got.sequences[:, :-1]).logits[:, -len(got.scores) :]
+        for step, scores in enumerate(got.scores):
+            possible = scores.isfinite()
+            close(scores[possible], expected[:, step][possible], f"use_cache={use_cache}, step {step}")
+
+
+def test_the_choices_of_a_question_are_rows_of_their_own():
+    cls = transformers.CanineForMultipleChoice
+    base = cls._from_config(architectures.tiny_config("canine")).eval()
+    model = randomize(get_peft_model(base, ReftConfig(positions="f2+l2", r=2)).eval())
+    tokens = torch.randint(5, 90, (2, 3, 16))
+    with torch.no_grad():
+        together = model(input_ids=tokens).logits
+        alone = torch.cat([model(input_ids=tokens[:, choice : choice + 1]).logits for choice in range(3)], dim=1)
+        with model.disable_adapter():
+            assert (model(input_ids=tokens).logits - together).abs().min() > 1e-4
+    close(together, alone)
 
 
 class Stage(nn.Module):
