@@ -16,7 +16,7 @@ ORDER = [
     ["frame", "collator", "cache"],
     ["layer", "host", "generation"],
     ["attach"],
-    ["targets", "native"],
+    ["targets", "native", "hotswap"],
     ["model"],
     ["register"],
     ["__init__"],
