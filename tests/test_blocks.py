@@ -237,6 +237,41 @@ def test_a_plain_module_trains_and_unloads():
     assert torch.equal(model.unload()(x), before)
 
 
+class Tower(nn.Module):
+    """Blocks in an nn.Sequential, as timm's models have them; the convolutions in front are no blocks to edit."""
+
+    class Block(nn.Module):
+        def __init__(self, part: nn.Module):
+            super().__init__()
+            self.part, self.act = part, nn.Tanh()
+
+        def forward(self, x):
+            return self.act(self.part(x))
+
+    def __init__(self, blocks: int = 3):
+        super().__init__()
+        self.stem = nn.Sequential(*[self.Block(nn.Conv1d(6, 6, 3, padding=1)) for _ in range(4)])
+        self.trunk = nn.Sequential(*[self.Block(nn.Linear(6, 6)) for _ in range(blocks)])
+
+    def forward(self, x):
+        return self.trunk(self.stem(x.transpose(1, 2)).transpose(1, 2))
+
+
+def test_blocks_may_be_in_a_sequence_of_modules():
+    model = randomize(get_peft_model(Tower(), ReftConfig(positions="f1+l1", r=2)).eval())
+    assert list(get_interventions(model)) == ["trunk.0", "trunk.1", "trunk.2"]
+    x = torch.randn(2, 5, 6)
+    with torch.no_grad(), model.disable_adapter():
+        before = model(x)
+    changed = (model(x) != before).any(-1)
+    assert changed.tolist() == [[True, False, False, False, True]] * 2
+
+
+def test_convolutions_are_no_blocks():
+    with pytest.raises(ValueError, match="No list of blocks was found in Tower"):
+        get_peft_model(Tower(blocks=0), ReftConfig())
+
+
 def test_a_model_without_blocks_is_rejected_with_what_could_be_named_instead():
     with pytest.raises(
         ValueError, match=r"No list of blocks was found in Net.*target_modules.*candidates.*first, second"
