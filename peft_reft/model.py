@@ -195,9 +195,9 @@ class ReftModel(BaseTuner):
             remove_if_being_loaded(model, adapter_name)
             base = model.get_base_model() if isinstance(model, PeftModel) else model
             raise ValueError(does_not_fit(base, reason, config))
-        refuse_another_meaning(adapter_name, config)
-        for layer in reft_layers(model).values():
-            layer.being_loaded.pop(adapter_name, None)
+        fresh = [layer.being_loaded.pop(adapter_name, False) for layer in reft_layers(model).values()]
+        if not any(fresh):
+            refuse_another_meaning(adapter_name, config)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     # Taking it off.
@@ -248,7 +248,7 @@ def refuse_another_meaning(adapter_name: str, config: PeftConfig) -> None:
         ValueError: if the saved adapter's own config gives these weights another meaning.
     """
     call = call_of(PeftModel.load_adapter)
-    if call is None or "peft_config" in call.f_locals:  # it was made for these weights, by their config
+    if call is None:
         return
     saved = PeftConfig.from_pretrained(call.f_locals["model_id"], **call.f_locals["hf_hub_download_kwargs"])
     reason = other_meaning(saved, config) if saved.peft_type == config.peft_type else None

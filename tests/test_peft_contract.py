@@ -564,6 +564,15 @@ def test_loading_weights_of_another_meaning_onto_an_adapter_is_refused(settings,
     assert torch.equal(logits(model, inputs), logits(loaded(new), inputs))
 
 
+def test_a_config_that_is_passed_along_wins_over_the_saved_one(inputs, tmp_path):
+    """Only an adapter that is there already is not to change its meaning; `from_pretrained` is asked to do so."""
+    path = saved_adapter(tmp_path, 1, **PLAIN_SETTINGS)
+    other = {**PLAIN_SETTINGS, "positions": "f1+l2"}
+    model = loaded(path, config=ReftConfig(**other))
+    assert torch.equal(logits(model, inputs), logits(reft_model(tiny_model("llama"), 1, **other), inputs))
+    assert not torch.allclose(logits(model, inputs), logits(loaded(path), inputs), atol=1e-2)
+
+
 def test_hotswap_of_a_head_for_more_classes_is_refused(tmp_path):
     head = {"task_type": "SEQ_CLS"}
     model = loaded(saved_adapter(tmp_path / "old", 1, "bert", "classifier", **head), "bert", "classifier")
