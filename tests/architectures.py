@@ -181,6 +181,13 @@ def _whole_rope(settings: Settings) -> None:
     settings["rope_parameters"] = {**settings["rope_parameters"], "partial_rotary_factor": 1.0}
 
 
+def _timm(settings: Settings) -> None:
+    """A vision transformer in place of the default, a network of convolutions."""
+    if settings["architecture"] == "resnet50":
+        small = {"depth": DEPTH, "embed_dim": HIDDEN, "num_heads": HEADS, "img_size": [IMAGE] * 2, "patch_size": PATCH}
+        settings.update(architecture="vit_tiny_patch16_224", model_args=small)
+
+
 def _levit(settings: Settings) -> None:
     settings.update(patch_size=16, hidden_sizes=[32, 48, 64], num_attention_heads=[2, 3, 4], key_dim=[16] * 3)
     del settings["down_ops"]  # worked out from these
@@ -241,6 +248,7 @@ FIXES: dict[str, Callable[[Settings], None]] = {
     "kosmos-2": _set(latent_query_num=2),
     "mobilebert": _set(intra_bottleneck_size=HIDDEN, embedding_size=HIDDEN),
     "reformer": _set(is_decoder=True, axial_pos_embds=False),
+    "timm_wrapper": _timm,
     "xlstm": _set(hidden_size=128, embedding_dim=128),
     "xmod": _set(default_language="en_XX"),
     "zamba": _set(
