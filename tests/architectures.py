@@ -249,6 +249,9 @@ FIXES: dict[str, Callable[[Settings], None]] = {
     "mobilebert": _set(intra_bottleneck_size=HIDDEN, embedding_size=HIDDEN),
     "reformer": _set(is_decoder=True, axial_pos_embds=False),
     "timm_wrapper": _timm,
+    **dict.fromkeys(
+        ["vibevoice_acoustic_tokenizer_encoder", "vibevoice_acoustic_tokenizer_decoder"], _set(num_filters=4)
+    ),
     "xlstm": _set(hidden_size=128, embedding_dim=128),
     "xmod": _set(default_language="en_XX"),
     "zamba": _set(
