@@ -7,7 +7,6 @@ tests of bases of those that are missing are skipped.
 from __future__ import annotations
 
 import copy
-import importlib.util
 
 import accelerate
 import peft
@@ -81,8 +80,7 @@ def saved_base(tmp_path_factory):
 def quantised(request, saved_base):
     """A function that loads the quantised base afresh."""
     package, kind = request.param
-    if importlib.util.find_spec(package.partition(".")[0]) is None:
-        pytest.skip(f"{package} is not installed")
+    pytest.importorskip(package)
     return lambda: load_quantised(kind, saved_base)
 
 
