@@ -10,8 +10,20 @@ import peft_reft
 PACKAGE = pathlib.Path(peft_reft.__file__).parent
 # Each file may import from those in earlier lines only.
 ORDER = [
-    ["orthonormal", "prompt", "layout", "numbering", "checkpoint", "arguments", "root", "structure", "ownership"],
-    ["positions", "interventions", "trace", "batching"],
+    [
+        "orthonormal",
+        "prompt",
+        "layout",
+        "numbering",
+        "checkpoint",
+        "arguments",
+        "root",
+        "structure",
+        "ownership",
+        "stand_in",
+    ],
+    ["positions", "interventions", "example_inputs", "batching"],
+    ["trace"],
     ["sites", "factors", "blocks", "config", "scoring"],
     ["frame", "collator", "cache"],
     ["layer", "host", "generation"],

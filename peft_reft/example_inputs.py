@@ -1,0 +1,130 @@
+"""What to run a model on to see its blocks: how it may be called, and a few tokens or images that fit its config."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from peft_reft.structure import input_embedding
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A way to run a model on example inputs.
+
+    Attributes:
+        path: the module to call; the model itself if empty.
+        ids_per_row: how many rows of ids make one row of the batch (one for each codebook of an audio model).
+        with_image: whether each row of tokens comes with an image.
+    """
+
+    path: str = ""
+    ids_per_row: int = 1
+    with_image: bool = False
+
+
+def entries(model: nn.Module) -> list[Entry]:
+    """The ways in which a model may run on tokens or images alone, to be tried in this order: itself, its body without
+    the head, what lies between it and its input embedding; then with an image beside the tokens.
+
+    None for models of sound: they would run for long, and a part of them that takes tokens is their decoder alone.
+    """
+    whole = _argument_names(model, "")
+    if "input_ids" not in whole and whole & {"input_features", "input_values"}:
+        return []
+    embedding = input_embedding(model)
+    path = next((name for name, module in model.named_modules() if module is embedding), "")
+    inner: list[str] = []
+    while "." in path:
+        path = path.rpartition(".")[0]
+        inner.insert(0, path)
+    per_row = sorted({1, _setting(getattr(model, "config", None), "num_codebooks", 1)})
+    found = []
+    paths = dict.fromkeys(["", getattr(model, "base_model_prefix", ""), *inner])
+    for with_image, path, ids_per_row in product((False, True), paths, per_row):
+        names = _argument_names(model, path)
+        if (path == "" or names & {"input_ids", "pixel_values"}) and (not with_image or _takes_both(names)):
+            found.append(Entry(path, ids_per_row, with_image))
+    return found
+
+
+def _takes_both(names: set[str]) -> bool:
+    return names >= {"input_ids", "pixel_values"}
+
+
+def _argument_names(model: nn.Module, path: str) -> set[str]:
+    """The names of the arguments of the forward of a part; none if there is no such part."""
+    part = dict(model.named_modules()).get(path)
+    return set() if part is None else set(inspect.signature(type(part).forward).parameters)
+
+
+def has_images_beside_tokens(model: nn.Module, entry: Entry) -> bool:
+    """Whether images may come with the tokens, and have places of their own: no token stands for them."""
+    settings = [name for config in _settings(getattr(model, "config", None)) for name in config]
+    names = _argument_names(model, entry.path)
+    return _takes_both(names) and not any("image_token" in str(name) for name in settings)
+
+
+def example_inputs(
+    module: nn.Module, entry: Entry, rows: int, columns: int, decoder_columns: int, first_token: int = 0
+) -> dict[str, Tensor]:
+    """Tokens (or an image) for a module's forward, by the names of its parameters.
+
+    Args:
+        first_token: which of the usable token ids the rows begin with.
+    """
+    names = inspect.signature(type(module).forward).parameters
+    config = getattr(module, "config", None)
+    inputs: dict[str, Any] = {}
+    for name, count in (("input_ids", columns), ("decoder_input_ids", decoder_columns)):
+        if name in names:
+            ids = _usable_ids(module, count + 1)
+            row = torch.tensor([ids[first_token], *ids[2:]])
+            inputs[name] = row.repeat(rows * entry.ids_per_row, 1)
+    if "pixel_values" in names and ("input_ids" not in names or entry.with_image):
+        inputs["pixel_values"] = torch.zeros(rows, *_image_shape(config))
+    if "bbox" in names:
+        inputs["bbox"] = torch.zeros(rows, columns, 4, dtype=torch.long)
+    if "use_cache" in names:
+        inputs["use_cache"] = False
+    return inputs
+
+
+def _setting(config: Any, name: str, default: Any) -> Any:
+    """A setting of a config, or of one of its parts."""
+    parts = [config, *(getattr(config, part, None) for part in getattr(config, "sub_configs", {}))]
+    return next((value for part in parts if (value := getattr(part, name, None)) is not None), default)
+
+
+def _image_shape(config: Any) -> tuple[int, ...]:
+    size = _setting(config, "image_size", _setting(config, "input_size", 224))
+    return (_setting(config, "num_channels", 3), *((size, size) if isinstance(size, int) else tuple(size)[-2:]))
+
+
+def _settings(config: Any) -> Iterator[dict[str, Any]]:
+    """The settings of a config and of its parts."""
+    found = [config.to_dict()] if isinstance(config, PretrainedConfig) else []
+    while found:
+        settings = found.pop()
+        found += [value for value in settings.values() if isinstance(value, dict)]
+        yield settings
+
+
+def _usable_ids(module: nn.Module, count: int) -> list[int]:
+    """Token ids without a special meaning (padding, an image, the end), as far as the config tells."""
+    special: set[int] = set()
+    embedding = input_embedding(module)
+    size = getattr(embedding, "num_embeddings", None) or 1000
+    for config in _settings(getattr(module, "config", None)):
+        for name, value in config.items():
+            if "token" in str(name):
+                special.update(v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int))
+    ids = [i for i in range(2, size) if i not in special] or [0]
+    return (ids * (1 + count // len(ids)))[:count]
