@@ -39,7 +39,8 @@ def input_embedding(model: Any) -> nn.Module | None:
     """The module that embeds the tokens; None for models that have none, or cannot say which it is."""
     try:
         embedding = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError, TypeError):  # plain modules; none; several inputs
+    except (AttributeError, NotImplementedError, TypeError):
+        # In this order: a plain module; a class that leaves it open; a getter that asks of which of several inputs.
         return None
     return embedding if isinstance(embedding, nn.Module) else None
 
