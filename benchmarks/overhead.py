@@ -35,8 +35,8 @@ from torch import nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from peft_reft import get_interventions
-from peft_reft.factors import FactorTable
-from peft_reft.orthonormal import orthonormal_rows
+from peft_reft.interventions.batched import FactorTable
+from peft_reft.interventions.orthonormal import orthonormal_rows
 
 LABELS = {"reft": "LoReFT", "lora_qv": "LoRA r=8 q,v", "lora_all": "LoRA r=8 all linear"}
 TENSOR_OPERATIONS_GOAL = {"inference": 7, "training": 10}

@@ -3,11 +3,11 @@
 Importing the package makes REFT known to PEFT: pass a `ReftConfig` wherever you pass a `LoraConfig`.
 """
 
-from peft_reft import register as _register  # first: the classes below need the peft type
-from peft_reft.collator import ReftDataCollator
-from peft_reft.config import ReftConfig
-from peft_reft.interventions import Intervention, register_intervention
-from peft_reft.model import ReftModel, get_interventions, set_strength
+from peft_reft.integrations.collator import ReftDataCollator
+from peft_reft.interventions.equations import Intervention, register_intervention
+from peft_reft.tuner import register as _register  # first: the classes below need the peft type
+from peft_reft.tuner.config import ReftConfig
+from peft_reft.tuner.model import ReftModel, get_interventions, set_strength
 
 __version__ = "0.1.0"
 __all__ = [

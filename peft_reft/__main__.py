@@ -49,7 +49,7 @@ def main(argv: list[str]) -> Any:
     if argv[0].startswith("-") and argv[0] != "-m":
         print(f"python -m peft_reft: unknown option {argv[0]!r}\n\n{HELP}", end="", file=sys.stderr)
         return 2
-    from peft_reft import runner
+    from peft_reft.integrations import runner
 
     try:
         return runner.run(argv)

@@ -40,7 +40,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from peft_reft import ReftConfig, get_interventions
-from peft_reft.host import CHECKPOINT, WithFrame
+from peft_reft.context.host import CHECKPOINT, WithFrame
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:A training forward:UserWarning")
 

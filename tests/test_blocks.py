@@ -16,7 +16,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from peft_reft import ReftConfig, get_interventions
-from peft_reft.blocks import Survey, block_width, edit_hidden_state, find_blocks
+from peft_reft.blocks.survey import Survey, block_width, edit_hidden_state, find_blocks
 
 STACKS = {
     "llama": ["model.layers"],

@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.utils import hub
 from trl import SFTConfig, SFTTrainer
 
-import peft_reft.card
+import peft_reft.integrations.model_card
 from peft_reft import ReftConfig, register_intervention
-from peft_reft.card import BEGIN, END, with_section
 from peft_reft.info import adapter_info
 from peft_reft.info.words import in_bytes
-from peft_reft.interventions import REGISTRY, DireftIntervention
+from peft_reft.integrations.model_card import BEGIN, END, with_section
+from peft_reft.interventions.equations import REGISTRY, DireftIntervention
 
 
 def section(path) -> str:
@@ -150,7 +150,7 @@ def test_a_card_that_cannot_be_written_costs_a_warning_and_not_the_adapters(tmp_
     def fail(*args):
         raise RuntimeError("no card today")
 
-    monkeypatch.setattr(peft_reft.card, "section_of", fail)
+    monkeypatch.setattr(peft_reft.integrations.model_card, "section_of", fail)
     with pytest.warns(UserWarning, match="is saved in .*no card today"):
         model.save_pretrained(tmp_path)
     inputs = inputs_of(model)

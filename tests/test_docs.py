@@ -12,8 +12,8 @@ from packaging.specifiers import SpecifierSet
 
 import peft_reft
 from peft_reft import ReftConfig
-from peft_reft.interventions import REGISTRY, intervention_names
-from peft_reft.register import SUPPORTED_PEFT
+from peft_reft.interventions.equations import REGISTRY, intervention_names
+from peft_reft.tuner.register import SUPPORTED_PEFT
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -94,7 +94,9 @@ def test_version_is_the_same_everywhere():
 
 def test_readme_lists_every_intervention_and_only_fields_that_exist():
     listed = set(re.findall(r'^\| `"(\w+)"` \| h \+', README, re.M))
-    assert listed == {name for name in intervention_names() if REGISTRY[name].__module__ == "peft_reft.interventions"}
+    assert listed == {
+        name for name in intervention_names() if REGISTRY[name].__module__ == "peft_reft.interventions.equations"
+    }
     table = README.split("The fields of `ReftConfig`")[1].split("Every field")[0]
     rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| `([^`]*)` \|", table, re.M)
     fields = ReftConfig.__dataclass_fields__

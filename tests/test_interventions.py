@@ -12,11 +12,11 @@ from conftest import HIDDEN, inputs_of, logits, randomize, reft_model, tiny_mode
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-import peft_reft.interventions
+import peft_reft.interventions.equations
 from peft_reft import Intervention, ReftConfig, get_interventions, register_intervention
-from peft_reft.factors import FactorTable
-from peft_reft.interventions import build_intervention, low_rank_edit
-from peft_reft.orthonormal import orthonormal_rows
+from peft_reft.interventions.batched import FactorTable
+from peft_reft.interventions.equations import build_intervention, low_rank_edit
+from peft_reft.interventions.orthonormal import orthonormal_rows
 
 KINDS = list(reference.EQUATIONS)
 WITH_R = list(reference.ORTHONORMAL)
@@ -145,7 +145,7 @@ def test_a_model_gives_the_same_logits_with_and_without_batched_factors(kind, po
     fused = logits(model, inputs)
     with model.disable_adapter():
         assert not torch.allclose(logits(model, inputs), fused)
-    monkeypatch.setattr("peft_reft.factors._kind", lambda interventions: None)
+    monkeypatch.setattr("peft_reft.interventions.batched._kind", lambda interventions: None)
     torch.testing.assert_close(logits(model, inputs), fused, rtol=1e-4, atol=1e-4)
 
 
@@ -599,7 +599,7 @@ OWN = [Minimal, WithKeywords, WithAnyKeywords, FreeConstant, HalfEdit, HalfForwa
 @pytest.fixture
 def registry(monkeypatch):
     """The registry, put back as it was afterwards."""
-    monkeypatch.setattr(peft_reft.interventions, "REGISTRY", dict(peft_reft.interventions.REGISTRY))
+    monkeypatch.setattr(peft_reft.interventions.equations, "REGISTRY", dict(peft_reft.interventions.equations.REGISTRY))
 
 
 @pytest.mark.parametrize("positions", ["f2+l1", "all"])

@@ -14,8 +14,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 
 from peft_reft import ReftConfig
-from peft_reft.frame import current_frame
-from peft_reft.prompt import IGNORED
+from peft_reft.context.frame import current_frame
+from peft_reft.positions.prompts import IGNORED
 
 FAMILIES = {
     "llama": {},

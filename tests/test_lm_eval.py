@@ -14,8 +14,8 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from peft_reft import ReftConfig
-from peft_reft.positions import parse_positions
-from peft_reft.scoring import SCORED_BLINDLY
+from peft_reft.context.scoring import SCORED_BLINDLY
+from peft_reft.positions.notation import parse_positions
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -c constraints.txt 'lm-eval[hf]'")
 
@@ -24,7 +24,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from peft_reft.lm_eval import ReftLM, scoring_locations
+from peft_reft.integrations.lm_eval import ReftLM, scoring_locations
 
 CHAT = (
     "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"

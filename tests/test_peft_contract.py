@@ -25,7 +25,7 @@ from reference import columns_to_edit, edit_vector
 from torch import nn
 
 from peft_reft import ReftConfig, get_interventions, set_strength
-from peft_reft.checkpoint import MEANING
+from peft_reft.tuner.checkpoint import MEANING
 
 CAUSAL = {"task_type": "CAUSAL_LM"}
 LORA = {"target_modules": ["q_proj", "v_proj"], "r": 2, "init_lora_weights": False}

@@ -7,9 +7,9 @@ import pytest
 import reference
 import torch
 
-from peft_reft.positions import locate, mark, parse_positions
-from peft_reft.prompt import find_prompts
-from peft_reft.sites import sites_at, sites_of
+from peft_reft.positions.notation import locate, mark, parse_positions
+from peft_reft.positions.places import sites_at, sites_of
+from peft_reft.positions.prompts import find_prompts
 
 FURTHER = ["m1", "m3", "e1", "e3", "f2+m3", "m2+l2", "f2+m2+l2", "e2+l1", "f1+e2", "f2+e3+l2", "l2+e2"]
 

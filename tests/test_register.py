@@ -26,7 +26,7 @@ from peft.utils.peft_types import PeftType
 
 import peft_reft
 from peft_reft import ReftConfig, ReftModel
-from peft_reft.register import SUPPORTED_PEFT, check_peft_version
+from peft_reft.tuner.register import SUPPORTED_PEFT, check_peft_version
 
 SHAPE_OF_A_MODEL = """
     import torch
@@ -129,7 +129,7 @@ def test_get_peft_model_makes_a_reft_model(llama):
 
 def test_importing_again_and_reloading_change_nothing():
     member, types = PeftType.REFT, list(PeftType)
-    for module in (peft_reft, importlib.import_module("peft_reft.register")):
+    for module in (peft_reft, importlib.import_module("peft_reft.tuner.register")):
         importlib.reload(module)
     assert importlib.import_module("peft_reft") is peft_reft
     assert PeftType.REFT is member

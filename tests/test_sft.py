@@ -19,7 +19,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
 
-from peft_reft import ReftConfig, get_interventions, sft
+from peft_reft import ReftConfig, get_interventions
+from peft_reft.integrations import sft
 
 CHAT = (
     "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"

@@ -17,8 +17,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
 from peft_reft import __main__ as command_line
-from peft_reft import children, runner
-from peft_reft.runner import NoSuchProgram
+from peft_reft import children
+from peft_reft.integrations import runner
+from peft_reft.integrations.runner import NoSuchProgram
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 PROBE = """
@@ -102,7 +103,7 @@ def test_commands_are_listed_and_called(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft_reft.info", type("info", (), {"main": staticmethod(lambda argv: argv)}))
     assert command_line.main(["info", "-m", "x"]) == ["-m", "x"]
     monkeypatch.setitem(sys.modules, "trl", None)
-    monkeypatch.delitem(sys.modules, "peft_reft.sft", raising=False)
+    monkeypatch.delitem(sys.modules, "peft_reft.integrations.sft", raising=False)
     assert command_line.main(["sft"]) == 1
     assert "needs 'trl', which is not installed" in capsys.readouterr().err
 

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from trl import SFTConfig, SFTTrainer
 
 from peft_reft import ReftConfig, ReftDataCollator, get_interventions
-from peft_reft.host import UNLABELLED_TRAINING
-from peft_reft.root import NOTHING_EDITED
+from peft_reft.context.host import UNLABELLED_TRAINING
+from peft_reft.context.root import NOTHING_EDITED
 
 CHAT = (
     "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
@@ -228,7 +228,7 @@ def test_where_labels_are_taken_away_the_collators_locations_arrive(how, tokeniz
 
 
 def frame_columns():
-    from peft_reft.frame import current_frame
+    from peft_reft.context.frame import current_frame
 
     frame = current_frame()
     assert frame.locations is not None

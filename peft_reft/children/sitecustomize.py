@@ -18,7 +18,7 @@ from importlib.machinery import ModuleSpec
 from typing import Any
 
 # After the import of the first, the second is imported too.
-AFTER = {"peft": "peft_reft", "lm_eval.models": "peft_reft.lm_eval"}
+AFTER = {"peft": "peft_reft", "lm_eval.models": "peft_reft.integrations.lm_eval"}
 
 
 class Follower(MetaPathFinder):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from peft_reft import register as _register  # noqa: F401  (ReftConfig needs the peft type)
 from peft_reft.convert.adapterhub import is_adapterhub, read_adapterhub
 from peft_reft.convert.conversion import Conversion, ConversionError, Edit
 from peft_reft.convert.export import is_ours, read_adapter, write_pyreft
@@ -18,6 +17,7 @@ from peft_reft.convert.pyreft import find_checkpoint, read_pyreft
 from peft_reft.convert.structure import ModelLike, Structure
 from peft_reft.convert.writing import write_adapter
 from peft_reft.reading import read_json
+from peft_reft.tuner import register as _register  # noqa: F401  (ReftConfig needs the peft type)
 
 __all__ = [
     "Conversion",

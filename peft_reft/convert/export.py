@@ -10,13 +10,13 @@ import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import Tensor
 
-from peft_reft.config import ReftConfig
 from peft_reft.convert.conversion import PREFIX, Conversion, ConversionError, Edit, is_orthonormal
 from peft_reft.convert.pyreft import KINDS, ROTATION, WITH_BASIS_ROTATED, natural
 from peft_reft.convert.rotation import orthogonal_parameters
 from peft_reft.convert.writing import new_directory
-from peft_reft.orthonormal import orthonormal_rows
+from peft_reft.interventions.orthonormal import orthonormal_rows
 from peft_reft.reading import read_json, read_tensors
+from peft_reft.tuner.config import ReftConfig
 
 CLASSES = {kind: name for name, kind in reversed(KINDS.items())}
 KEY = re.compile(re.escape(PREFIX) + r"(?P<block>.+)\.reft\.reft_interventions\.(?P<group>\d+)\.(?P<tensor>.+)")

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from peft_reft.blocks import Survey
+from peft_reft.blocks.survey import Survey
 from peft_reft.reading import one_line
 
 TASK_TYPES = {

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_reft.interventions import REGISTRY, Intervention, build_intervention
+from peft_reft.interventions.equations import REGISTRY, Intervention, build_intervention
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import Tensor
 
-from peft_reft.numbering import block_number
+from peft_reft.blocks.numbering import block_number
 from peft_reft.reading import read_json, read_tensors
 
 KEY = re.compile(r"(?:base_model\.model\.)?(?P<block>.+)\.reft\.reft_interventions\.(?P<group>\d+)\.(?P<name>.+)")

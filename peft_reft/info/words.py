@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from peft_reft.interventions import REGISTRY
-from peft_reft.positions import PositionSpec, Term
+from peft_reft.interventions.equations import REGISTRY
+from peft_reft.positions.notation import PositionSpec, Term
 
 
 def equation_of(kind: str) -> str:
@@ -24,7 +24,7 @@ def equation_of(kind: str) -> str:
 def positions_in_words(spec: PositionSpec) -> str:
     """Which tokens a spec edits.
 
-    >>> from peft_reft.positions import parse_positions
+    >>> from peft_reft.positions.notation import parse_positions
     >>> positions_in_words(parse_positions("f3+l1+d8"))
     'the first 3 tokens and the last token of the prompt, and every 8th generated token'
     """

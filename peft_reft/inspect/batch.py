@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from peft_reft.host import Host
+from peft_reft.context.host import Host
 
 
 @dataclass

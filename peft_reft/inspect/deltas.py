@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_reft.frame import Frame
-from peft_reft.interventions import edit_of
-from peft_reft.layer import ReftLayer, as_rows
+from peft_reft.context.frame import Frame
+from peft_reft.interventions.equations import edit_of
+from peft_reft.tuner.layer import ReftLayer, as_rows
 
 NAN = float("nan")
 ANGLES = ("angle_before", "angle_after", "edit_angle")

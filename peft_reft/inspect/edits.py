@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from peft_reft.blocks.numbering import block_number
 from peft_reft.inspect.batch import Batch, Columns, text_of
 from peft_reft.inspect.spy import Note
-from peft_reft.numbering import block_number
 
 
 def edit_rows(note: Note, batch: Batch, stack: str, tokenizer: Any) -> list[dict[str, Any]]:

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peft_reft.blocks.numbering import block_number
 from peft_reft.inspect.batch import Batch, Columns, is_causal, text_of
 from peft_reft.inspect.spy import Spy
-from peft_reft.numbering import block_number
 
 NAN = float("nan")
 Row = dict[str, Any]

@@ -15,12 +15,12 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from peft_reft.attach import reft_layers, roles_of
 from peft_reft.inspect.batch import batches
 from peft_reft.inspect.edits import edit_rows
 from peft_reft.inspect.effects import effect_rows
 from peft_reft.inspect.spy import Note, watched
 from peft_reft.inspect.tables import Inspection
+from peft_reft.tuner.attach import reft_layers, roles_of
 
 
 @torch.no_grad()

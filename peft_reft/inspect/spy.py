@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft_reft.frame import Frame
+from peft_reft.context.frame import Frame
 from peft_reft.inspect.deltas import Deltas, deltas_of
-from peft_reft.layer import ReftLayer
+from peft_reft.tuner.layer import ReftLayer
 
 
 @dataclass

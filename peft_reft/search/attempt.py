@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from peft_reft.config import ReftConfig
+from peft_reft.tuner.config import ReftConfig
 
 if TYPE_CHECKING:
     import optuna

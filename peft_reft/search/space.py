@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from peft_reft.blocks import Survey
-from peft_reft.config import ReftConfig
+from peft_reft.blocks.survey import Survey
+from peft_reft.tuner.config import ReftConfig
 
 if TYPE_CHECKING:
     import optuna

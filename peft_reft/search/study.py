@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from peft_reft.config import ReftConfig
 from peft_reft.search.attempt import Attempt
 from peft_reft.search.picture import draw_trials
 from peft_reft.search.space import SearchSpace, positions_of
+from peft_reft.tuner.config import ReftConfig
 
 if TYPE_CHECKING:
     import optuna

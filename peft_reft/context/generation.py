@@ -14,14 +14,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peft_reft.arguments import check_locations, keeps_a_cache, past_length, token_device, valid_columns, window_of
-from peft_reft.frame import Call, Frame, generation_scope, innermost_generation
-from peft_reft.positions import PositionSpec, mark
-from peft_reft.prompt import Prompts, Tokens, generated
-from peft_reft.root import Root
+from peft_reft.context.arguments import (
+    check_locations,
+    keeps_a_cache,
+    past_length,
+    token_device,
+    valid_columns,
+    window_of,
+)
+from peft_reft.context.frame import Call, Frame, generation_scope, innermost_generation
+from peft_reft.context.root import Root
+from peft_reft.positions.notation import PositionSpec, mark
+from peft_reft.positions.prompts import Prompts, Tokens, generated
 
 if TYPE_CHECKING:
-    from peft_reft.host import Host
+    from peft_reft.context.host import Host
 
 
 @dataclass(eq=False)

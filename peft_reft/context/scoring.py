@@ -9,14 +9,14 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from peft_reft.positions import PositionSpec
-from peft_reft.root import Root
+from peft_reft.context.root import Root
+from peft_reft.positions.notation import PositionSpec
 
 SCORED_BLINDLY = (
     "lm-eval scores continuations with a ReFT adapter of positions={!r}, but its own model class does not tell where a "
     "context ends: the whole row, continuation and padding included, counts as the prompt, and the scores depend on "
     "the batch. Use the model class `reft` instead of `hf`: `python -m peft_reft -m lm_eval --model reft ...`, or "
-    "`import peft_reft.lm_eval` and model='reft'."
+    "`import peft_reft.integrations.lm_eval` and model='reft'."
 )
 
 

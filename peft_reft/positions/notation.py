@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from peft_reft.prompt import Prompts
+    from peft_reft.positions.prompts import Prompts
 
 _GRAMMAR = (
     "Write how many tokens to edit at each end of the prompt, prefix first: 'f7+l7', 'f7' or 'l7'; or 'all' for the "
@@ -200,7 +200,7 @@ def locate(spec: PositionSpec, prompts: Prompts, share_weights: bool | str = Fal
         lengths: it is the largest width of the groups (times the number of documents in a row that packs several),
         or S where a group has no bound.
 
-    >>> from peft_reft.prompt import find_prompts
+    >>> from peft_reft.positions.prompts import find_prompts
     >>> locate(parse_positions("f2+l1"), find_prompts(torch.tensor([[0, 0, 1, 1, 1, 1]]).bool()))
     tensor([[[ 2,  3],
              [ 5, -1]]])

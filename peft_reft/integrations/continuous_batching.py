@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import ContinuousBatchingConfig
 
-from peft_reft.prompt import Prompts
+from peft_reft.positions.prompts import Prompts
 
 
 class BatchingEntry:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_reft.positions import PositionSpec, locate, mark
-from peft_reft.prompt import Prompts
+from peft_reft.positions.notation import PositionSpec, locate, mark
+from peft_reft.positions.prompts import Prompts
 
 
 class Sites(NamedTuple):

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from peft_reft.factors import FactorTable, fingerprint, values_on_cpu
+from peft_reft.interventions.batched import FactorTable, fingerprint, values_on_cpu
 
 if TYPE_CHECKING:
-    from peft_reft.layer import ReftLayer
+    from peft_reft.tuner.layer import ReftLayer
 
 
 class FactorCache:

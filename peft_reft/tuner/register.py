@@ -39,7 +39,7 @@ def add_peft_type() -> None:
     enum = peft_types.PeftType
     if NAME in enum.__members__:
         config_cls = PEFT_TYPE_TO_CONFIG_MAPPING.get(enum[NAME])
-        if config_cls is not None and config_cls.__module__.split(".")[0] != __package__:
+        if config_cls is not None and config_cls.__module__.split(".")[0] != __name__.split(".")[0]:
             raise ImportError(
                 f"The installed peft {version('peft')} already has a {NAME} type, {config_cls.__module__}."
                 f"{config_cls.__qualname__}. Use that one without importing peft_reft, or install a peft without it."
@@ -65,8 +65,8 @@ def register() -> None:
         PEFT_TYPE_TO_TUNER_MAPPING,
     )
 
-    from peft_reft.config import ReftConfig
-    from peft_reft.model import ReftModel
+    from peft_reft.tuner.config import ReftConfig
+    from peft_reft.tuner.model import ReftModel
 
     tables: tuple[dict, ...] = (
         PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -88,7 +88,7 @@ def allow_hotswap() -> None:
     """
     from peft.utils import hotswap
 
-    from peft_reft.model import ReftModel
+    from peft_reft.tuner.model import ReftModel
 
     peft_type = peft_types.PeftType[NAME]
     pefts = inspect.unwrap(hotswap.hotswap_adapter_from_state_dict)
@@ -99,7 +99,9 @@ def allow_hotswap() -> None:
     ) -> None:
         if config.peft_type != peft_type:
             return pefts(model, state_dict, adapter_name, config, parameter_prefix)
-        from peft_reft.hotswap import swap_weights  # when it is needed: imports of the package are kept short
+        from peft_reft.integrations.hotswap import (
+            swap_weights,
+        )  # when it is needed: imports of the package are kept short
 
         return swap_weights(model, state_dict, adapter_name, config, ReftModel.prefix)
 

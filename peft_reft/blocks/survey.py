@@ -14,10 +14,10 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PretrainedConfig
 
-from peft_reft.example_inputs import Entry, entries, has_images_beside_tokens
-from peft_reft.layout import CHANNELS_FIRST, OWN, PLAIN, Layout, edit_hidden_state, layout_from
-from peft_reft.structure import block_width, device_and_dtype, size_of, structural_stacks
-from peft_reft.trace import Run, is_read, run
+from peft_reft.blocks.layout import CHANNELS_FIRST, OWN, PLAIN, Layout, edit_hidden_state, layout_from
+from peft_reft.blocks.structure import block_width, device_and_dtype, size_of, structural_stacks
+from peft_reft.blocks.tracing.example_inputs import Entry, entries, has_images_beside_tokens
+from peft_reft.blocks.tracing.trace import Run, is_read, run
 
 __all__ = ["Survey", "block_width", "device_and_dtype", "edit_hidden_state", "find_blocks"]
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from peft_reft.orthonormal import orthonormal_rows, without_autocast
+from peft_reft.interventions.orthonormal import orthonormal_rows, without_autocast
 
 
 class Factors(NamedTuple):

@@ -13,9 +13,9 @@ import torch
 from peft.utils.peft_types import TaskType
 from torch import Tensor
 
-from peft_reft.config import ReftConfig, prompt_end_ids
-from peft_reft.positions import locate, parse_positions
-from peft_reft.prompt import IGNORED, Tokens, align_shift_labels, document_starts
+from peft_reft.positions.notation import locate, parse_positions
+from peft_reft.positions.prompts import IGNORED, Tokens, align_shift_labels, document_starts
+from peft_reft.tuner.config import ReftConfig, prompt_end_ids
 
 KEY = "intervention_locations"
 KL = "KL_"  # TRL's KTO trainer runs two sets of rows per batch; the names of the second begin so

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_reft.example_inputs import Entry, example_inputs
-from peft_reft.layout import hidden_state_of
-from peft_reft.stand_in import call_quietly, stand_in
-from peft_reft.structure import input_embedding
+from peft_reft.blocks.layout import hidden_state_of
+from peft_reft.blocks.structure import input_embedding
+from peft_reft.blocks.tracing.example_inputs import Entry, example_inputs
+from peft_reft.blocks.tracing.stand_in import call_quietly, stand_in
 
 
 @dataclass

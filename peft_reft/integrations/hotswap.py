@@ -16,9 +16,9 @@ from peft.utils.save_and_load import (
 )
 from torch import Tensor, nn
 
-from peft_reft.attach import reft_layers
-from peft_reft.checkpoint import cannot_replace, intervention_shapes, mismatch, other_meaning
-from peft_reft.config import ReftConfig
+from peft_reft.tuner.attach import reft_layers
+from peft_reft.tuner.checkpoint import cannot_replace, intervention_shapes, mismatch, other_meaning
+from peft_reft.tuner.config import ReftConfig
 
 
 def swap_weights(

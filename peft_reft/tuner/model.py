@@ -14,9 +14,12 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from peft_reft.attach import attach_hosts, is_causal_lm, reft_layers, remove_reft, tidy_up
-from peft_reft.blocks import Remembered, refuse_unsound
-from peft_reft.checkpoint import (
+from peft_reft.blocks.structure import device_and_dtype
+from peft_reft.blocks.survey import Remembered, refuse_unsound
+from peft_reft.context.frame import adapter_names_scope
+from peft_reft.context.host import Host
+from peft_reft.tuner.attach import attach_hosts, is_causal_lm, reft_layers, remove_reft, tidy_up
+from peft_reft.tuner.checkpoint import (
     blocks_of,
     cannot_replace,
     does_not_fit,
@@ -24,13 +27,10 @@ from peft_reft.checkpoint import (
     mismatch,
     other_meaning,
 )
-from peft_reft.config import ReftConfig, prompt_end_ids
-from peft_reft.frame import adapter_names_scope
-from peft_reft.host import Host
-from peft_reft.layer import CHILD, ReftLayer, attach_layer
-from peft_reft.native import CheckedLoading, call_of
-from peft_reft.structure import device_and_dtype
-from peft_reft.targets import check_shapes, check_trained_tokens, choose_targets, own_name, rank_of
+from peft_reft.tuner.config import ReftConfig, prompt_end_ids
+from peft_reft.tuner.layer import CHILD, ReftLayer, attach_layer
+from peft_reft.tuner.native import CheckedLoading, call_of
+from peft_reft.tuner.targets import check_shapes, check_trained_tokens, choose_targets, own_name, rank_of
 
 INTERVENTIONS = f".{CHILD}.reft_interventions."  # what stands between a block's name and the adapter's in a key
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from peft_reft.structure import input_embedding
+from peft_reft.blocks.structure import input_embedding
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from peft.utils.peft_types import PeftType
 from transformers import AutoTokenizer
 from transformers.activations import ACT2FN
 
-from peft_reft.interventions import intervention_names
-from peft_reft.positions import parse_positions
+from peft_reft.interventions.equations import intervention_names
+from peft_reft.positions.notation import parse_positions
 
 
 @dataclass
@@ -116,7 +116,7 @@ class ReftConfig(PeftConfig):
         """
         super().save_pretrained(save_directory, **kwargs)
         try:
-            from peft_reft.card import describe_saved
+            from peft_reft.integrations.model_card import describe_saved
 
             describe_saved(save_directory)
         except Exception as error:  # never at the cost of what is being saved

@@ -9,11 +9,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_targ
 from peft.utils.other import _get_input_embeddings_name, get_pattern_key
 from torch import nn
 
-from peft_reft.attach import reft_layers
-from peft_reft.blocks import Remembered
-from peft_reft.config import ReftConfig
-from peft_reft.layer import CHILD
-from peft_reft.numbering import group_by_stack, pick_layers
+from peft_reft.blocks.numbering import group_by_stack, pick_layers
+from peft_reft.blocks.survey import Remembered
+from peft_reft.tuner.attach import reft_layers
+from peft_reft.tuner.config import ReftConfig
+from peft_reft.tuner.layer import CHILD
 
 
 def choose_targets(config: ReftConfig, model: nn.Module, survey: Remembered) -> tuple[set[str], set[str]]:

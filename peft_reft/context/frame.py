@@ -19,15 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from peft_reft.factors import FactorTable
-from peft_reft.positions import PositionSpec
-from peft_reft.prompt import Prompts, find_prompts
-from peft_reft.root import Root
-from peft_reft.sites import Sites, overlay, sites_at, sites_of
+from peft_reft.context.root import Root
+from peft_reft.interventions.batched import FactorTable
+from peft_reft.positions.notation import PositionSpec
+from peft_reft.positions.places import Sites, overlay, sites_at, sites_of
+from peft_reft.positions.prompts import Prompts, find_prompts
 
 if TYPE_CHECKING:
-    from peft_reft.generation import Generation
-    from peft_reft.host import Host
+    from peft_reft.context.generation import Generation
+    from peft_reft.context.host import Host
 
 
 class ThreadState(threading.local):

@@ -18,14 +18,14 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from peft_reft.config import ReftConfig
-from peft_reft.frame import Frame, frame_of_block
-from peft_reft.interventions import Factors, build_intervention, edit_of, low_rank_edit
-from peft_reft.layout import OWN, PLAIN, Layout, edit_hidden_state
-from peft_reft.ownership import nobody_elses
-from peft_reft.positions import PositionSpec, parse_positions
-from peft_reft.sites import Sites, add_edit
-from peft_reft.structure import device_and_dtype
+from peft_reft.blocks.layout import OWN, PLAIN, Layout, edit_hidden_state
+from peft_reft.blocks.structure import device_and_dtype
+from peft_reft.context.frame import Frame, frame_of_block
+from peft_reft.interventions.equations import Factors, build_intervention, edit_of, low_rank_edit
+from peft_reft.positions.notation import PositionSpec, parse_positions
+from peft_reft.positions.places import Sites, add_edit
+from peft_reft.tuner.config import ReftConfig
+from peft_reft.tuner.ownership import nobody_elses
 
 SHOWN = ("active_adapters", "adapter_layer_names", "other_param_names", "reft_interventions")  # on the block, too
 cached_spec = lru_cache(parse_positions)  # one object for all blocks and adapters with the same notation

@@ -14,13 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_reft.arguments import check_locations, past_length, token_device, token_shape, valid_columns, window_of
-from peft_reft.batching import paged_prompts
-from peft_reft.frame import Call, Frame, current_frame, frame_of_block, innermost_generation, state
-from peft_reft.positions import PositionSpec
-from peft_reft.prompt import Prompts, Tokens, align_shift_labels, document_starts
-from peft_reft.root import BASE, Root
-from peft_reft.scoring import warn_if_scored_blindly
+from peft_reft.context.arguments import (
+    check_locations,
+    past_length,
+    token_device,
+    token_shape,
+    valid_columns,
+    window_of,
+)
+from peft_reft.context.frame import Call, Frame, current_frame, frame_of_block, innermost_generation, state
+from peft_reft.context.root import BASE, Root
+from peft_reft.context.scoring import warn_if_scored_blindly
+from peft_reft.integrations.continuous_batching import paged_prompts
+from peft_reft.positions.notation import PositionSpec
+from peft_reft.positions.prompts import Prompts, Tokens, align_shift_labels, document_starts
 
 OWN_ARGUMENTS = ("intervention_locations", "adapter_names")  # taken out of the call: the model does not know them
 CHECKPOINT = "_gradient_checkpointing_func"  # transformers' name for it

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_reft.interventions import Factors, Intervention
+from peft_reft.interventions.equations import Factors, Intervention
 
 Named = tuple[Hashable, Sequence[nn.Module]]  # a key, and the interventions of one block and adapter, one per group
 

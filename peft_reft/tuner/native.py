@@ -18,8 +18,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 
-from peft_reft.attach import tidy_up
-from peft_reft.checkpoint import does_not_fit, intervention_shapes, mismatch
+from peft_reft.tuner.attach import tidy_up
+from peft_reft.tuner.checkpoint import does_not_fit, intervention_shapes, mismatch
 
 LOADER = "_load_pretrained_model"  # the method of transformers' models that reads a checkpoint into one
 

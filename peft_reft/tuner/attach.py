@@ -10,13 +10,13 @@ from peft.config import PeftConfig
 from peft.utils.peft_types import TaskType
 from torch import nn
 
-from peft_reft.batching import BatchingEntry
-from peft_reft.blocks import Remembered
-from peft_reft.cache import FactorCache
-from peft_reft.generation import GenerateEntry
-from peft_reft.host import Host, Stage
-from peft_reft.layer import CHILD, ReftLayer, detach_layer
-from peft_reft.root import Root
+from peft_reft.blocks.survey import Remembered
+from peft_reft.context.cache import FactorCache
+from peft_reft.context.generation import GenerateEntry
+from peft_reft.context.host import Host, Stage
+from peft_reft.context.root import Root
+from peft_reft.integrations.continuous_batching import BatchingEntry
+from peft_reft.tuner.layer import CHILD, ReftLayer, detach_layer
 
 TOKENS = {"input_ids", "inputs_embeds", "decoder_input_ids"}  # parameters by which a module takes tokens
 
