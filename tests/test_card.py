@@ -25,7 +25,7 @@ from peft_reft import ReftConfig, register_intervention
 from peft_reft.info import adapter_info
 from peft_reft.info.words import in_bytes
 from peft_reft.integrations.model_card import BEGIN, END, with_section
-from peft_reft.interventions.equations import REGISTRY, DireftIntervention
+from peft_reft.interventions import REGISTRY, DireftIntervention
 
 
 def section(path) -> str:

@@ -499,7 +499,7 @@ def test_transformers_own_loading_refuses_what_does_not_fit_as_well(misfit, inpu
     path, model_changes, message = misfit
     base = tiny_model("llama", **model_changes)
     before, before_logits = fingerprint(base), logits(base, inputs)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, RuntimeError), match=f"{message}|mismatch"):  # sizes are transformers' own check
         base.load_adapter(path)
     assert {**fingerprint(base), "attributes": None} == {**before, "attributes": None}  # transformers adds some
     assert "_load_pretrained_model" not in vars(base)
@@ -517,7 +517,7 @@ def test_transformers_own_failed_load_leaves_an_adapter_intact(misfit, inputs):
     randomize(base, "first")
     before, before_logits = fingerprint(base), logits(base, inputs)
     trained = [name for name, parameter in base.named_parameters() if parameter.requires_grad]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, RuntimeError), match=f"{message}|mismatch"):  # sizes are transformers' own check
         base.load_adapter(path, adapter_name="second")
     assert {**fingerprint(base), "attributes": None} == {**before, "attributes": None}
     assert list(base.peft_config) == ["first", "lora"] and base.active_adapters() == ["lora"]

@@ -11,7 +11,7 @@ from transformers import DataCollatorForTokenClassification, default_data_collat
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from peft_reft import ReftConfig, ReftDataCollator
-from peft_reft.positions.prompts import IGNORED
+from peft_reft.positions import IGNORED
 
 
 def examples(*shapes):

@@ -12,7 +12,7 @@ from packaging.specifiers import SpecifierSet
 
 import peft_reft
 from peft_reft import ReftConfig
-from peft_reft.interventions.equations import REGISTRY, intervention_names
+from peft_reft.interventions import REGISTRY, intervention_names
 from peft_reft.tuner.register import SUPPORTED_PEFT
 
 ROOT = Path(__file__).parents[1]

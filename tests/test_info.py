@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from peft_reft import ReftConfig, get_interventions
 from peft_reft.info import adapter_info, main
 from peft_reft.info.words import positions_in_words
-from peft_reft.interventions.equations import BUILT_IN
-from peft_reft.positions.notation import parse_positions
+from peft_reft.interventions import BUILT_IN
+from peft_reft.positions import parse_positions
 
 
 def saved(path, family="llama", **settings):

@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerFast, ViTConfig, ViTForImageClassifi
 from peft_reft import ReftConfig, get_interventions, register_intervention, set_strength
 from peft_reft.inspect import inspect_adapter, main
 from peft_reft.inspect.heatmap import GAP, UNEDITED, shown
-from peft_reft.interventions.equations import REGISTRY
-from peft_reft.tuner.attach import reft_layers
+from peft_reft.interventions import REGISTRY
+from peft_reft.tuner.injection import reft_layers
 
 WORDS = ["[PAD]", "<eos>", "<unk>", "[MASK]", "one", "two", "$three$", "four", "five", "six", "seven", "eight"]
 

@@ -12,11 +12,16 @@ from conftest import HIDDEN, inputs_of, logits, randomize, reft_model, tiny_mode
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-import peft_reft.interventions.equations
+import peft_reft.interventions.registry
 from peft_reft import Intervention, ReftConfig, get_interventions, register_intervention
-from peft_reft.interventions.batched import FactorTable
-from peft_reft.interventions.equations import build_intervention, low_rank_edit
-from peft_reft.interventions.orthonormal import orthonormal_rows
+from peft_reft.interventions import (
+    FactorMemo,
+    build_intervention,
+    kind_of,
+    low_rank_edit,
+    orthonormal_rows,
+    stack_factors,
+)
 
 KINDS = list(reference.EQUATIONS)
 WITH_R = list(reference.ORTHONORMAL)
@@ -85,56 +90,58 @@ def test_the_edit_is_exact_to_the_precision_of_h_and_keeps_its_dtype(kind, weigh
     torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("act_fn", [None, "gelu"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_batched_factors_give_the_edits_of_the_modules(kind, act_fn, groups):
-    blocks = {f"block {seed}": random_group(kind, groups, seed, act_fn=act_fn) for seed in range(3)}
-    factors = FactorTable(blocks.items())
-    h = torch.randn(2, groups, 5, 16)
-    for name, modules in blocks.items():
-        edit = low_rank_edit(h, factors.get(name))
-        for group, module in enumerate(modules):
-            vectors = h[:, group]
-            torch.testing.assert_close(edit[:, group], module.edit(vectors), rtol=1e-5, atol=1e-5)
-            expected = reference.edit_vectors(kind, module, vectors, act_fn) - vectors
-            torch.testing.assert_close(edit[:, group].double(), expected.double(), rtol=1e-5, atol=1e-5)
+def test_stacked_factors_give_the_edits_of_the_modules(kind, act_fn):
+    modules = random_group(kind, 3, 1, act_fn=act_fn)
+    h = torch.randn(3, 5, 16)
+    edit = low_rank_edit(h, stack_factors(modules), torch.ones(3, 5, 1))
+    for module, vectors, got in zip(modules, h, edit):
+        torch.testing.assert_close(got, module.edit(vectors), rtol=1e-5, atol=1e-5)
+        expected = reference.edit_vectors(kind, module, vectors, act_fn) - vectors
+        torch.testing.assert_close(got.double(), expected.double(), rtol=1e-5, atol=1e-5)
 
 
-def test_batched_factors_keep_unlike_interventions_apart():
-    blocks = {
-        "loreft": [random_intervention("loreft")],
-        "another": [random_intervention("loreft", seed=1)],
-        "smaller rank": [random_intervention("loreft", r=2)],
-        "other width": [random_intervention("loreft", d=8)],
-        "no R": [random_intervention("noreft")],
-        "no projection": [random_intervention("odireft")],
-        "activation": [random_intervention("loreft", act_fn="relu")],
-        "constant": [random_intervention("consreft")],
-        "two groups": random_group("loreft", 2, seed=2),
-        "double precision": [random_intervention("loreft").double()],
-    }
-    table = FactorTable(blocks.items())
-    assert len({table.batch_of(name) for name in blocks}) == len(blocks) - 1
-    for name, modules in blocks.items():
-        for group, module in enumerate(modules):
-            h = torch.randn(3, module.basis.shape[1]).to(module.basis.dtype)
-            edit = low_rank_edit(h.expand(1, len(modules), *h.shape), table.get(name))[0, group]
-            torch.testing.assert_close(edit, module.edit(h), rtol=1e-5, atol=1e-5)
-            assert edit.abs().max() > 0
+def test_unlike_interventions_are_of_different_kinds():
+    modules = [
+        random_intervention("loreft"),
+        random_intervention("loreft", r=2),
+        random_intervention("loreft", d=8),
+        random_intervention("noreft"),
+        random_intervention("odireft"),
+        random_intervention("loreft", act_fn="relu"),
+        random_intervention("loreft", dropout=0.5),
+        random_intervention("loreft", train_bias=False),
+        random_intervention("consreft"),
+        random_intervention("loreft").double(),
+    ]
+    assert len({kind_of(module) for module in modules}) == len(modules)
+    assert kind_of(modules[0]) == kind_of(random_intervention("loreft", seed=1))
+    assert kind_of(torch.nn.Linear(3, 3)) is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_batched_factors_give_the_gradients_of_the_modules(kind):
+def test_stacked_factors_give_the_gradients_of_the_modules(kind):
     module = random_intervention(kind, act_fn="tanh")
     h, weight = torch.randn(5, 16), torch.randn(5, 16)
-    (low_rank_edit(h.view(1, 1, 5, 16), FactorTable([("block", [module])]).get("block")) * weight).sum().backward()
+    edit = low_rank_edit(h[None], stack_factors([module]), torch.ones(1, 5, 1))
+    (edit * weight).sum().backward()
     fused = {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
     module.zero_grad()
     (module.edit(h) * weight).sum().backward()
     for name, parameter in module.named_parameters():
         torch.testing.assert_close(fused[name], parameter.grad, rtol=1e-4, atol=1e-5)
         assert parameter.grad.abs().max() > 0
+
+
+def test_remembered_factors_are_those_of_the_values_that_the_parameters_have_now():
+    memo, modules = FactorMemo(), random_group("loreft", 2, 1)
+    with torch.no_grad():
+        first = memo(modules)
+        assert memo(modules).up is first.up
+        modules[1].bias.data.add_(1.0)  # a write that leaves no trace in the parameter
+        torch.testing.assert_close(memo(modules).bias, stack_factors(modules).bias)
+        assert not torch.equal(memo(modules).bias, first.bias)
 
 
 @pytest.mark.parametrize("positions", ["f2+l1", "all"])
@@ -145,7 +152,7 @@ def test_a_model_gives_the_same_logits_with_and_without_batched_factors(kind, po
     fused = logits(model, inputs)
     with model.disable_adapter():
         assert not torch.allclose(logits(model, inputs), fused)
-    monkeypatch.setattr("peft_reft.interventions.batched._kind", lambda interventions: None)
+    monkeypatch.setattr("peft_reft.context.plan.kind_of", lambda interventions: None)
     torch.testing.assert_close(logits(model, inputs), fused, rtol=1e-4, atol=1e-4)
 
 
@@ -515,7 +522,8 @@ def test_an_edit_that_replaces_leaves_what_is_orthogonal_to_the_subspace(kind):
     out = module(h).detach()
     complement = torch.eye(16) - R.T @ R
     torch.testing.assert_close(out @ complement, h @ complement, rtol=1e-5, atol=1e-5)
-    learned = module.learned(h).detach().expand(5, 4)
+    constant = module.weight if module.bias is None else h @ module.weight.T + module.bias
+    learned = constant.detach().expand(5, 4)
     torch.testing.assert_close(out @ R.T, learned, rtol=1e-4, atol=1e-5)
 
 
@@ -582,8 +590,8 @@ class DeepSource(Intervention):
         super().__init__(d, r, **kwargs)
         self.network = nn.Sequential(nn.Linear(d, r), nn.Tanh(), nn.Linear(r, r))
 
-    def learned(self, h):
-        return super().learned(h) + self.network(h)
+    def edit(self, h):
+        return super().edit(h) + self.network(h.to(self.basis.dtype)) @ self.subspace.to(self.basis.dtype)
 
 
 class NormedDirections(Intervention):
@@ -599,7 +607,7 @@ OWN = [Minimal, WithKeywords, WithAnyKeywords, FreeConstant, HalfEdit, HalfForwa
 @pytest.fixture
 def registry(monkeypatch):
     """The registry, put back as it was afterwards."""
-    monkeypatch.setattr(peft_reft.interventions.equations, "REGISTRY", dict(peft_reft.interventions.equations.REGISTRY))
+    monkeypatch.setattr(peft_reft.interventions.registry, "REGISTRY", dict(peft_reft.interventions.registry.REGISTRY))
 
 
 @pytest.mark.parametrize("positions", ["f2+l1", "all"])
@@ -632,7 +640,7 @@ def test_a_registered_module_trains_in_a_bfloat16_model(cls, registry, llama):
 def test_a_registered_module_gets_the_keywords_that_it_names(registry):
     register_intervention("some", WithKeywords)
     register_intervention("all_of_them", WithAnyKeywords)
-    settings = {"dropout": 0.25, "act_fn": "relu", "init_weights": False}
+    settings = {"dropout": 0.25, "act_fn": "relu", "init_weights": False, "train_bias": True}
     assert build_intervention("some", 8, 2, **settings).seen == {"dropout": 0.25, "init_weights": False}
     assert build_intervention("all_of_them", 8, 2, **settings).seen == settings
 

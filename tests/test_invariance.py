@@ -14,8 +14,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 
 from peft_reft import ReftConfig
-from peft_reft.context.frame import current_frame
-from peft_reft.positions.prompts import IGNORED
+from peft_reft.positions import IGNORED
+from peft_reft.tuner.injection import state_of
 
 FAMILIES = {
     "llama": {},
@@ -319,11 +319,11 @@ def test_a_forward_that_fails_leaves_nothing_behind():
             with pytest.raises(RuntimeError, match="in the middle"):
                 call()
         handle.remove()
-        assert current_frame() is None
+        assert state_of(model).running.context is None
         torch.testing.assert_close(logits(model, inputs), expected)
     with pytest.raises(ValueError, match="another batch"):
         model(**inputs, intervention_locations=torch.zeros(5, 1, dtype=torch.long))
-    assert current_frame() is None
+    assert state_of(model).running.context is None
     torch.testing.assert_close(logits(model, inputs), expected)
 
 

@@ -11,11 +11,11 @@ import torch
 import transformers
 from conftest import EOS, PAD, randomize, reft_model, tiny_model
 from peft import LoraConfig, get_peft_model
+from peft_reft.context.scoring import SCORED_BLINDLY
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from peft_reft import ReftConfig
-from peft_reft.context.scoring import SCORED_BLINDLY
-from peft_reft.positions.notation import parse_positions
+from peft_reft.positions import parse_positions
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -c constraints.txt 'lm-eval[hf]'")
 

@@ -7,9 +7,7 @@ import pytest
 import reference
 import torch
 
-from peft_reft.positions.notation import locate, mark, parse_positions
-from peft_reft.positions.places import sites_at, sites_of
-from peft_reft.positions.prompts import find_prompts
+from peft_reft.positions import find_prompts, locate, mark, parse_positions, places_at, places_of
 
 FURTHER = ["m1", "m3", "e1", "e3", "f2+m3", "m2+l2", "f2+m2+l2", "e2+l1", "f1+e2", "f2+e3+l2", "l2+e2"]
 
@@ -108,22 +106,20 @@ def test_random_batches_of_packed_rows_match_the_loop(seed):
 
 
 def test_unused_places_look_at_a_token_that_is_edited_anyway():
-    sites = sites_at(torch.tensor([[[2, -1], [5, -1]], [[-1, -1], [-1, 3]]]), columns=6)
-    assert sites.columns.tolist() == [[2, 5, 5, 5], [3, 3, 3, 3]]
-    assert sites.places.tolist() == [2, 5, 5, 5, 9, 9, 9, 9]
-    assert sites.keep.squeeze(-1).tolist() == [[[1, 0], [1, 0]], [[0, 0], [0, 1]]]
+    places = places_at(torch.tensor([[[2, -1], [5, -1]], [[-1, -1], [-1, 3]]]))
+    assert places.columns.tolist() == [[[2, 5], [5, 5]], [[3, 3], [3, 3]]]
+    assert places.keep.tolist() == [[[1, 0], [1, 0]], [[0, 0], [0, 1]]]
 
 
 @pytest.mark.parametrize("share", [True, False])
 def test_marked_and_located_sites_name_the_same_places(share):
     valid = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]]).bool()
     prompts = find_prompts(valid)
-    marked = sites_of(parse_positions("all"), prompts, share)
+    marked = places_of(parse_positions("all"), prompts, share)
     assert marked.columns is None
-    assert torch.equal(marked.keep[:, 0, :, 0].bool(), valid)
-    located = sites_of(parse_positions("f2+l2"), prompts, share)
-    assert located.columns.shape == (2, 4)
-    assert located.keep.shape == ((2, 1, 4, 1) if share else (2, 2, 2, 1))
+    assert torch.equal(marked.keep[:, 0], valid)
+    located = places_of(parse_positions("f2+l2"), prompts, share)
+    assert located.columns.shape == located.keep.shape == ((2, 1, 4) if share else (2, 2, 2))
 
 
 @pytest.mark.parametrize(

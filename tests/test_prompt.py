@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from peft_reft.positions.prompts import (
+from peft_reft.positions import (
     IGNORED,
     Tokens,
     align_shift_labels,

@@ -23,7 +23,7 @@ from transformers import Trainer, TrainingArguments
 
 from peft_reft import ReftConfig, get_interventions
 from peft_reft.blocks.numbering import pick_layers
-from peft_reft.positions.notation import parse_positions
+from peft_reft.positions import parse_positions
 from peft_reft.search import SearchSpace, block_choices, search, study
 
 CONFIG = ReftConfig(task_type="SEQ_CLS", intervention="direft")

@@ -1,14 +1,233 @@
-"""What the arguments of a forward call tell: shapes, padding, cache, and the caller's own locations.
+"""What the arguments of a forward say: shapes, padding, documents, cache, labels, and the caller's own locations.
+
+What is given and cannot be read is not dropped: the functions here say so, and their callers decide whether that is an
+error or a warning.
 
 Shape letters: B rows, S columns of this forward, G position groups, P positions per group.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from peft_reft.positions import IGNORED, align_shift_labels, document_starts
+
+LOCATIONS_RULE = "Pass a LongTensor [B, P] or [B, G, P] of columns of the padded row, -1 = unused."
+
+
+def token_shape(arguments: Mapping[str, Any], ids_per_row: int = 1) -> tuple[int, int] | None:
+    """Rows and columns of a call's tokens; None if it has none, or not as one row per sequence.
+
+    Args:
+        ids_per_row: how many rows of `input_ids` make one row (audio models have one for each codebook).
+    """
+    embeds = arguments.get("inputs_embeds")
+    if isinstance(embeds, Tensor) and embeds.dim() == 3:
+        return embeds.shape[0], embeds.shape[1]
+    ids = arguments.get("input_ids")
+    if isinstance(ids, Tensor) and ids.dim() == 2:
+        return ids.shape[0] // ids_per_row, ids.shape[1]
+    return None
+
+
+def token_device(arguments: Mapping[str, Any]) -> torch.device:
+    """The device of a call's tokens."""
+    embeds = arguments.get("inputs_embeds")
+    return (arguments["input_ids"] if embeds is None else embeds).device
+
+
+# Padding and documents.
+
+
+def valid_columns(
+    mask: Any, rows: int, columns: int, past: int | Tensor, device: torch.device
+) -> tuple[Tensor, Tensor | None] | None:
+    """Which columns of a forward are no padding, by its attention mask.
+
+    Args:
+        mask: [B, columns of the whole row or of a static cache], [B, S, S] or [B, heads, S, columns of a cache], True
+            or 0.0 where one may look; a dict of such masks by the type of the layer; or None.
+        past: columns before this forward's.
+
+    Returns:
+        Bool [B, S], and bool [B, S] where a document begins if the mask shows that (one of three or four dimensions
+        does); None if the mask cannot be read.
+    """
+    if mask is None:
+        return torch.ones(rows, columns, dtype=torch.bool, device=device), None
+    if isinstance(mask, Mapping):
+        # Masks by layer type: full attention shows every token, a window only those near by.
+        full = mask.get("full_attention", next(iter(mask.values()), None))
+        return valid_columns(full, rows, columns, past, device)
+    if not isinstance(mask, Tensor) or mask.shape[0] not in (1, rows):
+        return None
+    mask = mask.to(device)
+    if mask.dim() == 2:
+        return _of_columns(mask != 0, rows, columns, past)
+    if mask.dim() == 3:
+        mask = mask.unsqueeze(1)
+    if mask.dim() != 4 or mask.shape[-2] != columns:
+        return None
+    seen = mask[:, 0] if mask.dtype == torch.bool else _visible(mask[:, 0])
+    offset = int(past) if not isinstance(past, Tensor) else 0
+    if seen.shape[-1] < offset + columns:
+        return None
+    return _of_pairs(seen[..., offset : offset + columns].expand(rows, -1, -1))
+
+
+def _of_columns(mask: Tensor, rows: int, columns: int, past: int | Tensor) -> tuple[Tensor, None] | None:
+    """From a mask [B, W] of the whole row (or a cache, which may be wider), or of this forward's columns alone."""
+    width = mask.shape[1]
+    if isinstance(past, Tensor):
+        if width < columns:
+            return None
+        column = past + torch.arange(columns, device=mask.device)
+        return mask.gather(1, column.clamp(max=width - 1).expand(rows, columns)), None
+    if width >= past + columns:
+        return mask[:, past : past + columns].expand(rows, columns), None
+    return (mask.expand(rows, columns), None) if width == columns else None
+
+
+def _visible(mask: Tensor) -> Tensor:
+    """Bool, True where a token may look, from a mask of numbers: additive ones hold 0 there, others 1."""
+    return mask == 0 if mask.is_floating_point() else mask != 0
+
+
+def _of_pairs(seen: Tensor) -> tuple[Tensor, Tensor]:
+    """From which columns [B, S, S] each column may look at: which are no padding, and where documents begin.
+
+    Padding may look at nothing. Libraries that want no softmax over nothing let it look at itself, or at everything:
+    then no token looks at it, although tokens behind it look at columns before it. A document begins with a token that
+    looks at no earlier one.
+    """
+    columns = seen.shape[-1]
+    number = torch.arange(columns, device=seen.device)
+    earlier = number < number.unsqueeze(1)
+    back, ahead = seen & earlier, seen & earlier.mT
+    looks_back, is_seen = back.any(-1), back.any(-2)  # [B, S]: at an earlier column; by a later one
+    # Padding that looks at itself alone, in front of the tokens.
+    alone = ~looks_back & ~is_seen & ~ahead.any(-1) & (columns > 1)
+    # Padding that looks at everything.
+    full = seen.all(-1)
+    seen_by_others = (seen & ~full.unsqueeze(-1)).any(-2)
+    everywhere = full & ahead.any(-1) & ~seen_by_others & ~full.all(-1, keepdim=True)
+    # Padding behind the tokens, which looks at them and at itself: what comes behind it looks past it.
+    furthest = torch.where(back, number, columns).amin(-1).flip(1).cummin(1).values.flip(1)
+    passed = ~is_seen & (F.pad(furthest[:, 1:], (0, 1), value=columns) < number)
+    if columns > 1:  # behind the last column there is nothing; it is padding if it comes behind padding
+        passed = torch.cat([passed[:, :-1], passed[:, -2:-1] & ~seen[:, -1:, -2]], dim=1)
+    valid = seen.diagonal(dim1=-2, dim2=-1) & ~alone & ~everywhere & ~passed
+    return valid, valid & ~(back & valid.unsqueeze(1)).any(-1)
+
+
+def documents(arguments: Mapping[str, Any], valid: Tensor, shown: Tensor | None) -> tuple[Tensor | None, int | None]:
+    """Where packed documents begin, and the most documents a row can hold (see `document_starts`).
+
+    Args:
+        shown: where documents begin by the attention mask, if that shows it.
+
+    `position_ids` that begin anew are documents only where the model keeps them apart: transformers does so for calls
+    with neither an attention mask nor a cache.
+    """
+    bounds, numbers = arguments.get("cu_seq_lens_q"), arguments.get("seq_idx")
+    if bounds is not None or numbers is not None:
+        return document_starts(valid, None, numbers, bounds)
+    if shown is not None:
+        return shown, None
+    if arguments.get("attention_mask") is None and arguments.get("past_key_values") is None:
+        return document_starts(valid, arguments.get("position_ids"))
+    return None, None
+
+
+# Caches.
+
+
+def past_length(arguments: Mapping[str, Any], columns: int, seen: int) -> int | Tensor:
+    """How many columns came before those of this forward.
+
+    Args:
+        columns: S.
+        seen: what the caller knows of it, for states that do not tell; 0 if nothing.
+
+    Returns:
+        An int, or a tensor if the cache counts on a device whose answer one would have to wait for.
+    """
+    cache: Any = arguments.get("past_key_values")
+    if hasattr(cache, "get_seq_length"):
+        try:
+            length = cache.get_seq_length()
+        except ValueError:  # a cache of linear-attention layers only
+            return seen
+        return int(length) if isinstance(length, Tensor) and length.device.type == "cpu" and _is_plain() else length
+    if isinstance(cache, (tuple, list)) and cache:  # the old format: (key, value) [B, H, S, d] of each layer
+        return int(cache[0][0].shape[-2])
+    mems = arguments.get("mems")
+    if isinstance(mems, (tuple, list)) and mems:  # hidden states [M, B, d] of the past, or of the last part of it
+        kept = int(mems[0].shape[0])
+        if seen - kept > columns:  # more than what this forward could run once more
+            raise ValueError(
+                f"The model's memory keeps {kept} of {seen} columns, so the place of the next ones is unknown. "
+                "Set model.config.mem_len to at least the length of the sequence."
+            )
+        return kept
+    return seen if has_state(arguments) else 0
+
+
+def has_state(arguments: Mapping[str, Any]) -> bool:
+    """Whether a forward continues a recurrent state (of Mamba, RWKV and their like), which tells no length."""
+    if arguments.get("state") is not None:
+        return True
+    for name in ("cache_params", "past_key_values"):
+        cache: Any = arguments.get(name)
+        if cache is None or isinstance(cache, (tuple, list)):
+            continue
+        if hasattr(cache, "seqlen_offset"):
+            return bool(cache.seqlen_offset)
+        if hasattr(cache, "has_previous_state"):
+            try:
+                return bool(cache.has_previous_state())
+            except ValueError:  # a cache of attention layers only, which counts its columns
+                continue
+    return False
+
+
+def _is_plain() -> bool:
+    return not torch.compiler.is_compiling()
+
+
+# Labels.
+
+
+def aligned_labels(
+    labels: Any, shift_labels: Any, rows: int, columns: int, is_decoder: bool = False
+) -> tuple[Tensor | None, bool]:
+    """Labels aligned with the tokens, in which column i holds the label of token i.
+
+    Args:
+        labels, shift_labels: as passed to the model; in `shift_labels` column i holds the label of token i + 1.
+        is_decoder: of an encoder-decoder model, whose decoder's inputs are the labels moved by one.
+
+    Returns:
+        Long [B, S] or None; and whether there were labels that cannot be aligned.
+    """
+    if is_decoder:
+        labels, shift_labels = shift_labels, labels
+    for given, shifted in ((labels, False), (shift_labels, True)):
+        if not isinstance(given, Tensor) or given.shape[:2] != (rows, columns):
+            continue
+        if given.dim() == 3:  # a label for each codebook of an audio model
+            given = torch.where((given != IGNORED).any(-1), 0, IGNORED)
+        if given.dim() == 2:
+            return align_shift_labels(given) if shifted else given, False
+    return None, labels is not None or shift_labels is not None
+
+
+# Locations.
 
 
 def window_of(locations: Tensor, past: int | Tensor, columns: int) -> Tensor:
@@ -17,116 +236,44 @@ def window_of(locations: Tensor, past: int | Tensor, columns: int) -> Tensor:
     return torch.where((locations >= 0) & (locations < columns), locations, -1)
 
 
-def token_shape(arguments: dict[str, Any], ids_per_row: int = 1) -> tuple[int, int] | None:
-    """Rows and columns of a call's tokens; None if it has none, or not as one row per sequence.
-
-    Args:
-        ids_per_row: how many rows of `input_ids` make one row (audio models have one for each codebook).
-    """
-    for name, dims, per_row in (("inputs_embeds", 3, 1), ("input_ids", 2, ids_per_row)):
-        value = arguments.get(name)
-        if isinstance(value, Tensor) and value.dim() == dims:
-            return value.shape[0] // per_row, value.shape[1]
-    return None
-
-
-def token_device(arguments: dict[str, Any]) -> torch.device:
-    """Where a call's tokens are."""
-    value = arguments.get("inputs_embeds")
-    return (arguments["input_ids"] if value is None else value).device
-
-
-def is_mask(mask: Any, rows: int, columns: int) -> bool:
-    """Whether this is a padding mask of at least these columns."""
-    return isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == rows and mask.shape[1] >= columns
-
-
-def valid_columns(mask: Any, rows: int, columns: int, device: torch.device) -> Tensor:
-    """Bool [B, S]: which columns of this forward are no padding, by a 2-D or 4-D attention mask or none."""
-    if is_mask(mask, rows, columns):
-        return mask[:, -columns:].to(device=device, dtype=torch.bool)
-    if (
-        isinstance(mask, Tensor)
-        and mask.dim() == 4
-        and mask.shape[0] == rows
-        and mask.shape[-1] == mask.shape[-2] == columns
-    ):
-        # A token that may look at itself is no padding; additive masks hold 0 where one may look.
-        diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1).to(device)
-        return diagonal if diagonal.dtype == torch.bool else diagonal == 0
-    return torch.ones(rows, columns, dtype=torch.bool, device=device)
-
-
-def past_length(arguments: dict[str, Any], columns: int, seen: int) -> int | Tensor:
-    """How many columns are in the call's cache already.
-
-    Args:
-        seen: what is known from earlier forwards, for caches that do not tell.
-
-    Returns:
-        An int, or a tensor on the device if the cache counts there.
-    """
-    cache: Any = arguments.get("past_key_values")
-    if hasattr(cache, "get_seq_length"):
-        try:
-            return cache.get_seq_length()
-        except ValueError:  # a cache of linear-attention layers only
-            return seen
-    if isinstance(cache, (tuple, list)) and cache:  # the old format: (key, value) [B, H, S, d] of each layer
-        return int(cache[0][0].shape[-2])
-    mems = arguments.get("mems")
-    if isinstance(mems, (tuple, list)) and mems:  # hidden states [M, B, d] of the past, or of the last part of it
-        kept = int(mems[0].shape[0])
-        if seen - kept > columns:  # more than what this forward could run once more
-            raise ValueError(
-                f"The model's memory keeps {kept} of {seen} columns, so the place of the next ones cannot be told. "
-                "Set model.config.mem_len to at least the length of the sequence."
-            )
-        return kept
-    if any(arguments.get(name) is not None for name in ("cache_params", "state")):
-        return seen
-    return 0
-
-
-def keeps_a_cache(arguments: dict[str, Any]) -> bool:
-    """Whether the forward leaves its columns in a cache, so that they will not be run again."""
-    if any(arguments.get(name) is not None for name in ("past_key_values", "cache_params", "state", "mems")):
-        return True
-    return bool(arguments.get("use_cache"))
-
-
 def check_locations(locations: Any, shape: tuple[int, int] | None, past: int | Tensor) -> Tensor:
     """`intervention_locations` as a long tensor [B, G, P].
 
     Raises:
-        ValueError: if they are no columns of this batch. (What the values are is looked at on the CPU only:
-            elsewhere that would make the device wait.)
+        ValueError: if they are no columns of this batch. (The values are looked at on the CPU only: elsewhere that
+            would make the device wait.)
     """
-    rule = "Pass a LongTensor [B, P] or [B, G, P] of columns of the padded row, -1 = unused."
     if not isinstance(locations, Tensor) or locations.dim() not in (2, 3) or locations.is_floating_point():
         what = (
             f"a {locations.dtype} tensor of shape {tuple(locations.shape)}"
             if isinstance(locations, Tensor)
             else f"{locations!r}"
         )
-        raise ValueError(f"intervention_locations is {what}. {rule}")
+        raise ValueError(f"intervention_locations is {what}. {LOCATIONS_RULE}")
     if shape is not None:
         rows, columns = shape
         if locations.shape[0] != rows:
             raise ValueError(
                 f"intervention_locations has {locations.shape[0]} rows, but the batch has {rows}; it belongs to "
-                f"another batch. {rule}"
+                f"another batch. {LOCATIONS_RULE}"
             )
-        if locations.device.type == "cpu" and not torch.compiler.is_compiling() and locations.numel():
+        if locations.numel() and values_can_be_read(locations):
             least, most = int(locations.min()), int(locations.max())
             if least < -1 or most >= columns + int(past):
                 wrong = least if least < -1 else most
                 raise ValueError(
                     f"intervention_locations holds {wrong}, but the rows have the columns 0 to "
-                    f"{columns + int(past) - 1}. {rule}"
+                    f"{columns + int(past) - 1}. {LOCATIONS_RULE}"
                 )
     locations = locations.long()
     locations = locations if locations.dim() == 3 else locations.unsqueeze(1)
     flat = locations.flatten(1)  # a column that is named twice is edited once, by the first
     repeated = (flat.unsqueeze(1) == flat.unsqueeze(2)).tril(-1).any(-1).view_as(locations)
     return torch.where(repeated, -1, locations)
+
+
+def values_can_be_read(tensor: Tensor) -> bool:
+    """Whether a tensor's values can be looked at at no cost: on the CPU, and neither compiled nor within torch.func."""
+    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
+        return False
+    return torch.func.debug_unwrap(tensor) is tensor

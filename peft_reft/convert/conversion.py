@@ -16,7 +16,7 @@ from torch import Tensor
 
 from peft_reft.blocks.numbering import block_number, group_by_stack
 from peft_reft.convert.structure import Structure
-from peft_reft.positions.notation import parse_positions
+from peft_reft.positions import parse_positions
 from peft_reft.tuner.config import ReftConfig
 
 WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # task types whose head PEFT trains and saves in any case

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peft_reft.positions.notation import parse_positions
+from peft_reft.positions import parse_positions
 
 
 def pyreft_locations(mask: Tensor, positions: str, *, skip_last: bool = False) -> Tensor:

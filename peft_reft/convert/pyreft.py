@@ -17,7 +17,7 @@ from torch import Tensor
 from peft_reft.convert.conversion import SPLIT, Conversion, ConversionError, Edit, assemble, is_orthonormal
 from peft_reft.convert.rotation import orthogonal_weight
 from peft_reft.convert.structure import Structure
-from peft_reft.positions.notation import PositionSpec, parse_positions
+from peft_reft.positions import PositionSpec, parse_positions
 from peft_reft.reading import read_json, read_tensors
 
 KINDS = {  # pyreft's class -> the name here; DiReFT means two different equations

@@ -18,7 +18,7 @@ from peft_reft.info.words import (
     prompt_in_words,
     weights_in_words,
 )
-from peft_reft.positions.notation import parse_positions
+from peft_reft.positions import parse_positions
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_reft.interventions.equations import REGISTRY, Intervention, build_intervention
+from peft_reft.interventions import REGISTRY, Intervention, build_intervention
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,11 @@ def measure(module: Intervention | None) -> tuple[float | None, float | None, fl
     error = float((up @ up.mT - torch.eye(len(up)).double()).abs().max()) if module.orthonormal else None
     if module.act is not None:
         return error, None, None
-    weight, bias = (None, module.weight) if module.bias is None else (module.weight, module.bias)
-    factors = module.combine(up, weight, bias)
+    basis = up if module.orthonormal else module.basis  # whose rows are made orthonormal before they are rounded
+    factors = module.combine(basis, None if module.bias is None else module.weight, module.constant)
     gain = 0.0
     if factors.down is not None:
-        # The squares of the singular values of upᵀ down [d, d] are eigenvalues of an r by r matrix.
-        squares = torch.linalg.eigvals((factors.down @ factors.down.mT) @ (up @ up.mT)).real
+        # The squares of the singular values of down up [d, d] are eigenvalues of an r by r matrix.
+        squares = torch.linalg.eigvals((factors.down.mT @ factors.down).double() @ (up @ up.mT)).real
         gain = max(float(squares.max()), 0.0) ** 0.5
     return error, gain, float((factors.bias.double() @ up).norm())

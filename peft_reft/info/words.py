@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from peft_reft.interventions.equations import REGISTRY
-from peft_reft.positions.notation import PositionSpec, Term
+from peft_reft.interventions import REGISTRY
+from peft_reft.positions import PositionSpec
 
 
 def equation_of(kind: str) -> str:
@@ -24,35 +24,14 @@ def equation_of(kind: str) -> str:
 def positions_in_words(spec: PositionSpec) -> str:
     """Which tokens a spec edits.
 
-    >>> from peft_reft.positions.notation import parse_positions
+    >>> from peft_reft.positions import parse_positions
     >>> positions_in_words(parse_positions("f3+l1+d8"))
     'the first 3 tokens and the last token of the prompt, and every 8th generated token'
     """
-    prompt = [words(term) for term in spec.terms if term.kind != "d"]
+    prompt = [term.words for term in spec.terms if not term.generated]
     parts = [f"{' and '.join([', '.join(prompt[:-1]), prompt[-1]] if prompt[:-1] else prompt)} of the prompt"]
-    parts = (parts if prompt else []) + [words(term) for term in spec.terms if term.kind == "d"]
+    parts = (parts if prompt else []) + [term.words for term in spec.terms if term.generated]
     return ", and ".join(parts)
-
-
-def words(term: Term) -> str:
-    """One term of a spec."""
-    n = term.count
-    some = {"f": "the first", "l": "the last"}.get(term.kind)
-    if some is not None:
-        return f"{some} token" if n == 1 else f"{some} {n} tokens"
-    if term.kind == "m":
-        return "the token in the middle" if n == 1 else f"{n} tokens in the middle"
-    what = "generated token" if term.kind == "d" else "token"
-    return f"every {what}" if n == 1 else f"every {ordinal(n)} {what}"
-
-
-def ordinal(n: int) -> str:
-    """
-    >>> [ordinal(n) for n in (1, 2, 3, 4, 11, 22)]
-    ['1st', '2nd', '3rd', '4th', '11th', '22nd']
-    """
-    ending = "th" if n % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
-    return f"{n}{ending}"
 
 
 def prompt_in_words(config: Mapping[str, Any]) -> str:

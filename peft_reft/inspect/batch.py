@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from peft_reft.context.host import Host
+from peft_reft.tuner.injection import state_of
 
 
 @dataclass
@@ -52,8 +52,8 @@ class Batch:
 
 def is_causal(base: Any) -> bool:
     """Whether a model that has adapters predicts each token from those before it."""
-    host = Host.of(base)
-    return host is not None and host.root.causal
+    state = state_of(base)
+    return state is not None and state.causal
 
 
 def batches(

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_reft.context.frame import Frame
-from peft_reft.interventions.equations import edit_of
-from peft_reft.tuner.layer import ReftLayer, as_rows
+from peft_reft.context.forward import ForwardContext
+from peft_reft.interventions import edit_of
+from peft_reft.tuner.layer import ReftLayer
 
 NAN = float("nan")
 ANGLES = ("angle_before", "angle_after", "edit_angle")
@@ -36,14 +36,14 @@ class Deltas:
     terms: list[tuple[str, Tensor]]
 
 
-def deltas_of(layer: ReftLayer, h: Tensor, frame: Frame | None, together: str) -> list[Deltas]:
+def deltas_of(layer: ReftLayer, h: Tensor, context: ForwardContext, together: str) -> list[Deltas]:
     """What a layer's active adapters do to the vectors of `h`.
 
     Args:
-        layer, h, frame: as in a call of `layer.edit`, which refuses what it cannot edit itself.
+        layer, h, context: as in a call of `layer.edit`, which refuses what it cannot edit itself.
         together: the name for all of them together, who come last if it is not the name of the only one.
     """
-    h = as_rows(h, {"all"})
+    h = h if h.dim() == 3 else h.reshape(h.shape[0] if h.dim() > 1 else 1, -1, h.shape[-1])
     exact = h.to(torch.float32 if h.device.type == "mps" else torch.float64)
     total, touched = torch.zeros_like(exact), torch.zeros_like(exact[..., 0], dtype=torch.bool)
     unknown = exact.new_full((len(ANGLES), *touched.shape), NAN)
@@ -52,7 +52,7 @@ def deltas_of(layer: ReftLayer, h: Tensor, frame: Frame | None, together: str) -
         if name not in layer.reft_interventions:
             continue
         interventions: Any = layer.reft_interventions[name]
-        marks = marks_of(layer, name, layer.share_weights[name], h, frame)
+        marks = marks_of(layer, name, layer.share_weights[name], h, context)
         delta, angles = torch.zeros_like(exact), unknown.clone()
         for intervention, mark in zip(interventions, marks.unbind(1)):
             where = mark > 0
@@ -62,7 +62,7 @@ def deltas_of(layer: ReftLayer, h: Tensor, frame: Frame | None, together: str) -
                 angles[:, where] = angles_to(getattr(intervention, "subspace", None), exact[where], edit)
         edited = marks.amax(1) > 0
         numbers = {**lengths(exact, delta, edited), **dict(zip(ANGLES, angles))}
-        found.append(Deltas(name, edited, numbers, terms_of(layer, name, h, frame)))
+        found.append(Deltas(name, edited, numbers, terms_of(layer, name, h, context)))
         total += delta
         touched |= edited
     if [deltas.adapter for deltas in found] != [together]:
@@ -70,24 +70,23 @@ def deltas_of(layer: ReftLayer, h: Tensor, frame: Frame | None, together: str) -
     return found
 
 
-def marks_of(layer: ReftLayer, name: str, share: bool | str, h: Tensor, frame: Frame | None) -> Tensor:
-    """How often each of an adapter's groups edits each token of `h` [B, S, d]: [B, G, S]; 0 or 1, unless told twice."""
+def marks_of(layer: ReftLayer, name: str, share: bool | str, h: Tensor, context: ForwardContext) -> Tensor:
+    """How often each of an adapter's groups edits each token of `h` [B, S, d]: [B, G, S]; mostly 0 or 1."""
     spec = layer.position_specs[name]
-    sites = (frame or Frame.alone()).sites(spec, share, h)
-    if sites is None:
+    places = context.places(spec, share, h)
+    if places is None:
         return h.new_zeros(h.shape[0], spec.num_interventions(share), h.shape[1], dtype=torch.float32)
-    keep = sites.keep.squeeze(-1)
-    if sites.columns is None:
+    keep = places.keep.float()
+    if places.columns is None:
         return keep
-    chosen = sites.columns.unflatten(1, keep.shape[1:])
-    return keep.new_zeros(*keep.shape[:2], h.shape[1]).scatter_add(2, chosen, keep)
+    return keep.new_zeros(*keep.shape[:2], h.shape[1]).scatter_add(2, places.columns, keep)
 
 
-def terms_of(layer: ReftLayer, name: str, h: Tensor, frame: Frame | None) -> list[tuple[str, Tensor]]:
+def terms_of(layer: ReftLayer, name: str, h: Tensor, context: ForwardContext) -> list[tuple[str, Tensor]]:
     """The terms of an adapter's positions, each with the tokens it names [B, S]; none for given locations."""
-    if frame is not None and frame.locations is not None:
+    if context.locations is not None:
         return []
-    marks = marks_of(layer, name, False, h, frame)
+    marks = marks_of(layer, name, False, h, context)
     return [(str(term), mark > 0) for term, mark in zip(layer.position_specs[name].terms, marks.unbind(1))]
 
 

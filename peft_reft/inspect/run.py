@@ -20,7 +20,7 @@ from peft_reft.inspect.edits import edit_rows
 from peft_reft.inspect.effects import effect_rows
 from peft_reft.inspect.spy import Note, watched
 from peft_reft.inspect.tables import Inspection
-from peft_reft.tuner.attach import reft_layers, roles_of
+from peft_reft.tuner.injection import reft_layers, roles_of
 
 
 @torch.no_grad()

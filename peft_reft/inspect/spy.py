@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
-from peft_reft.context.frame import Frame
+from peft_reft.context.forward import ForwardContext
 from peft_reft.inspect.deltas import Deltas, deltas_of
 from peft_reft.tuner.layer import ReftLayer
 
@@ -44,14 +43,14 @@ class Spy:
         self.notes: list[Note] | None = None
         self.skipping = False
 
-    def __call__(self, h: Tensor, frame: Frame | None, *more: Any, **named: Any) -> Tensor:
+    def __call__(self, h: Tensor, context: ForwardContext) -> Tensor:
         if self.skipping:
             return h
         notes, self.notes = self.notes, None  # an edit of a tensor in another shape calls itself
         if notes is not None:
             call = sum(note.block == self.block for note in notes)
-            notes.append(Note(self.block, call, deltas_of(self.layer, h, frame, self.together)))
-        out = type(self.layer).edit(self.layer, h, frame, *more, **named)
+            notes.append(Note(self.block, call, deltas_of(self.layer, h, context, self.together)))
+        out = type(self.layer).edit(self.layer, h, context)
         self.notes = notes
         return out
 

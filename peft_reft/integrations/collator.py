@@ -13,8 +13,7 @@ import torch
 from peft.utils.peft_types import TaskType
 from torch import Tensor
 
-from peft_reft.positions.notation import locate, parse_positions
-from peft_reft.positions.prompts import IGNORED, Tokens, align_shift_labels, document_starts
+from peft_reft.positions import IGNORED, Tokens, align_shift_labels, document_starts, locate, parse_positions
 from peft_reft.tuner.config import ReftConfig, prompt_end_ids
 
 KEY = "intervention_locations"

@@ -1,6 +1,6 @@
 """transformers' continuous batching: packed rows with pieces of many requests, run in a thread of its own.
 
-Neither the tensors of such a forward nor `generate` tell how long a request's prompt is (long ones come in chunks), but
+Neither the tensors of such a forward nor `generate` show how long a request's prompt is (long ones come in chunks), but
 the manager that scheduled it does. So the manager is noted where it is made, and asked in every forward.
 """
 
@@ -13,41 +13,76 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import ContinuousBatchingConfig
 
-from peft_reft.positions.prompts import Prompts
+from peft_reft.context.generate import MethodEntry
+from peft_reft.context.state import ModelState
+from peft_reft.positions import Prompts
+from peft_reft.tuner.neighbours import METHODS
 
 
-class BatchingEntry:
-    """Stands in for a model's `init_continuous_batching`; set as an attribute of the instance, removed on `unload`."""
+def register() -> None:
+    """Stand in for the method that makes a manager, on every model with an adapter."""
+    if BatchingEntry not in METHODS:
+        METHODS.append(BatchingEntry)
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+
+class BatchingEntry(MethodEntry):
+    """Stands in for `init_continuous_batching`: notes the manager, which knows what each forward's row holds."""
+
+    name = "init_continuous_batching"
+
+    def __init__(self, model: nn.Module, state: ModelState):
+        super().__init__(model, state)
         self.manager: Any = None
 
-    @property
-    def __wrapped__(self) -> Any:  # for inspect.signature, help and the like
-        cls: Any = type(self.model)
-        return cls.init_continuous_batching.__get__(self.model)
+    def attach(self) -> None:
+        super().attach()
+        self.state.paged = self.prompts
+
+    def detach(self) -> None:
+        super().detach()
+        self.state.paged = None
 
     def __call__(
         self, generation_config: Any = None, continuous_batching_config: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         if continuous_batching_config is None:
             settings = generation_config or getattr(self.model, "generation_config", None)
-            continuous_batching_config = (
-                getattr(settings, "continuous_batching_config", None) or ContinuousBatchingConfig()
-            )
+            continuous_batching_config = getattr(settings, "continuous_batching_config", None)
+        if continuous_batching_config is None:
+            from transformers import ContinuousBatchingConfig
+
+            continuous_batching_config = ContinuousBatchingConfig()
         # Requests that begin alike would share cached blocks, but the last tokens of one prompt, which are edited, may
-        # stand in the middle of another.
+        # be in the middle of another.
         continuous_batching_config = copy.copy(continuous_batching_config)
         continuous_batching_config.allow_block_sharing = False
         manager = self.__wrapped__(generation_config, continuous_batching_config, *args, **kwargs)
         self.manager = weakref.ref(manager)
         return manager
 
-    def __reduce__(self) -> Any:
-        return BatchingEntry, (self.model,)
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "manager": None}
+
+    def prompts(self, columns: int, device: torch.device) -> tuple[Prompts, bool]:
+        """Where the prompts lie in the running forward's row, and whether it holds generated tokens only.
+
+        Raises:
+            ValueError: if another manager runs the model, or a CUDA graph would freeze the places of prompt tokens.
+        """
+        requests = self.requests()
+        if requests is None:
+            raise ValueError(
+                "A ReFT model was run by a continuous batching manager that it does not know, so that the prompts of "
+                "the requests are unknown. Start it with model.generate_batch or model.init_continuous_batching."
+            )
+        answers_only = all(past >= prompt for _, past, prompt in requests)
+        if not answers_only and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "A CUDA graph of a forward with prompt tokens would edit the same places in every replay. Pass "
+                "ContinuousBatchingConfig(use_cuda_graph=False)."
+            )
+        return paged_prompts(requests, columns, device), answers_only
 
     def requests(self) -> list[tuple[int, int, int]] | None:
         """The pieces of the running forward's row, in their order: columns, columns before it, prompt length.

@@ -1,24 +1,47 @@
 """PEFT's `hotswap_adapter` for ReFT: other weights for an adapter, in place, so that a compiled model goes on as it is.
 
-PEFT's own code for it is about LoRA's ranks and scalings; register.py sends ReFT's adapters here. What keeps one
-adapter from taking another's place is worked out in checkpoint.py.
+PEFT's own code for it is about LoRA's ranks and scalings, and looks up by name the function that swaps weights: that
+one sends ReFT's adapters here. What keeps one adapter from taking another's place is worked out in tuner/checkpoint.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from peft.config import PeftConfig
-from peft.utils.save_and_load import (
-    _insert_adapter_name_into_state_dict,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
+from peft.utils import get_peft_model_state_dict, hotswap, set_peft_model_state_dict
+from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
-from peft_reft.tuner.attach import reft_layers
 from peft_reft.tuner.checkpoint import cannot_replace, intervention_shapes, mismatch, other_meaning
 from peft_reft.tuner.config import ReftConfig
+from peft_reft.tuner.injection import reft_layers
+from peft_reft.tuner.loading import wrap_function
+from peft_reft.tuner.model import ReftModel
+from peft_reft.tuner.private import insert_adapter_name_into_state_dict
+
+
+def register() -> None:
+    """Let PEFT's `hotswap_adapter` take ReFT's adapters."""
+    wrap_function(hotswap, "hotswap_adapter_from_state_dict", swap_by_type)
+    # Nothing for PEFT to compare: it does so with the active adapter, which need not be the one that is replaced.
+    hotswap.CONFIG_KEYS_TO_CHECK[PeftType["REFT"]] = []
+
+
+def swap_by_type(
+    original: Any,
+    model: Any,
+    state_dict: Mapping[str, Tensor],
+    adapter_name: str,
+    config: PeftConfig,
+    parameter_prefix: str = "lora_",
+) -> None:
+    """As PEFT's `hotswap_adapter_from_state_dict`, the original, to which adapters of other types are left."""
+    if config.peft_type != PeftType["REFT"]:
+        original(model, state_dict, adapter_name, config, parameter_prefix)
+    else:
+        swap_weights(model, state_dict, adapter_name, config, ReftModel.prefix)
 
 
 def swap_weights(
@@ -46,7 +69,7 @@ def swap_weights(
             f"{sorted(adapters)}. Load a new one with load_adapter."
         )
     wanted = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    names = _insert_adapter_name_into_state_dict({name: name for name in wanted}, adapter_name, prefix)
+    names = insert_adapter_name_into_state_dict({name: name for name in wanted}, adapter_name, prefix)
     saved = {names.get(key, key): tensor for key, tensor in state_dict.items()}
     reason = other_meaning(config, current) or mismatch(intervention_shapes(saved), intervention_shapes(wanted))
     if reason is None:

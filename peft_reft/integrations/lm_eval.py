@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from peft_reft.positions.notation import PositionSpec, mark
-from peft_reft.positions.prompts import Tokens
-from peft_reft.tuner.attach import reft_layers
+from peft_reft.positions import PositionSpec, Tokens, mark
+from peft_reft.tuner.injection import reft_layers
 
 Request = tuple[Any, list[int], list[int]]  # what lm-eval caches the answer under, context, continuation
 
@@ -42,7 +41,7 @@ def scoring_locations(
     Returns:
         Long tensor [B, G, P], -1 = unused.
 
-    >>> from peft_reft.positions.notation import parse_positions
+    >>> from peft_reft.positions import parse_positions
     >>> ids = torch.tensor([[5, 6, 7, 8], [5, 6, 0, 0]])
     >>> scoring_locations(parse_positions("f1+l1"), True, ids, torch.tensor([3, 1]), torch.tensor([4, 2]))
     tensor([[[ 0],

@@ -29,7 +29,7 @@ from transformers.utils.hub import PushToHubMixin
 from peft_reft.info import AdapterInfo, adapter_info
 from peft_reft.info.reading import AUTO_CLASSES
 from peft_reft.info.words import in_bytes
-from peft_reft.interventions.equations import BUILT_IN
+from peft_reft.interventions import BUILT_IN
 
 BEGIN = "<!-- peft_reft: this section is written anew whenever the adapter is saved; write above or below it -->"
 END = "<!-- peft_reft: end of the section -->"

@@ -1,22 +1,22 @@
-"""LoReFT and its relatives: modules that edit hidden states, and the registry of their names.
+"""LoReFT and its relatives: modules that edit hidden states.
 
-Every built-in edit has the same shape: a learned r-dimensional value, from which the hidden state's own
-coordinates may be subtracted, written back along r directions:
+Every built-in edit has the same form: a learned r-dimensional value, from which the hidden state's own coordinates
+may be subtracted, written back along r directions:
 
     h + Rᵀ (act(Wh + b) - Rh)
 
-They differ in three choices: is the learned value a function of h or only a constant, are the coordinates subtracted
-(the subspace is then replaced, otherwise shifted), and are the directions orthonormal (R) or free (W2).
+They differ in three choices: is the learned value a function of h or a constant, are the coordinates subtracted (the
+subspace is replaced, otherwise it is shifted), and are the directions orthonormal (R) or free (W2). `Factors` are what
+remains to multiply with when all that does not depend on h is worked out; `low_rank_edit` is the equation, for one
+intervention or for many at once.
 
-Shape letters: d hidden size, r rank. Positions, adapters and models are known elsewhere.
+Shape letters: d hidden size, r rank, n interventions, m vectors for each.
 """
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -28,15 +28,13 @@ from peft_reft.interventions.orthonormal import orthonormal_rows, without_autoca
 
 
 class Factors(NamedTuple):
-    """What an edit multiplies with, after all that does not depend on h is worked out.
-
-    edit(h) = (act(h downᵀ + bias) - h projectionᵀ) up. A leading dimension, if any, counts position groups.
+    """What an edit multiplies with: edit(h) = (act(h down + bias) - h projection) up.
 
     Attributes:
-        down: [..., r, d], or None if the edit is the same for every h.
-        bias: [..., r]
-        up: [..., r, d]
-        projection: [..., r, d], or None if it is already part of `down`.
+        down: [..., d, r], or None if the edit is the same for every h.
+        bias: [..., r].
+        up: [..., r, d].
+        projection: [..., d, r], or None if it is already part of `down`.
         act: elementwise function, or None.
     """
 
@@ -45,6 +43,48 @@ class Factors(NamedTuple):
     up: Tensor
     projection: Tensor | None = None
     act: Callable[[Tensor], Tensor] | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Factors:
+        """The same function applied to every tensor."""
+        down, bias, up, projection, act = self
+        return Factors(
+            None if down is None else function(down),
+            function(bias),
+            function(up),
+            None if projection is None else function(projection),
+            act,
+        )
+
+
+def low_rank_edit(h: Tensor, factors: Factors, keep: Tensor | None = None) -> Tensor:
+    """What `factors` add to the vectors `h`, in at least single precision.
+
+    Args:
+        h: [m, d] for the factors of one intervention, [n, m, d] for those of n.
+        factors: of one intervention, or of n with n as the leading dimension.
+        keep: [m, 1] or [n, m, 1], a factor for each vector's edit (0 drops it).
+
+    Returns:
+        As `h`; one vector ([1, d] or [n, 1, d]) where it is the same for every h and there is no `keep`.
+    """
+    if h.dtype != factors.up.dtype:
+        dtype = torch.promote_types(h.dtype, factors.up.dtype)
+        h = h.to(dtype)
+        if factors.up.dtype != dtype:
+            factors = factors.map(lambda tensor: tensor.to(dtype))
+    down, bias, up, projection, act = factors
+    if bias.dim() > 1 or down is None:
+        bias = bias.unsqueeze(-2)
+    value = bias
+    if down is not None:
+        value = torch.addmm(bias, h, down) if h.dim() == 2 else torch.baddbmm(bias, h, down)
+    if act is not None:
+        value = act(value)
+    if projection is not None:
+        value = value - h @ projection
+    if keep is not None:
+        value = value * keep
+    return value @ up
 
 
 class Intervention(nn.Module):
@@ -56,24 +96,26 @@ class Intervention(nn.Module):
         dropout: probability with which an entry of the edit (never of h) is dropped in training.
         act_fn: name of an activation in `transformers.activations.ACT2FN` for the learned value, or None.
         init_weights: True: the fresh edit is zero wherever the equation allows it; False: random, as pyreft does.
+        train_bias: False: b keeps its value. It gets no gradient, whatever requires one.
 
     Attributes:
-        weight: W [r, d], or the learned value [r] itself if it does not look at h.
+        weight: W [r, d]; b itself [r] if the learned value does not depend on h.
         bias: b [r], or None with such a constant.
         basis: [r, d], rows that span the edited directions. Where the equation has R, `directions` makes them
-            orthonormal, which they therefore are whatever an optimizer, a cast or a reload does to `basis`.
+            orthonormal, so they are orthonormal whatever an optimizer, a cast or a reload does to `basis`.
 
-    Calling it maps [..., d] to [..., d], every vector edited, and returns the dtype it was given.
+    Calling it maps [..., d] to [..., d], every vector edited, and returns the dtype of its input.
     """
 
     has_source: bool = True  # a function of h (Wh + b), or only a constant
     replaces: bool = True  # subtract Rh: the subspace's content is replaced instead of shifted
     orthonormal: bool = True  # R or W2
 
-    # One module without children, which holds a `weight`, is what a wrapper such as FSDP's looks for. And it takes
-    # little memory beside the parameters where thousands of adapters are resident; so do attributes of the class.
+    # A module without children that holds a `weight` is what a wrapper such as FSDP's looks for. It also takes little
+    # memory next to the parameters where thousands of adapters are resident; so do attributes of the class.
     dropout: float = 0.0
     act_fn: str | None = None
+    train_bias: bool = True
 
     def __init__(
         self,
@@ -83,6 +125,7 @@ class Intervention(nn.Module):
         dropout: float = 0.0,
         act_fn: str | None = None,
         init_weights: bool = True,
+        train_bias: bool = True,
     ):
         super().__init__()
         if not 1 <= r <= d:
@@ -95,7 +138,22 @@ class Intervention(nn.Module):
         if act_fn is not None:
             self.act_fn = act_fn
             self.activation = ACT2FN[act_fn]
+        if not train_bias:
+            self.train_bias = False
+            self.constant.requires_grad_(False)
         self.reset_parameters(init_weights)
+
+    @property
+    def constant(self) -> nn.Parameter:
+        """b, the part of the learned value that does not depend on h: [r]."""
+        return self.weight if self.bias is None else self.bias
+
+    def requires_grad_(self, requires_grad: bool = True) -> Intervention:
+        """As for every module, but for a bias that is not to be trained."""
+        super().requires_grad_(requires_grad)
+        if not self.train_bias:
+            self.constant.requires_grad_(False)
+        return self
 
     def reset_parameters(self, identity: bool) -> None:
         """Draw fresh weights; with `identity` so that the edit is zero wherever the equation allows it."""
@@ -129,10 +187,15 @@ class Intervention(nn.Module):
         elif self.has_source or not self.replaces:
             warnings.warn(
                 f"{type(self).__name__} with an activation has no weights for which the edit is zero and can be "
-                "trained; it starts from "
-                "random ones. Use act_fn=None for a fresh adapter that changes nothing.",
+                "trained; it starts from random ones. Use act_fn=None for a fresh adapter that changes nothing.",
                 stacklevel=2,
             )
+
+    def erase(self) -> None:
+        """Set all weights to zero: there are no directions, so nothing is edited until weights are loaded."""
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.zero_()
 
     @property
     def act(self) -> Callable[[Tensor], Tensor] | None:
@@ -148,44 +211,37 @@ class Intervention(nn.Module):
         """The edited directions from `basis` [..., r, d]: this intervention's own, or those of many alike."""
         return orthonormal_rows(basis) if self.orthonormal else basis
 
-    def learned(self, h: Tensor) -> Tensor:
-        """act(Wh + b) [..., r], or a constant [r], in the precision of `h`."""
-        weight = self.weight.to(h.dtype)
-        value = weight if self.bias is None else F.linear(h, weight, self.bias.to(h.dtype))
-        return value if self.act is None else self.act(value)
-
-    def edit(self, h: Tensor) -> Tensor:
-        """What is added to `h` [..., d], in at least single precision.
-
-        The equation as it stands; `combine` and `low_rank_edit` are its fast form.
-        """
-        with without_autocast(h.device):
-            directions = self.subspace
-            h = h.to(torch.promote_types(torch.promote_types(h.dtype, directions.dtype), torch.float32))
-            directions = directions.to(h.dtype)
-            value = self.learned(h)
-            if self.replaces:
-                value = value - h @ directions.mT
-            return F.dropout((value @ directions).expand(h.shape), self.dropout, self.training)
-
-    def forward(self, h: Tensor) -> Tensor:
-        return h + self.edit(h).to(h.dtype)
-
-    def combine(self, up: Tensor, weight: Tensor | None, bias: Tensor) -> Factors:
+    def combine(self, basis: Tensor, weight: Tensor | None, bias: Tensor) -> Factors:
         """Work out what does not depend on h, for this intervention or for many alike at once.
 
         Args:
-            up: [..., r, d], the basis.
-            weight: [..., r, d] of the source, None if it is a constant.
-            bias: [..., r] of the source, or the constant.
+            basis: [..., r, d].
+            weight: [..., r, d], None if the learned value is a constant.
+            bias: [..., r], b.
+
+        Returns:
+            Factors with the same leading dimensions, in at least single precision.
         """
-        bias = bias.to(up.dtype)
+        up = self.directions(basis)
+        up = up.to(torch.promote_types(up.dtype, torch.float32))
+        bias = (bias if self.train_bias else bias.detach()).to(up.dtype)
         if weight is None:
-            return Factors(-up if self.replaces else None, bias if self.act is None else self.act(bias), up)
+            down = -up.mT if self.replaces else None
+            return Factors(down, bias if self.act is None else self.act(bias), up)
         weight = weight.to(up.dtype)
         if self.act is not None:
-            return Factors(weight, bias, up, up if self.replaces else None, self.act)
-        return Factors(weight - up if self.replaces else weight, bias, up)  # (Wh + b) - Rh = (W - R)h + b
+            return Factors(weight.mT, bias, up, up.mT if self.replaces else None, self.act)
+        return Factors((weight - up if self.replaces else weight).mT, bias, up)  # (Wh + b) - Rh = (W - R)h + b
+
+    def edit(self, h: Tensor) -> Tensor:
+        """What is added to `h` [..., d], in at least single precision."""
+        with without_autocast(h.device):
+            factors = self.combine(self.basis, None if self.bias is None else self.weight, self.constant)
+            edit = low_rank_edit(h.reshape(-1, h.shape[-1]), factors)
+            return F.dropout(edit.expand(h.numel() // h.shape[-1], -1).view(h.shape), self.dropout, self.training)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.edit(h).to(h.dtype)
 
     def extra_repr(self) -> str:
         r, d = self.basis.shape
@@ -201,34 +257,6 @@ def edit_of(intervention: nn.Module, h: Tensor) -> Tensor:
     h = h.to(dtype)  # a module with weights in float32 need not know of models in half precision
     edited: Tensor = intervention(h)
     return edited - h
-
-
-def low_rank_edit(h: Tensor, factors: Factors, keep: Tensor | None = None) -> Tensor:
-    """The edit that `factors` make of `h`, without `h` itself, in at least single precision.
-
-    Args:
-        h: [..., P, d]; [B, G, P, d] for factors with leading dimensions.
-        factors: of one intervention [r, d], of G of them [G, r, d], or by row as well [B, G, r, d].
-        keep: [..., P, 1], a factor for each vector's edit (0 drops it).
-    """
-    down, bias, up, projection, act = factors
-    h = h.to(torch.promote_types(torch.promote_types(h.dtype, up.dtype), torch.float32))
-    up = up.to(h.dtype)
-    if bias.dim() > 1:
-        bias = bias.unsqueeze(-2)  # one row for all P vectors of a group
-    if down is None:
-        value = bias.to(h.dtype).expand(*h.shape[:-1], bias.shape[-1])
-    elif down.dim() == 2 or down.shape[:-2] == (1,):
-        value = F.linear(h, down.to(h.dtype).flatten(0, -2), bias.to(h.dtype).flatten())
-    else:
-        value = h @ down.mT.to(h.dtype) + bias.to(h.dtype)
-    if act is not None:
-        value = act(value)
-    if projection is not None:
-        value = value - h @ projection.mT.to(h.dtype)
-    if keep is not None:
-        value = value * keep
-    return value @ (up[0] if up.shape[:-2] == (1,) else up)  # one matrix for all: a single product, not a batched one
 
 
 def _passes_through_zero(act: Callable[[Tensor], Tensor] | None) -> bool:
@@ -276,62 +304,3 @@ class LobireftIntervention(Intervention):
 
     has_source = False
     replaces = False
-
-
-# Classes by name; `register_intervention` adds to it.
-REGISTRY: dict[str, type[nn.Module]] = {
-    "loreft": LoreftIntervention,
-    "noreft": NoreftIntervention,
-    "direft": DireftIntervention,
-    "odireft": OdireftIntervention,
-    "consreft": ConsreftIntervention,
-    "lobireft": LobireftIntervention,
-}
-BUILT_IN = frozenset(REGISTRY)
-
-
-def intervention_names() -> list[str]:
-    """Names that `ReftConfig(intervention=...)` accepts at the moment."""
-    return sorted(REGISTRY)
-
-
-def register_intervention(name: str, cls: type[nn.Module]) -> None:
-    """Make a module of your own available as `ReftConfig(intervention=name)`.
-
-    Args:
-        name: lower-case identifier that no built-in intervention has. Registering a name again replaces the class.
-        cls: `nn.Module` whose constructor takes `(d, r)` and, if it names them (or takes `**kwargs`), the keywords
-            `dropout`, `act_fn` and `init_weights`; its forward maps [..., d] to [..., d]. Its parameters are
-            what is trained and saved. A subclass of `Intervention` gets the batched fast path, and any module
-            may offer `subspace` [r, d].
-
-    Raises:
-        ValueError: if the name is taken by a built-in or is no lower-case identifier.
-        TypeError: if `cls` is not a class of modules.
-
-    An adapter's config only names its intervention: register the class before loading such an adapter.
-    """
-    if not (isinstance(name, str) and name.isidentifier() and name == name.lower()):
-        raise ValueError(f"{name!r} cannot name an intervention: use a lower-case identifier such as 'my_reft'.")
-    if name in BUILT_IN:
-        raise ValueError(f"{name!r} is a built-in intervention; register {cls!r} under another name.")
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise TypeError(f"{cls!r} is not a subclass of torch.nn.Module; pass the class itself, not an instance.")
-    REGISTRY[name] = cls
-
-
-def build_intervention(
-    name: str, d: int, r: int, *, dropout: float = 0.0, act_fn: str | None = None, init_weights: bool = True
-) -> nn.Module:
-    """A fresh intervention by its name; the keywords go to the constructors that name them."""
-    cls = REGISTRY[name]
-    keywords = {"dropout": dropout, "act_fn": act_fn, "init_weights": init_weights}
-    return cls(d, r, **{key: keywords[key] for key in _keywords_of(cls)})  # type: ignore[arg-type]
-
-
-@cache
-def _keywords_of(cls: type[nn.Module]) -> tuple[str, ...]:
-    """Which of the optional keywords the constructor of an intervention takes."""
-    parameters = inspect.signature(cls).parameters
-    any_of_them = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return tuple(key for key in ("dropout", "act_fn", "init_weights") if any_of_them or key in parameters)

@@ -1,0 +1,40 @@
+"""Which tokens are edited: the terms of the notation, where the prompts of a batch lie, and the places in its rows.
+
+Plain torch and index arithmetic, without a loop over rows and without waiting for the device. What a model's arguments
+say about prompts is read in context/.
+"""
+
+from peft_reft.positions.notation import PositionSpec, parse_positions
+from peft_reft.positions.places import Places, columns_of, locate, mark, places_at, places_of
+from peft_reft.positions.prompts import (
+    IGNORED,
+    Prompts,
+    Tokens,
+    align_shift_labels,
+    document_starts,
+    find_prompts,
+    generated,
+    marker_ends,
+)
+from peft_reft.positions.terms import TERMS, Term
+
+__all__ = [
+    "IGNORED",
+    "TERMS",
+    "Places",
+    "PositionSpec",
+    "Prompts",
+    "Term",
+    "Tokens",
+    "align_shift_labels",
+    "columns_of",
+    "document_starts",
+    "find_prompts",
+    "generated",
+    "locate",
+    "mark",
+    "marker_ends",
+    "parse_positions",
+    "places_at",
+    "places_of",
+]

@@ -1,12 +1,9 @@
-"""Which tokens are edited: the "f7+l7" notation and its index arithmetic.
+"""The notation "f7+l7": a text becomes a `PositionSpec`, its terms in their order.
 
-A spec names tokens relative to a prompt ("the first 7 and the last 7"); `locate` turns it into columns of
-a batch. Where the prompt of each row lies is the work of prompt.py, editing is that of layer.py.
+What a term names is in terms.py, where the prompt of each row lies in prompts.py.
 
     f2+l1, prompt of five tokens:     A B C D E
                                       f f     l
-
-Shape letters: B rows, S columns, G position groups (the terms of a spec), P positions per group.
 """
 
 from __future__ import annotations
@@ -14,42 +11,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from peft_reft.positions.prompts import Prompts
+from peft_reft.positions.terms import TERMS, Term
 
 _GRAMMAR = (
     "Write how many tokens to edit at each end of the prompt, prefix first: 'f7+l7', 'f7' or 'l7'; or 'all' for the "
     "whole prompt. Further terms: 'm3' (three tokens in its middle), 'e4' (every 4th token), and 'd' or 'd8' (every, "
     "or every 8th, generated token)."
 )
-KINDS = ("f", "l", "m", "e", "d", "all")
-
-
-@dataclass(frozen=True)
-class Term:
-    """One term of a spec.
-
-    Attributes:
-        kind: "f" first, "l" last, "m" middle, "e" every count-th token of the prompt, "all" of them, "d" every
-            count-th generated token.
-        count: how many tokens, or the step of "e" and "d"; 1 for "all".
-    """
-
-    kind: str
-    count: int
-
-    def __str__(self) -> str:
-        return self.kind + (str(self.count) if (self.kind, self.count) not in (("all", 1), ("d", 1)) else "")
-
-    @property
-    def width(self) -> int | None:
-        """The most tokens the term can name in a document; None if only the document's length bounds it."""
-        return self.count if self.kind in "flm" else None
+LARGEST = 2**31 - 1  # more tokens than any model takes
 
 
 @dataclass(frozen=True)
@@ -70,14 +40,19 @@ class PositionSpec:
     def __str__(self) -> str:
         return "+".join(str(term) for term in self.terms)
 
-    def count(self, kind: str) -> int:
-        """The number in the term of this kind, 0 if the spec has no such term."""
-        return sum(term.count for term in self.terms if term.kind == kind)
+    def count(self, symbol: str) -> int:
+        """The number in the term of this symbol, 0 if the spec has no such term."""
+        return sum(term.count for term in self.terms if term.symbol == symbol)
 
     @property
     def edits_answers(self) -> bool:
         """Whether generated tokens are edited too."""
-        return self.count("d") > 0
+        return any(term.generated for term in self.terms)
+
+    @property
+    def depends_on_the_end(self) -> bool:
+        """Whether it makes a difference where the prompt ends (for prompts that are longer than its prefix)."""
+        return any(term.symbol != "f" for term in self.terms)
 
     def widths(self, answers: bool = True) -> tuple[int, ...] | None:
         """Each group's largest number of tokens in a document, or None if there is no bound.
@@ -88,7 +63,7 @@ class PositionSpec:
         >>> parse_positions("f7+l2").widths(), parse_positions("f7+d").widths(answers=False)
         ((7, 2), (7, 0))
         """
-        widths = [0 if term.kind == "d" and not answers else term.width for term in self.terms]
+        widths = [0 if term.generated and not answers else term.width for term in self.terms]
         return None if None in widths else tuple(width for width in widths if width is not None)
 
     def num_interventions(self, share_weights: bool | str) -> int:
@@ -109,128 +84,35 @@ def parse_positions(spec: str, turns: str | None = None, prompt_end: Sequence[in
     """
     if not isinstance(spec, str):
         raise ValueError(f"positions={spec!r} is not a position spec: it must be a string. {_GRAMMAR}")
-    terms = []
-    for text in spec.split("+"):
-        match = re.fullmatch(r"(all)|(d)|([flmed])([0-9]+)", text)
-        if match is None:
-            raise ValueError(f"positions={spec!r} is not a position spec: {text!r} is no term. {_GRAMMAR}")
-        terms.append(Term(match[1] or match[2] or match[3], int(match[4] or 1)))
-        if terms[-1].count < 1:
-            raise ValueError(
-                f"positions={spec!r} has the term {text!r}, which can touch no token. "
-                "Leave that term out, or give it at least 1."
-            )
-    kinds = [term.kind for term in terms]
-    parsed = PositionSpec(tuple(terms), turns, tuple(prompt_end))
-    if len(set(kinds)) < len(kinds):
+    terms = [_term(text, spec) for text in spec.split("+")]
+    symbols = [term.symbol for term in terms]
+    if len(set(symbols)) < len(symbols):
         raise ValueError(f"positions={spec!r} has two terms of the same kind; add them up. {_GRAMMAR}")
-    if "all" in kinds and set(kinds) - {"all", "d"}:
+    if any(term.exclusive for term in terms) and any(not (term.exclusive or term.generated) for term in terms):
         raise ValueError(f"positions={spec!r}: 'all' names every prompt token already; leave the other terms out.")
-    if "l" in kinds and "f" in kinds[kinds.index("l") :]:
-        swapped = "+".join(str(term) for term in sorted(terms, key=lambda term: KINDS.index(term.kind)))
-        raise ValueError(f"positions={spec!r} names the suffix before the prefix. Did you mean {swapped!r}? {_GRAMMAR}")
-    return parsed
+    if "l" in symbols and "f" in symbols[symbols.index("l") :]:
+        in_order = "+".join(str(term) for term in sorted(terms, key=lambda term: list(TERMS).index(term.symbol)))
+        raise ValueError(
+            f"positions={spec!r} names the suffix before the prefix. Did you mean {in_order!r}? {_GRAMMAR}"
+        )
+    return PositionSpec(tuple(terms), turns, tuple(prompt_end))
 
 
-def select(spec: PositionSpec, prompts: Prompts) -> list[tuple[Tensor, Tensor]]:
-    """For each group, which columns it names and each named column's place within the group.
-
-    The rule for prompts shorter than N + M: every prompt token belongs to exactly one group; the prefix
-    gets p = min(N, max(n - M, ceil(n / 2))) tokens, the suffix the other n - p.
-
-    Returns:
-        One pair per term: a bool tensor [B, S] and a long tensor [B, S] that is meaningful where the first is True.
-    """
-    order, length, inside = prompts.order, prompts.length, prompts.inside
-    first, last = spec.count("f"), spec.count("l")
-    overlap = spec.count("m") or spec.count("e")  # prefix and suffix never meet, and "d" names other tokens
-    groups: list[tuple[Tensor, Tensor]] = []
-    prefix = torch.zeros_like(length)  # tokens taken by the prefix, [B, S] or [B, 1]
-    for kind, count in ((term.kind, term.count) for term in spec.terms):
-        if kind == "f":
-            prefix = torch.maximum(length - last, (length + 1) // 2) if last else length
-            prefix = prefix.clamp(max=first)
-            member, slot = inside & (order < prefix), order
-        elif kind == "l":
-            start = (length - last).clamp(min=0).maximum(prefix)
-            member, slot = inside & (order >= start), order - start
-        elif kind == "m":
-            slot = order - ((length - count) // 2).clamp(min=0)
-            member = inside & (slot >= 0) & (slot < count)
-        elif kind == "e":
-            member, slot = inside & (order % count == count - 1), order
-        elif kind == "d":
-            member, slot = torch.zeros_like(inside), order
-            if prompts.answer is not None and prompts.answer_order is not None:
-                member = prompts.answer & (prompts.answer_order % count == count - 1)
-        else:
-            member, slot = inside, order
-        if overlap:
-            for earlier, _ in groups:
-                member = member & ~earlier
-        groups.append((member, slot))
-    return groups
+def _term(text: str, spec: str) -> Term:
+    match = re.fullmatch(r"([a-z]+)([0-9]*)", text)
+    cls = None if match is None else TERMS.get(match[1])
+    numbers = {"always": True, "never": False}  # whether there must be one
+    if match is None or cls is None or bool(match[2]) is not numbers.get(cls.number, bool(match[2])):
+        raise ValueError(f"positions={_short(spec)} is not a position spec: {_short(text)} is no term. {_GRAMMAR}")
+    if len(match[2]) > len(str(LARGEST)) or int(match[2] or 1) > LARGEST:
+        raise ValueError(f"positions={_short(spec)}: {_short(text)} names more tokens than any model takes.")
+    if match[2] and int(match[2]) < 1:
+        raise ValueError(
+            f"positions={spec!r} has the term {text!r}, which can touch no token. Leave that term out, or give it at "
+            "least 1."
+        )
+    return cls(int(match[2] or 1))
 
 
-def split_positions(
-    spec: PositionSpec, prompts: Prompts, groups: list[tuple[Tensor, Tensor]]
-) -> list[tuple[Tensor, Tensor]]:
-    """One group per position of terms that count from an end or the middle.
-
-    The k-th last token is the same position in a prompt of any length, so the suffix is counted from the end.
-    """
-    split = []
-    for term, (member, slot) in zip(spec.terms, groups):
-        if term.kind == "l":
-            slot = prompts.order - prompts.length + term.count
-        split += [(member & (slot == number), torch.zeros_like(slot)) for number in range(term.count)]
-    return split
-
-
-def locate(spec: PositionSpec, prompts: Prompts, share_weights: bool | str = False) -> Tensor:
-    """Columns of the tokens to edit, per row and group.
-
-    Args:
-        spec: parsed notation.
-        prompts: where each document's prompt lies; packed documents must be numbered and counted.
-        share_weights: "position" for a group per position; otherwise a group per term.
-
-    Returns:
-        Long tensor [B, G, P], left to right within a group, unused entries -1. P does not depend on the prompts'
-        lengths: it is the largest width of the groups (times the number of documents in a row that packs several),
-        or S where a group has no bound.
-
-    >>> from peft_reft.positions.prompts import find_prompts
-    >>> locate(parse_positions("f2+l1"), find_prompts(torch.tensor([[0, 0, 1, 1, 1, 1]]).bool()))
-    tensor([[[ 2,  3],
-             [ 5, -1]]])
-    """
-    rows, columns = prompts.inside.shape
-    groups = select(spec, prompts)
-    widths = spec.widths(prompts.answer is not None)
-    if share_weights == "position":
-        groups, widths = split_positions(spec, prompts, groups), (1,)
-    column = torch.arange(columns, device=prompts.inside.device).expand(rows, columns)
-    located = []
-    for member, slot in groups:
-        if widths is None:
-            slot, width = member.long().cumsum(1) - 1, columns
-        else:
-            width = max(widths)
-            if prompts.document is not None:
-                if prompts.num_documents is None:
-                    raise ValueError("locate needs the number of documents in a packed row.")
-                slot, width = slot + prompts.document * width, width * prompts.num_documents
-        # Columns that are not named go to one spare slot, which is cut off again.
-        index = torch.full((rows, width + 1), -1, dtype=torch.long, device=column.device)
-        index = index.scatter(1, torch.where(member, slot, width), column)
-        located.append(index[:, :width])
-    return torch.stack(located, dim=1)
-
-
-def mark(spec: PositionSpec, prompts: Prompts, share_weights: bool | str = False) -> Tensor:
-    """Like `locate`, as marks: bool [B, G, S], True for the columns of each group."""
-    groups = select(spec, prompts)
-    if share_weights == "position":
-        groups = split_positions(spec, prompts, groups)
-    return torch.stack([member for member, _ in groups], dim=1)
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 80 else f"{text[:77]}...")

@@ -1,126 +1,163 @@
-"""The places of a hidden state that are edited: gather the vectors, put the edits back.
+"""From prompts to places: the columns that a spec names in each row of a batch.
 
-Shape letters: B rows, S columns, G position groups, P places per group, d hidden size.
+Shape letters: B rows, S columns, G position groups, P places per group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from peft_reft.positions.notation import PositionSpec, locate, mark
+from peft_reft.positions.notation import PositionSpec
 from peft_reft.positions.prompts import Prompts
 
 
-class Sites(NamedTuple):
-    """Where a forward edits one hidden state [B, S, d].
+class Places(NamedTuple):
+    """Where the rows of one hidden state are edited.
 
     Attributes:
-        columns: long [B, G * P], every entry a column that exists; None if all S columns are looked at (P = S).
-        keep: [B, G, P, 1], 1 where the place is edited and 0 where it only fills up the shape.
-        places: long [B * G * P], the same places in the hidden state as [B * S, d]; None without `columns`.
+        columns: long [B, G, P], each of them a column that exists; None if all S columns are looked at (P = S).
+        keep: bool [B, G, P], True where the place is edited, False where it only fills up the shape.
     """
 
     columns: Tensor | None
     keep: Tensor
-    places: Tensor | None = None
+
+    def rows(self, index: Tensor) -> Places:
+        """The places of some rows."""
+        columns, keep = self
+        return Places(None if columns is None else columns.index_select(0, index), keep.index_select(0, index))
+
+    def to(self, device: torch.device) -> Places:
+        columns, keep = self
+        return Places(None if columns is None else columns.to(device), keep.to(device))
 
 
-def sites_at(locations: Tensor, columns: int) -> Sites | None:
-    """Sites from locations [B, G, P], -1 = unused; None if there is no place at all (P = 0).
+def select(spec: PositionSpec, prompts: Prompts) -> list[Tensor]:
+    """For each term, a mask [B, S] of the tokens that it names.
+
+    The rule for prompts shorter than N + M: every prompt token belongs to exactly one group; the prefix
+    gets p = min(N, max(n - M, ceil(n / 2))) tokens, the suffix the other n - p.
+    """
+    first, last, length = spec.count("f"), spec.count("l"), prompts.length
+    prefix: Tensor | int = 0
+    if first and last:
+        prefix = (length + 1) // 2
+        if last < first:  # else n - M is the larger one only where both are at least N
+            prefix = torch.maximum(prefix, length - last)
+        prefix = prefix.clamp(max=first)
+    elif first:
+        prefix = first
+    masks: list[Tensor] = []
+    overlap = any(term.overlaps for term in spec.terms)
+    for term in spec.terms:
+        mask = term.mask(prompts, prefix)
+        if overlap:
+            for earlier in masks:
+                mask = mask & ~earlier
+        masks.append(mask)
+    return masks
+
+
+def mark(spec: PositionSpec, prompts: Prompts, share_weights: bool | str = False) -> Tensor:
+    """The tokens of each group, as marks.
 
     Args:
-        columns: S, how many columns the hidden state has.
+        spec: parsed notation.
+        prompts: where each document's prompt lies.
+        share_weights: "position" for a group per position; otherwise a group per term.
 
-    An unused place looks at the row's last used column instead: at a token that is edited anyway, not at
-    padding, whose vector may hold anything, NaN included.
+    Returns:
+        Bool [B, G, S], True for the columns of each group.
     """
-    if not locations.numel():
-        return None
-    used = locations >= 0
-    spare = locations.flatten(1).amax(1).clamp(min=0)
-    chosen = torch.where(used, locations, spare[:, None, None]).flatten(1)
-    return Sites(chosen, used.unsqueeze(-1).to(torch.float32), (chosen + first_of_rows(chosen, columns)).flatten())
+    masks = select(spec, prompts)
+    if share_weights == "position":
+        split = []
+        for term, mask in zip(spec.terms, masks):
+            slot = term.slot(prompts)
+            split += [mask & (slot == number) for number in range(term.count)]
+        masks = split
+    return torch.stack(masks, dim=1)
 
 
-def first_of_rows(chosen: Tensor, columns: int) -> Tensor:
-    """Where each of B rows begins in a hidden state as [B * S, d]: long [B, 1]."""
-    return torch.arange(chosen.shape[0], device=chosen.device).unsqueeze(1) * columns
+def columns_of(marks: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The first `width` marked columns of each row.
+
+    Args:
+        marks: bool [..., S].
+
+    Returns:
+        Long [..., width], left to right; entries without a mark of their own repeat the last marked column (or are 0).
+        Bool [..., width], True for entries with a mark of their own.
+    """
+    count = marks.cumsum(-1)
+    number = torch.arange(1, width + 1, device=marks.device)
+    total = count[..., -1:]
+    return torch.searchsorted(count, torch.minimum(number, total)), number <= total
 
 
-def sites_of(spec: PositionSpec, prompts: Prompts, share_weights: bool | str) -> Sites | None:
-    """Sites that a spec names in a batch.
+def locate(spec: PositionSpec, prompts: Prompts, share_weights: bool | str = False) -> Tensor:
+    """Columns of the tokens to edit, per row and group.
+
+    Args:
+        spec: parsed notation.
+        prompts: where each document's prompt lies; packed documents must be numbered and counted.
+        share_weights: "position" for a group per position; otherwise a group per term.
+
+    Returns:
+        Long tensor [B, G, P], left to right within a group, unused entries -1. P does not depend on the prompts'
+        lengths: it is the largest width of the groups (times the number of documents in a row that packs several),
+        or S where a group has no bound.
+
+    >>> from peft_reft.positions.notation import parse_positions
+    >>> from peft_reft.positions.prompts import find_prompts
+    >>> locate(parse_positions("f2+l1"), find_prompts(torch.tensor([[0, 0, 1, 1, 1, 1]]).bool()))
+    tensor([[[ 2,  3],
+             [ 5, -1]]])
+    """
+    marks = mark(spec, prompts, share_weights)
+    widths = (1,) if share_weights == "position" else spec.widths(prompts.answer is not None)
+    if widths is None:
+        width = marks.shape[-1]
+    else:
+        if prompts.document is not None and prompts.num_documents is None:
+            raise ValueError("locate needs the number of documents in a packed row.")
+        width = max(widths) * (prompts.num_documents or 1)
+    columns, used = columns_of(marks, width)
+    return torch.where(used, columns, -1)
+
+
+def places_of(spec: PositionSpec, prompts: Prompts, share_weights: bool | str) -> Places:
+    """Places that a spec names in a batch.
 
     Args:
         spec: parsed notation.
         prompts: where the prompts lie.
         share_weights: True puts all places into one group; False gives a group per term, "position" one per position.
     """
-    bounded = share_weights == "position" or spec.widths(prompts.answer is not None) is not None
-    if bounded and (prompts.document is None or prompts.num_documents is not None):
-        locations = locate(spec, prompts, share_weights)
-        locations = locations.flatten(1).unsqueeze(1) if share_weights is True else locations
-        return sites_at(locations, prompts.inside.shape[1])
-    # No bound on the number of places that could be known without looking at the data: mark them among all columns.
-    marks = mark(spec, prompts, share_weights)
     if share_weights is True:
-        marks = marks.any(1, keepdim=True)
-    return Sites(None, marks.unsqueeze(-1).to(torch.float32))
+        masks = select(spec, prompts)
+        together = masks[0]
+        for mask in masks[1:]:
+            together = together | mask
+        marks = together.unsqueeze(1)
+    else:
+        marks = mark(spec, prompts, share_weights)
+    widths = (1,) if share_weights == "position" else spec.widths(prompts.answer is not None)
+    if widths is None or (prompts.document is not None and prompts.num_documents is None):
+        return Places(None, marks)  # their number has no bound that could be known without looking at the data
+    width = (sum(widths) if share_weights is True else max(widths)) * (prompts.num_documents or 1)
+    return Places(*columns_of(marks, min(width, marks.shape[-1])))
 
 
-def overlay(parts: Sequence[tuple[Sites, Tensor]], columns: int) -> Sites:
-    """Sites of a batch in which each row takes part in one of several.
+def places_at(locations: Tensor) -> Places:
+    """Places from locations [B, G, P], -1 = unused.
 
-    Args:
-        parts: sites for all rows, and the strength [B] with which each row takes part in them (0: not at all).
-            Either all have columns, or none.
-        columns: S, how many columns the hidden state has.
+    An unused place looks at the row's last used column instead: at a token that is edited anyway, not at padding,
+    whose vector may hold anything, NaN included.
     """
-    groups, places = (max(sites.keep.shape[dim] for sites, _ in parts) for dim in (1, 2))
-    chosen: Tensor | None = None
-    keep: Tensor | None = None
-    for sites, strength in parts:
-        size = sites.keep.shape[1:3]
-        more = (0, 0, 0, places - size[1], 0, groups - size[0])
-        kept = F.pad(sites.keep, more) * strength[:, None, None, None]
-        keep = kept if keep is None else keep + kept
-        if sites.columns is not None:
-            # Filled up by repeating a column that is looked at anyway.
-            own = sites.columns.unflatten(1, size)
-            own = own[:, :, torch.arange(places, device=own.device).clamp(max=size[1] - 1)]
-            own = own[:, torch.arange(groups, device=own.device).clamp(max=size[0] - 1)].flatten(1)
-            chosen = own if chosen is None else torch.where(strength[:, None] != 0, own, chosen)
-    assert keep is not None
-    return Sites(chosen, keep, None if chosen is None else (chosen + first_of_rows(chosen, columns)).flatten())
-
-
-def add_edit(
-    out: Tensor, h: Tensor, sites: Sites, edit: Callable[[Tensor, Tensor], Tensor], owned: bool = False
-) -> Tensor:
-    """Add the edits of `h` at `sites` to `out`; every other vector of `out` is returned bit for bit.
-
-    Args:
-        out: [B, S, d], `h` or `h` with the edits of other adapters.
-        h: [B, S, d], what the edit is computed from.
-        sites: where.
-        edit: maps vectors [B, G, P, d] and `sites.keep` to their edits [B, G, P, d], zero where not kept.
-        owned: `out` may be written to, which saves a copy of the whole hidden state: autograd saved nothing of it, and
-            nobody else holds it.
-    """
-    rows, _, d = h.shape
-    groups = sites.keep.shape[1]
-    if sites.places is None:
-        delta = edit(h.unsqueeze(1).expand(-1, groups, -1, -1), sites.keep)
-        delta = (delta.squeeze(1) if groups == 1 else delta.sum(1)).to(h.dtype)
-        return out.add_(delta) if owned else out + delta
-    # Whole rows of [B * S, d]: faster than along the columns, and autograd keeps the index, not h.
-    selected = h.reshape(-1, d).index_select(0, sites.places)
-    delta = edit(selected.view(rows, groups, -1, d), sites.keep).view(-1, d).to(h.dtype)
-    if owned:
-        out.view(-1, d).index_add_(0, sites.places, delta)
-        return out
-    return out.reshape(-1, d).index_add(0, sites.places, delta).view(out.shape)
+    used = locations >= 0
+    spare = locations.flatten(1).amax(1).clamp(min=0)
+    return Places(torch.where(used, locations, spare[:, None, None]), used)

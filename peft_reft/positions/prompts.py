@@ -84,30 +84,33 @@ def find_prompts(
     num_documents: int | None = None,
     turns: str = "first",
     closing: Tensor | None = None,
+    answers: bool = True,
 ) -> Prompts:
     """Find the prompt of every document.
 
     Args:
-        valid: bool [B, S], False for padding.
+        valid: bool [B, S], False for padding, which may be anywhere.
         labels: long [B, S] aligned with the tokens, -100 = not predicted; a document's prompt ends before its
             first label, at or after its second token (a first token is never predicted). A document without any
             label is all prompt.
         starts: bool [B, S], True where a document begins, for rows that pack several; None: a row is one document.
         num_documents: the most documents a row can hold, if known.
-        turns: where a document shows several answers, take the prompt of the "first", the "last", or of "all" (what
-            stands before each answer; tokens of earlier answers are left out).
+        turns: where a document shows several answers, take the prompt of the "first", the "last", or of "all" (the
+            tokens before each answer; tokens of earlier answers are left out).
         closing: bool [B, S], True for the last token of a prompt, where labels do not tell (see `marker_ends`).
+        answers: whether to number the tokens of answers; only terms for generated tokens ask for them.
     """
-    order = valid.long().cumsum(1) - 1  # counts over tokens, never over padding
+    count = valid.cumsum(1)
+    order = count - 1  # counts over tokens, never over padding
     document = None
     if starts is not None:
         starts = starts & valid
-        document = (starts.long().cumsum(1) - 1).clamp(min=0)
+        document = (starts.cumsum(1) - 1).clamp(min=0)
         order = order - torch.where(starts, order, 0).cummax(1).values
 
     def counted(flags: Tensor) -> Tensor:
         """How many flags the document has up to each column, that column included."""
-        total = flags.long().cumsum(1)
+        total = flags.cumsum(1)
         if starts is None:
             return total
         return total - torch.where(starts, total - flags.long(), 0).cummax(1).values
@@ -115,9 +118,11 @@ def find_prompts(
     def over_document(flags: Tensor) -> Tensor:
         """How many flags the whole document has: [B, 1], or [B, S] in packed rows."""
         if document is None:
-            return flags.long().sum(1, keepdim=True)
+            return flags.sum(1, keepdim=True)
         return torch.zeros_like(order).scatter_add(1, document, flags.long()).gather(1, document)
 
+    if labels is None and closing is None and document is None:
+        return Prompts(valid, order, count[:, -1:])
     answer = answer_order = None
     inside = valid
     if labels is not None:
@@ -125,8 +130,9 @@ def find_prompts(
         if turns == "first":
             inside = valid & (counted(predicted) == 0)
         else:
-            closing = F.pad(predicted[:, 1:], (0, 1)) & ~predicted & valid
-        answer, answer_order = _answers(predicted, valid if starts is None else valid & ~starts)
+            closing = following(predicted, valid) & ~predicted & valid
+        if answers or turns == "all":
+            answer, answer_order = _answers(predicted, valid, valid if starts is None else valid & ~starts)
     if closing is not None and (labels is None or turns != "first"):
         number = counted(closing) - closing.long()  # prompts that ended before the column
         total = over_document(closing)
@@ -135,26 +141,39 @@ def find_prompts(
         if turns == "all":  # turns count like packed documents, but each prompt reaches back to the first token
             inside = inside if answer is None else inside & ~answer
             length = torch.where(total == 0, over_document(valid), _length_at_next(order, closing))
-            turn = closing.long().cumsum(1) - closing.long() + (0 if document is None else document)
+            turn = closing.cumsum(1) - closing.long() + (0 if document is None else document)
             return Prompts(inside, order, length, turn, None, answer, answer_order)
     if answer is not None:
         answer = answer & ~inside  # earlier answers are part of the last turn's prompt
     return Prompts(inside, order, over_document(inside), document, num_documents, answer, answer_order)
 
 
-def _answers(predicted: Tensor, goes_on: Tensor) -> tuple[Tensor, Tensor]:
+def preceding(flags: Tensor, valid: Tensor) -> Tensor:
+    """The flags [B, S] of the token before each column; False where there is none. Padding between is passed over."""
+    column = torch.arange(valid.shape[1], device=valid.device)
+    latest = F.pad(torch.where(valid, column, -1).cummax(1).values[:, :-1], (1, 0), value=-1)
+    return flags.gather(1, latest.clamp(min=0)) & (latest >= 0)
+
+
+def following(flags: Tensor, valid: Tensor) -> Tensor:
+    """The flags [B, S] of the token behind each column; False where there is none. Padding between is passed over."""
+    return preceding(flags.flip(1), valid.flip(1)).flip(1)
+
+
+def _answers(predicted: Tensor, valid: Tensor, goes_on: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens that generation would have run as generated ones, and their numbers, which begin anew with every answer.
 
     The last token of an answer is run only if the conversation goes on, and then with the prompt of the next turn.
 
     Args:
         predicted: bool [B, S], tokens with a label.
+        valid: bool [B, S], False for padding.
         goes_on: bool [B, S], tokens that belong to the same document as the token before, if that is one.
     """
-    count = predicted.long().cumsum(1)
-    begins = predicted & ~F.pad(predicted[:, :-1], (1, 0))
+    count = predicted.cumsum(1)
+    begins = predicted & ~preceding(predicted, valid)
     order = count - 1 - torch.where(begins, count - 1, 0).cummax(1).values
-    handed_on = predicted & ~F.pad(predicted[:, 1:], (0, 1)) & F.pad(goes_on[:, 1:], (0, 1))
+    handed_on = predicted & ~following(predicted, valid) & following(goes_on, valid)
     return predicted & ~handed_on, order
 
 
@@ -185,16 +204,17 @@ class Tokens:
     ids: Tensor | None = None
     given: bool = False
 
-    def prompts(self, turns: str | None = None, prompt_end: Sequence[int] = ()) -> Prompts:
+    def prompts(self, turns: str | None = None, prompt_end: Sequence[int] = (), answers: bool = True) -> Prompts:
         """The prompts in the batch.
 
         Args:
             turns: "first", "last" or "all"; None for the first by labels, and the last by a marker.
             prompt_end: token ids that end a prompt, where neither labels nor `generate` tell.
+            answers: whether to number the tokens of answers.
         """
         if prompt_end and self.labels is not None and self.ids is not None and turns != "all":
             masked = self._labels_behind(prompt_end, turns or "last")
-            return replace(self, labels=masked).prompts(turns)
+            return replace(self, labels=masked).prompts(turns, answers=answers)
         closing = None
         if prompt_end and self.labels is None and self.ids is not None:
             closing = self.marked(prompt_end)
@@ -205,10 +225,10 @@ class Tokens:
                     order = self.valid.long().cumsum(1)
                     closing = closing | (self.valid & (order == order[:, -1:]))
         turns = turns or ("first" if closing is None else "last")
-        found = find_prompts(self.valid, self.labels, self.starts, self.num_documents, turns, closing)
-        if closing is None or self.given or turns == "all":
+        found = find_prompts(self.valid, self.labels, self.starts, self.num_documents, turns, closing, answers)
+        if closing is None or self.given or turns == "all" or not answers:
             return found
-        # What stands behind the marker would have been generated.
+        # The tokens behind the marker would have been generated.
         return replace(found, answer=self.valid & ~found.inside, answer_order=found.order - found.length)
 
     def labels_cover_prompts(self) -> Tensor:
@@ -229,7 +249,13 @@ class Tokens:
     def marked(self, prompt_end: Sequence[int]) -> Tensor:
         """Bool [B, S]: where the marker ends."""
         assert self.ids is not None
-        return marker_ends(self.ids, prompt_end) & self.valid
+        order = self.valid.cumsum(1) - 1
+        total = order[:, -1:] + 1
+        number = torch.arange(self.ids.shape[1], device=self.ids.device)
+        # The ids of the tokens alone, next to each other: a marker may have padding in its middle.
+        tokens = self.ids.gather(1, torch.searchsorted(order, torch.minimum(number, total - 1)))
+        ends = marker_ends(tokens.masked_fill(number >= total, -1), prompt_end)
+        return ends.gather(1, order.clamp(min=0)) & self.valid
 
 
 def marker_ends(ids: Tensor, marker: Sequence[int]) -> Tensor:

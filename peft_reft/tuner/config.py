@@ -11,8 +11,9 @@ from peft.utils.peft_types import PeftType
 from transformers import AutoTokenizer
 from transformers.activations import ACT2FN
 
-from peft_reft.interventions.equations import intervention_names
-from peft_reft.positions.notation import parse_positions
+from peft_reft.interventions import intervention_names
+from peft_reft.positions import parse_positions
+from peft_reft.tuner.neighbours import AFTER_SAVING
 
 
 @dataclass
@@ -101,6 +102,11 @@ class ReftConfig(PeftConfig):
         default=True, metadata={"help": "True: a fresh adapter changes nothing; False: random weights, as in pyreft."}
     )
 
+    train_bias: bool = field(
+        default=True,
+        metadata={"help": "False: b keeps its value (0 in a fresh adapter), whatever is switched on and off."},
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.REFT
@@ -110,19 +116,18 @@ class ReftConfig(PeftConfig):
         self._validate()
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json, and a section of the README.md if the adapter's weights are there too.
+        """Write adapter_config.json, and whatever integrations add to a saved adapter.
 
-        PEFT calls this last when it saves an adapter (see card.py).
+        PEFT calls this last when it saves an adapter.
         """
         super().save_pretrained(save_directory, **kwargs)
-        try:
-            from peft_reft.integrations.model_card import describe_saved
-
-            describe_saved(save_directory)
-        except Exception as error:  # never at the cost of what is being saved
-            warnings.warn(
-                f"The adapter is saved in {str(save_directory)!r}, but its README.md lacks ReFT's section: {error!r}"
-            )
+        for tell in AFTER_SAVING:
+            try:
+                tell(save_directory)
+            except Exception as error:  # never at the cost of what is being saved
+                warnings.warn(
+                    f"The adapter is saved in {str(save_directory)!r}, but its README.md lacks ReFT's section: {error!r}"
+                )
 
     def _validate(self) -> None:
         def is_int(value: Any) -> bool:
@@ -176,7 +181,7 @@ class ReftConfig(PeftConfig):
                 f"act_fn={self.act_fn!r} is not an activation of transformers; use one of "
                 f"{', '.join(sorted(ACT2FN))}, or None for a linear edit."
             )
-        for name in ("share_layers", "init_weights"):
+        for name in ("share_layers", "init_weights", "train_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
 

@@ -3,34 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
 from peft import PeftModel
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from peft_reft.blocks.structure import device_and_dtype
 from peft_reft.blocks.survey import Remembered, refuse_unsound
-from peft_reft.context.frame import adapter_names_scope
-from peft_reft.context.host import Host
-from peft_reft.tuner.attach import attach_hosts, is_causal_lm, reft_layers, remove_reft, tidy_up
-from peft_reft.tuner.checkpoint import (
-    blocks_of,
-    cannot_replace,
-    does_not_fit,
-    intervention_shapes,
-    mismatch,
-    other_meaning,
-)
+from peft_reft.context.hook import CHILD
+from peft_reft.context.state import ModelState
+from peft_reft.tuner.checkpoint import blocks_of, does_not_fit, intervention_shapes, mismatch
 from peft_reft.tuner.config import ReftConfig, prompt_end_ids
-from peft_reft.tuner.layer import CHILD, ReftLayer, attach_layer
-from peft_reft.tuner.native import CheckedLoading, call_of
-from peft_reft.tuner.targets import check_shapes, check_trained_tokens, choose_targets, own_name, rank_of
+from peft_reft.tuner.injection import (
+    attach_entries,
+    is_causal_lm,
+    reft_layers,
+    remove_empty_layers,
+    remove_reft,
+    state_of,
+    tidy_up,
+)
+from peft_reft.tuner.layer import ReftLayer, attach_layer
+from peft_reft.tuner.neighbours import ON_INJECTION
+from peft_reft.tuner.private import ExcludedModule, maybe_include_all_linear_layers
+from peft_reft.tuner.targets import (
+    check_adapter_name,
+    check_shapes,
+    check_trained_tokens,
+    choose_targets,
+    linear_layers_within_blocks,
+    own_name,
+    rank_of,
+    warn_of_settings_without_effect,
+)
 
 INTERVENTIONS = f".{CHILD}.reft_interventions."  # what stands between a block's name and the adapter's in a key
 
@@ -39,29 +50,29 @@ class ReftModel(BaseTuner):
     """A model with ReFT adapters (https://arxiv.org/abs/2404.03592); made by `get_peft_model(model, ReftConfig(...))`.
 
     The model stays what it was: every edited block gets a child module `reft` and a forward hook, and the modules
-    around the blocks get hooks that find each row's prompt. `unload()` removes all of it.
+    around the blocks get an entry that finds each row's prompt. `unload()` removes all of it.
     """
 
     prefix = "reft_"
     tuner_layer_cls = ReftLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # no table of architectures: see blocks.py
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # no table of architectures: see blocks/
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)  # __call__, so that the hooks run
+        return self.model(*args, **kwargs)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Entered by `PeftModel` around forward and generate, from which it has taken `adapter_names` out."""
-        names = kwargs.get("adapter_names")
-        host = Host.of(self.model)
-        if names is None or host is None:
+        names: Sequence[str] | None = kwargs.get("adapter_names")
+        state = state_of(self.model) if names is not None else None
+        if names is None or state is None:
             yield
             return
         if self.training:  # refused by all of PEFT's methods
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         with ExitStack() as stack:
-            stack.enter_context(adapter_names_scope(host.root, names))
-            for module in modules_beside_layers(self.model):
+            stack.enter_context(state.adapters_by_row(names))
+            for module in modules_outside_layers(self.model):
                 if isinstance(module, AuxiliaryTrainingWrapper):
                     hook = partial(pass_adapter_names, names=names)
                     stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -70,6 +81,7 @@ class ReftModel(BaseTuner):
     # Injection: which modules, and what is created there.
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        check_adapter_name(adapter_name)
         self._named_by_state_dict: set[str] = set()
         if kwargs.get("state_dict") is not None:
             # PEFT reads a target's name off each key, as what stands before ".reft_"; there is CHILD in between.
@@ -78,44 +90,55 @@ class ReftModel(BaseTuner):
                 own_name(key.split(middle)[0]) for key in kwargs["state_dict"] if middle in key
             }
             kwargs["state_dict"] = {k.replace(middle, f".{self.prefix}"): v for k, v in kwargs["state_dict"].items()}
-        loading = CheckedLoading.begun(model, adapter_name)
+        self._state = state = state_of(model) or ModelState(Remembered(model))
+        self._adapter_name = adapter_name
+        self._is_checked = False
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
-            if loading is not None:
-                self.peft_config.pop(adapter_name)
+            self.peft_config.pop(adapter_name, None)  # PEFT has entered it by then
+            if self._is_checked:  # layers may have been made
+                remove_adapter(model, adapter_name)
             raise
-        attach_hosts(model, is_causal_lm(model, self.peft_config[adapter_name]), self._survey)
-        if loading is not None:
-            loading.expect(self.peft_config[adapter_name])
+        remove_empty_layers(model)
+        state.causal = state.causal or is_causal_lm(model, self.peft_config[adapter_name])
+        state.ids_per_row = state.blocks.ids_per_row
+        attach_entries(model, state)
+        for tell in ON_INJECTION:
+            tell(model)
 
     def _prepare_adapter_config(self, peft_config: ReftConfig, model_config: dict) -> ReftConfig:
         return peft_config  # None means the model's own blocks, and is saved as such: it fits models of other depths
 
     def _prepare_model(self, peft_config: ReftConfig, model: nn.Module) -> None:
-        _maybe_include_all_linear_layers(peft_config, model)  # PEFT expands "all-linear" after this method only
-        host = Host.of(model)
-        self._survey = survey = host.root.survey if host is not None else Remembered(model)
-        matched, excluded = choose_targets(peft_config, model, survey)
-        self._matched, self._excluded = ({own_name(name) for name in names} for names in (matched, excluded))
+        maybe_include_all_linear_layers(peft_config, model)  # PEFT expands "all-linear" after this method only
+        blocks = self._state.blocks
+        matched, self._excluded = choose_targets(peft_config, model, blocks)
         # A state dict, if given, says where an adapter goes, whatever the config says.
         named = {name for name, _ in model.named_modules() if own_name(name) in self._named_by_state_dict}
+        self._matched = matched
         targets = sorted(matched | named)
         refuse_unsound(model, targets)
-        shapes = {own_name(name): survey.shape_of(name) for name in targets}
-        survey.forget_trace()
+        shapes = {name: blocks.shape_of(name) for name in targets}
+        blocks.forget_trace()
         self._layouts = {name: layout for name, (_, layout) in shapes.items()}
-        self._targets = {name: (width, rank_of(peft_config, name)) for name, (width, _) in shapes.items()}
+        self._targets = {name: (width, rank_of(peft_config, own_name(name))) for name, (width, _) in shapes.items()}
         check_shapes(peft_config, self._targets)  # before anything is changed
         check_trained_tokens(peft_config, model, {*self._targets, *reft_layers(model)})
+        linear = linear_layers_within_blocks(model, targets)
+        warn_of_settings_without_effect(peft_config, map(own_name, targets), linear)
         self._prompt_end = prompt_end_ids(
             peft_config, None, getattr(getattr(model, "config", None), "_name_or_path", None)
         )
+        self._is_checked = True
+        for layer in reft_layers(model).values():  # `get_peft_model` a second time on the same model
+            if self._adapter_name in layer.reft_interventions:
+                layer.delete_adapter(self._adapter_name)
         self._shared: list[ReftLayer] = []  # the layer whose interventions the others share; in a list, so that it is
         # no submodule of the tuner, whose parameters would be saved once more
 
     def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> Any:
-        return _ExcludedModule() if own_name(key) in self._excluded else own_name(key) in self._matched
+        return ExcludedModule() if key in self._excluded else key in self._matched
 
     def _create_and_replace(
         self,
@@ -126,16 +149,19 @@ class ReftModel(BaseTuner):
         parent: nn.Module,
         current_key: str,
     ) -> None:
-        name = own_name(current_key)
-        width, r = self._targets[name]
-        layer = attach_layer(target, width, self._layouts[name])
+        width, r = self._targets[current_key]
+        layer = attach_layer(target, width, self._layouts[current_key], self._state)
         layer.add_adapter(adapter_name, peft_config, r, self._prompt_end, *self._shared)
         if peft_config.share_layers:
             self._shared = [layer]
-        if peft_is_loading():
-            layer.being_loaded[adapter_name] = True
         if adapter_name not in self.active_adapters:
             layer.reft_interventions[adapter_name].requires_grad_(False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        state = state_of(self.model)
+        if state is not None:
+            state.plans.clear()  # which hold the interventions
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Adapters are created in float32 and stay so; without autocast they take the dtype of their block."""
@@ -177,7 +203,7 @@ class ReftModel(BaseTuner):
         """PEFT's remapping of names, after a check that the adapter fits the model as a whole.
 
         Raises:
-            ValueError: naming the mismatch. An adapter that was only created to be loaded into is removed again.
+            ValueError: naming the mismatch.
         """
         wanted = {
             cls._remove_adapter_name_from_key(name, adapter_name): tensor
@@ -192,12 +218,8 @@ class ReftModel(BaseTuner):
                 state_dict = {**repeated, **state_dict}
         reason = mismatch(intervention_shapes(state_dict), intervention_shapes(wanted))
         if reason is not None:
-            remove_if_being_loaded(model, adapter_name)
             base = model.get_base_model() if isinstance(model, PeftModel) else model
             raise ValueError(does_not_fit(base, reason, config))
-        fresh = [layer.being_loaded.pop(adapter_name, False) for layer in reft_layers(model).values()]
-        if not any(fresh):
-            refuse_another_meaning(adapter_name, config)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     # Taking it off.
@@ -225,47 +247,20 @@ def pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict[str, Any], n
     return args, {**kwargs, "adapter_names": [name for name in names for _ in range(times)]}
 
 
-def modules_beside_layers(module: nn.Module) -> Iterator[nn.Module]:
+def modules_outside_layers(module: nn.Module) -> Iterator[nn.Module]:
     """`module.modules()` without the interventions, of which there may be very many."""
     if not isinstance(module, ReftLayer):
         yield module
         for child in module.children():
-            yield from modules_beside_layers(child)
+            yield from modules_outside_layers(child)
 
 
-def peft_is_loading() -> bool:
-    """Whether PEFT is loading an adapter just now, and not a user making one.
-
-    PEFT creates an adapter before it reads the weights, and does not say for which purpose.
-    """
-    return call_of(PeftModel.load_adapter, PeftModel.from_pretrained.__func__) is not None
-
-
-def refuse_another_meaning(adapter_name: str, config: PeftConfig) -> None:
-    """`load_adapter` with the name of an adapter that is there already: PEFT loads its weights and keeps the config.
-
-    Raises:
-        ValueError: if the saved adapter's own config gives these weights another meaning.
-    """
-    call = call_of(PeftModel.load_adapter)
-    if call is None:
-        return
-    saved = PeftConfig.from_pretrained(call.f_locals["model_id"], **call.f_locals["hf_hub_download_kwargs"])
-    reason = other_meaning(saved, config) if saved.peft_type == config.peft_type else None
-    if reason is not None:
-        raise ValueError(cannot_replace(adapter_name, reason))
-
-
-def remove_if_being_loaded(model: nn.Module, adapter_name: str) -> None:
-    """Remove an adapter that was only created to be loaded into, so that the model is as before the failed load."""
-    layers = [layer for layer in reft_layers(model).values() if adapter_name in layer.reft_interventions]
-    if not isinstance(model, PeftModel) or not any(adapter_name in layer.being_loaded for layer in layers):
-        return
-    if list(model.peft_config) == [adapter_name]:
-        model.base_model.unload()
-        return
-    model.delete_adapter(adapter_name)
-    tidy_up(model.get_base_model())
+def remove_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Take what was created for an adapter off a model, whose tuner does not know of it (any more)."""
+    for layer in reft_layers(model).values():
+        if adapter_name in layer.reft_interventions:
+            layer.delete_adapter(adapter_name)
+    tidy_up(model)
 
 
 def get_interventions(model: nn.Module, adapter_name: str | None = None) -> dict[str, nn.ModuleList]:
@@ -307,20 +302,26 @@ def set_strength(model: nn.Module, strength: float, adapter_name: str | None = N
     Args:
         model: a `PeftModel`, or a model that adapters were injected into.
         strength: the factor of every edit, until it is set again; not saved with the adapter.
-        adapter_name: None for the active adapters.
+        adapter_name: None for the active adapters, "*" for all (those that are used by row only, too).
 
     Raises:
         ValueError: if there is no such adapter, or the strength is no finite number.
     """
-    if not isinstance(strength, (int, float)) or not math.isfinite(strength):
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
         raise ValueError(
             f"strength={strength!r} is not a finite number; 0 is the base model, 1 the adapter as trained."
         )
-    layers = reft_layers(model).values()
-    known = {name for layer in layers for name in layer.scaling}
-    if adapter_name is not None and adapter_name not in known:
-        raise ValueError(f"The model has no ReFT adapter {adapter_name!r}; its ReFT adapters are {sorted(known)}.")
+    layers = list(reft_layers(model).values())
+    known = sorted({name for layer in layers for name in layer.scaling})
+    if not known:
+        raise ValueError(
+            f"{type(model).__name__} has no ReFT adapter whose strength could be set; add one with get_peft_model, or "
+            "load one with PeftModel.from_pretrained."
+        )
+    if adapter_name not in (None, "*") and adapter_name not in known:
+        raise ValueError(f"The model has no ReFT adapter {adapter_name!r}; its ReFT adapters are {known}.")
     for layer in layers:
-        for name in layer.active_adapters if adapter_name is None else [adapter_name]:
+        names = {None: layer.active_adapters, "*": known}.get(adapter_name, [adapter_name])
+        for name in names:
             if name in layer.scaling:
                 layer.scaling[name] = float(strength)

@@ -1,15 +1,12 @@
 """Makes REFT a peft type: the enum member first, then the config, tuner and prefix mappings.
 
-The only file that touches PEFT's tables. PEFT has no entry points: whoever loads a ReFT adapter must import
+The only file that touches PEFT's tables. PEFT has no entry points: a program that loads a ReFT adapter must import
 `peft_reft` first, in each process.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 from importlib.metadata import version
-from typing import Any
 
 from packaging.version import Version
 from peft.utils import peft_types
@@ -66,7 +63,9 @@ def register() -> None:
     )
 
     from peft_reft.tuner.config import ReftConfig
+    from peft_reft.tuner.loading import wrap_loading
     from peft_reft.tuner.model import ReftModel
+    from peft_reft.tuner.private import warn_of_untested_versions
 
     tables: tuple[dict, ...] = (
         PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -77,37 +76,8 @@ def register() -> None:
     for table in tables:
         table.pop(peft_types.PeftType[NAME], None)
     peft_types.register_peft_method(name=NAME.lower(), config_cls=ReftConfig, model_cls=ReftModel)
-    allow_hotswap()
-
-
-def allow_hotswap() -> None:
-    """Let `peft.utils.hotswap.hotswap_adapter`, which is for LoRA alone, take ReFT's adapters too.
-
-    It looks up by name what swaps the weights, when it is called; there stands a function now that leaves LoRA to
-    PEFT's.
-    """
-    from peft.utils import hotswap
-
-    from peft_reft.tuner.model import ReftModel
-
-    peft_type = peft_types.PeftType[NAME]
-    pefts = inspect.unwrap(hotswap.hotswap_adapter_from_state_dict)
-
-    @functools.wraps(pefts)
-    def hotswap_adapter_from_state_dict(
-        model: Any, state_dict: Any, adapter_name: str, config: Any, parameter_prefix: str = "lora_"
-    ) -> None:
-        if config.peft_type != peft_type:
-            return pefts(model, state_dict, adapter_name, config, parameter_prefix)
-        from peft_reft.integrations.hotswap import (
-            swap_weights,
-        )  # when it is needed: imports of the package are kept short
-
-        return swap_weights(model, state_dict, adapter_name, config, ReftModel.prefix)
-
-    hotswap.hotswap_adapter_from_state_dict = hotswap_adapter_from_state_dict
-    # None for PEFT to compare: it does so with the active adapter, which need not be the one that is replaced.
-    hotswap.CONFIG_KEYS_TO_CHECK[peft_type] = []
+    wrap_loading()
+    warn_of_untested_versions()
 
 
 check_peft_version(version("peft"))

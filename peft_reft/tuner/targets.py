@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 
-from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
-from peft.utils.other import _get_input_embeddings_name, get_pattern_key
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.other import get_pattern_key
 from torch import nn
 
-from peft_reft.blocks.numbering import group_by_stack, pick_layers
+from peft_reft.blocks.numbering import block_number, group_by_stack, pick_layers
 from peft_reft.blocks.survey import Remembered
-from peft_reft.tuner.attach import reft_layers
+from peft_reft.context.hook import CHILD
 from peft_reft.tuner.config import ReftConfig
-from peft_reft.tuner.layer import CHILD
+from peft_reft.tuner.injection import reft_layers
+from peft_reft.tuner.private import ExcludedModule, get_input_embeddings_name
 
 
-def choose_targets(config: ReftConfig, model: nn.Module, survey: Remembered) -> tuple[set[str], set[str]]:
+def choose_targets(config: ReftConfig, model: nn.Module, blocks: Remembered) -> tuple[set[str], set[str]]:
     """Names of the modules to edit, and of those that would be if `exclude_modules` did not name them.
 
     Raises:
@@ -25,7 +28,7 @@ def choose_targets(config: ReftConfig, model: nn.Module, survey: Remembered) -> 
     names = [name for name, module in model.named_modules() if name and not isinstance(module, BaseTunerLayer)]
     inside_layers = tuple(f"{name}.{CHILD}." for name in reft_layers(model))
     names = [name for name in names if not name.startswith(inside_layers)] if inside_layers else names
-    stacks = survey.stacks() if config.target_modules is None else [names]
+    stacks = blocks.stacks() if config.target_modules is None else [names]
     # PEFT's rules for names, but not for block numbers: it looks for those inside of blocks only.
     rules = SimpleNamespace(
         target_modules=".*" if config.target_modules is None else config.target_modules,
@@ -34,7 +37,7 @@ def choose_targets(config: ReftConfig, model: nn.Module, survey: Remembered) -> 
         target_parameters=None,
     )
     results = {name: check_target_module_exists(rules, name) for stack in stacks for name in stack}
-    excluded = {name for name, result in results.items() if isinstance(result, _ExcludedModule)}
+    excluded = {name for name, result in results.items() if isinstance(result, ExcludedModule)}
     matched = [name for name, result in results.items() if result]
     if not matched:
         return set(), excluded  # PEFT says so, with the reason
@@ -45,8 +48,66 @@ def choose_targets(config: ReftConfig, model: nn.Module, survey: Remembered) -> 
 
 
 def own_name(name: str) -> str:
-    """A module's name in the model itself, should torch.compile have wrapped that."""
-    return name.removeprefix("_orig_mod.")
+    """A module's name in the model itself, should torch.compile have wrapped that or parts of it.
+
+    >>> own_name("_orig_mod.model.layers.0._orig_mod.mlp")
+    'model.layers.0.mlp'
+    """
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def check_adapter_name(name: str) -> None:
+    """Refuse a name that cannot be the name of a module, before anything is changed.
+
+    Raises:
+        ValueError: if it is empty, holds a dot, or is an attribute of the module that holds adapters.
+    """
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name) or name == "training":
+        raise ValueError(
+            f"adapter_name={name!r} cannot name an adapter: it becomes part of the names of parameters, so it must "
+            "have no dot, and not be an attribute of a module such as 'training'. Use for instance "
+            f"{str(name).replace('.', '_') + ('_adapter' if '.' not in str(name) else '')!r}."
+        )
+
+
+def warn_of_settings_without_effect(config: ReftConfig, targets: Iterable[str], linear: Iterable[str]) -> None:
+    """Say which settings change nothing, or hardly what they seem to.
+
+    Args:
+        targets: names of the modules that are edited.
+        linear: those of them that are linear layers within blocks.
+    """
+    names = list(targets)
+    for pattern in config.rank_pattern or {}:
+        if not any(get_pattern_key([pattern], name) == pattern and _matches(pattern, name) for name in names):
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            warnings.warn(
+                f"rank_pattern has the key {pattern!r}, which names none of the edited modules ({shown}), so that it "
+                f"has no effect: ranks are r={config.r}. A key is the end of a name, or a regular expression for it."
+            )
+    projections = sorted({name.rpartition(".")[2] for name in linear})
+    if projections:
+        warnings.warn(
+            f"target_modules={config.target_modules!r} edits the outputs of linear layers ({', '.join(projections)}), "
+            "as LoRA does with their weights. ReFT edits the hidden state after each block: leave target_modules out. "
+            "Name such modules only if their output is what you want to edit."
+        )
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """Whether a key of `rank_pattern` is for the module of this name, by PEFT's rule."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def linear_layers_within_blocks(model: nn.Module, targets: Iterable[str]) -> list[str]:
+    """Those of the modules that are linear layers with a block's number before them."""
+    found = []
+    for name in targets:
+        module = model.get_submodule(name)
+        is_linear = any(isinstance(getattr(module, size, None), int) for size in ("out_features", "nf"))
+        if is_linear and not any(True for _ in module.children()) and block_number(name.rpartition(".")[0]) is not None:
+            found.append(name)
+    return found
 
 
 def rank_of(config: ReftConfig, name: str) -> int:
@@ -67,7 +128,7 @@ def check_shapes(config: ReftConfig, targets: Mapping[str, tuple[int, int]]) -> 
     for name, (width, r) in targets.items():
         if r > width:
             raise ValueError(
-                f"r={r} is not a rank for hidden states of width {width}, which {name!r} puts out: it must be between "
+                f"r={r} is not a rank for hidden states of width {width}, which {name!r} returns: it must be between "
                 f"1 and {width}."
             )
     widths = sorted({width for width, _ in targets.values()})
@@ -90,7 +151,7 @@ def check_trained_tokens(config: ReftConfig, model: nn.Module, edited: Iterable[
     tokens = config.trainable_token_indices
     if tokens is None:
         return
-    trained = list(tokens) if isinstance(tokens, dict) else [_get_input_embeddings_name(model, "embed_tokens")]
+    trained = list(tokens) if isinstance(tokens, dict) else [get_input_embeddings_name(model, "embed_tokens")]
     for name in edited:
         if any(f".{name}".endswith(f".{embedding}") for embedding in trained):
             raise ValueError(

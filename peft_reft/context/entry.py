@@ -1,0 +1,313 @@
+"""Where a call enters a model: the forward of every module around the blocks that takes tokens.
+
+model(...) or model.forward(...)  ->  ForwardEntry opens a ForwardContext  ->  blocks ask it  ->  closed
+
+The entry stands in for the module's `forward`, as an attribute of the instance. That is seen by `model(...)` and
+`model.forward(...)` alike, and `finally` closes the context after errors and interruptions, too.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_reft.context import notices
+from peft_reft.context.arguments import (
+    aligned_labels,
+    check_locations,
+    documents,
+    has_state,
+    past_length,
+    token_device,
+    token_shape,
+    valid_columns,
+    window_of,
+)
+from peft_reft.context.forward import ForwardContext, Given
+from peft_reft.context.generate import STEP, Step, step_context
+from peft_reft.context.replay import Path
+from peft_reft.context.state import ModelState
+from peft_reft.positions import PositionSpec, Prompts, Tokens
+
+OWN_ARGUMENTS = ("intervention_locations", "adapter_names", STEP)  # taken out of the call: the model does not know them
+
+
+class ForwardEntry:
+    """Stands in for the `forward` of a module that takes tokens and has blocks below it.
+
+    Args:
+        module: the module.
+        state: shared by all entries of a model.
+        role: "encoder" or "decoder" in an encoder-decoder model, "router" for the module above both, else "".
+        depth: how many modules it lies in: a call of a module at the same or a smaller depth is another call.
+        causal: the module is a causal language model by itself, whatever the whole model is.
+        blocks: names of the blocks below it.
+        layers: the layers next to them.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        state: ModelState,
+        role: str,
+        depth: int,
+        causal: bool,
+        blocks: Sequence[str],
+        layers: Sequence[Any],
+    ):
+        self.module = module
+        self.state = state
+        self.role = role
+        self.depth = depth
+        self.causal = causal
+        self.layers = list(layers)
+        self.path = Path(module, blocks)
+        self.replaced: Any = module.__dict__.get("forward")  # accelerate and TRL put theirs there, too
+        self.passive = False
+        parameters = inspect.signature(type(module).forward).parameters.values()
+        self.names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+
+    @property
+    def __wrapped__(self) -> Any:  # for inspect.signature, help and the like
+        if self.replaced is not None:
+            return self.replaced
+        cls: Any = type(self.module)
+        return cls.forward.__get__(self.module)
+
+    @property
+    def __name__(self) -> str:
+        return "forward"
+
+    @property
+    def __doc__(self) -> str | None:  # type: ignore[override]
+        return self.__wrapped__.__doc__
+
+    def attach(self) -> None:
+        self.module.__dict__["forward"] = self
+        self.module.register_forward_pre_hook(StayOutermost(self), prepend=True)
+        self.state.entries.append(self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        running = self.state.running
+        outer = running.context
+        if self.passive or (outer is not None and outer.idle and outer.depth < self.depth):
+            return self.__wrapped__(*args, **kwargs)
+        own = {name: kwargs.pop(name) for name in OWN_ARGUMENTS if name in kwargs}
+        arguments = {**dict(zip(self.names, args)), **kwargs}
+        context = self._context(outer, arguments, own)
+        if context is outer:
+            return self.__wrapped__(*args, **kwargs)
+        is_recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if is_recorded:
+            self.path.wrap_checkpoints(running)
+        context.prepare()
+        running.context = context
+        try:
+            output = self.__wrapped__(*args, **kwargs)
+        finally:
+            running.context = outer
+        if is_recorded and self.module.training and self.state.training_forwards is not None:
+            self._look_at_training(context)
+        return output
+
+    # The context of a call.
+
+    def _context(
+        self, outer: ForwardContext | None, arguments: Mapping[str, Any], own: Mapping[str, Any]
+    ) -> ForwardContext:
+        if outer is not None and outer.depth >= self.depth:
+            outer = None  # another call, made while one runs
+        shape = token_shape(arguments, self.state.ids_per_row)
+        given = self._given(arguments, own, shape) if outer is None else outer.given
+        is_new = outer is None or outer.role != self.role or shape not in (None, (outer.rows, outer.columns))
+        if self._shows_prompts(given, arguments, shape, is_outermost=outer is None):
+            labels, shift_labels = arguments.get("labels"), arguments.get("shift_labels")
+            given = replace(given, used=True, labels=labels, shift_labels=shift_labels)
+            is_new = is_new or labels is not None or shift_labels is not None
+        if not is_new:
+            assert outer is not None
+            return outer  # the same tokens one level further in, where labels and masks may be gone or have changed
+        context = ForwardContext(self.state, self.layers, given, self.role, self.depth, training=self.module.training)
+        if self.role == "router" or shape is None:
+            context.locations = given.locations
+            return context
+        context.rows, context.columns = rows, columns = shape
+        if self.state.paged is not None and arguments.get("cache") is not None and "logits_indices" in arguments:
+            return self._paged(context, arguments)
+        if given.step is not None and self.role != "encoder":
+            return step_context(context, given.step, rows, columns, arguments)
+        return self._plain(context, arguments)
+
+    def _given(self, arguments: Mapping[str, Any], own: Mapping[str, Any], shape: tuple[int, int] | None) -> Given:
+        """What the outermost call was given."""
+        generation = self.state.running.generation
+        step: Step | None = own.get(STEP)
+        locations = own.get("intervention_locations")
+        if locations is not None:
+            locations = check_locations(locations, shape, past_length(arguments, shape[1] if shape else 0, 0))
+        elif generation is not None and self.role == "encoder":  # which `generate` runs without making a step of it
+            locations = generation.locations
+        elif step is not None and self.role == "router":
+            locations = step.generation.locations
+        names = own.get("adapter_names")
+        if names is not None:
+            names = self.state.check_adapter_names(names)
+        elif generation is not None and generation.adapter_names is not None:
+            names = generation.adapter_names
+        else:
+            names = self.state.running.adapter_names
+        labels, shift_labels = arguments.get("labels"), arguments.get("shift_labels")
+        return Given(labels, shift_labels, False, locations, names, step, generation is not None)
+
+    def _shows_prompts(
+        self, given: Given, arguments: Mapping[str, Any], shape: tuple[int, int] | None, is_outermost: bool
+    ) -> bool:
+        """Whether this is the module whose labels show where prompts end; says so if there are none to use."""
+        if given.used or not (self.causal or (is_outermost and self.state.causal)):
+            return False
+        if given.step is not None or given.locations is not None or shape is None:
+            return True
+        if arguments.get("cache") is not None and "logits_indices" in arguments:
+            return True
+        labels, shift_labels = arguments.get("labels"), arguments.get("shift_labels")
+        found, unaligned = aligned_labels(labels, shift_labels, *shape)
+        with_a_marker = all(spec.prompt_end for spec in self.state.active_specs())
+        if unaligned and not with_a_marker:
+            some = labels if labels is not None else shift_labels
+            what = list(some.shape) if isinstance(some, Tensor) else type(some).__name__
+            message = notices.UNALIGNED_LABELS.format(labels=what, rows=shape[0], columns=shape[1])
+            notices.object_to(self.state, self.module, message, "unaligned labels")
+        elif found is None and not is_outermost and _aligned(given, shape) is not None:
+            if not with_a_marker:
+                outermost = self.state.entries[0].module
+                message = notices.LABELS_AROUND.format(outer=type(outermost).__name__, inner=type(self.module).__name__)
+                notices.object_to(self.state, self.module, message, "labels around")
+        elif found is None and not self.state.running.generation:
+            notices.warn_of_unlabelled(self.state, self.module)
+        return True
+
+    def _plain(self, context: ForwardContext, arguments: Mapping[str, Any]) -> ForwardContext:
+        """The context of a forward that is no step of `generate`."""
+        rows, columns = context.rows, context.columns
+        assert rows is not None and columns is not None
+        past: int | Tensor = 0 if self.role == "encoder" else past_length(arguments, columns, 0)
+        locations = None if self.role == "decoder" else context.given.locations
+        if locations is not None:
+            context.locations = window_of(locations, past, columns)
+            return context
+        labels = self._labels(context.given, rows, columns)
+        continues = self.role != "encoder" and (has_state(arguments) or (not isinstance(past, Tensor) and past > 0))
+        if labels is None and continues:
+            context.idle = True
+            return context
+        device = token_device(arguments)
+        mask = arguments.get("attention_mask")
+        read = valid_columns(mask, rows, columns, past, device)
+        if read is None:
+            message = notices.UNREADABLE_MASK.format(mask=notices.describe(mask), rows=rows, columns=columns)
+            notices.object_to(self.state, self.module, message, "unreadable mask")
+            read = torch.ones(rows, columns, dtype=torch.bool, device=device), None
+        valid, shown = read
+        if labels is None and isinstance(past, Tensor):  # a cache's length that one would have to wait for
+            valid = valid & (past == 0)
+        starts, num_documents = documents(arguments, valid, shown) if self.role == "" else (None, None)
+        ids = arguments.get("input_ids") if arguments.get("inputs_embeds") is None else None
+        tokens = Tokens(valid, labels, starts, num_documents, ids)
+        found: dict[Any, Prompts] = {}
+
+        def find(spec: PositionSpec) -> Prompts:
+            key = (spec.turns, spec.prompt_end, spec.edits_answers)
+            if key not in found:
+                found[key] = self._prompts(tokens, spec)
+            return found[key]
+
+        context.find, context.tokens = find, tokens
+        return context
+
+    def _labels(self, given: Given, rows: int, columns: int) -> Tensor | None:
+        """The labels, aligned with the tokens, where they show the ends of prompts."""
+        if self.role == "decoder":
+            return aligned_labels(given.labels, given.shift_labels, rows, columns, is_decoder=True)[0]
+        if self.role == "encoder" or not given.used:
+            return None
+        return aligned_labels(given.labels, given.shift_labels, rows, columns)[0]
+
+    def _prompts(self, tokens: Tokens, spec: PositionSpec) -> Prompts:
+        if spec.prompt_end and tokens.labels is None:
+            notices.warn_of_missing_marker(
+                self.state, spec, None if tokens.ids is None else tokens.marked(spec.prompt_end)
+            )
+        if self.role == "decoder" and tokens.labels is not None:  # which never cover more than the start token
+            return tokens.prompts(spec.turns, answers=spec.edits_answers)
+        return tokens.prompts(spec.turns, spec.prompt_end, spec.edits_answers)
+
+    def _paged(self, context: ForwardContext, arguments: Mapping[str, Any]) -> ForwardContext:
+        """The context of a forward of continuous batching."""
+        assert self.state.paged is not None and context.columns is not None
+        prompts, context.answers_only = self.state.paged(context.columns, token_device(arguments))
+        context.idle = context.answers_only and not self.state.edits_answers()
+        context.find = lambda spec: prompts
+        return context
+
+    def _look_at_training(self, context: ForwardContext) -> None:
+        if context.idle or context.given.step is not None or self.role == "router":
+            return
+        covered: dict[PositionSpec, Tensor] = {}
+        tokens = context.tokens
+        if tokens is not None and tokens.labels is not None and self.role == "":
+            for spec in self.state.active_specs():
+                prompts = self._prompts(tokens, replace(spec, turns=None) if spec.turns == "all" else spec)
+                covered[spec] = (tokens.valid & (prompts.order == 1) & (prompts.length <= 1)).any(1)
+        notices.look_at_training(context, covered)
+
+
+def _aligned(given: Given, shape: tuple[int, int]) -> Tensor | None:
+    return aligned_labels(given.labels, given.shift_labels, *shape)[0]
+
+
+class StayOutermost:
+    """Forward pre-hook of an entry's module: keeps the entry in front of whatever else is put in place of `forward`.
+
+    TRL and accelerate do so after an adapter was added, and may take arguments out of the call that the entry has to
+    see. The replicas of nn.DataParallel have the attributes of the module that they copy: they get entries here.
+    """
+
+    def __init__(self, entry: ForwardEntry):
+        self.entry = entry
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        found = module.__dict__.get("forward")
+        if (found is self.entry and self.entry.module is module) or torch.compiler.is_compiling():
+            return
+        entry = object.__new__(ForwardEntry)
+        if self.entry.module is not module:
+            kinds = {type(layer) for layer in self.entry.layers}
+            layers = [part for part in module.modules() if type(part) in kinds]
+            entry.__dict__.update(self.entry.__dict__, module=module, layers=layers, path=Path(module, ()))
+        else:
+            entry.__dict__.update(self.entry.__dict__, replaced=found)
+            self.entry.passive = True  # it is called by what replaced it, or no longer
+            entries = self.entry.state.entries
+            entries[entries.index(self.entry)] = self.entry = entry
+        module.__dict__["forward"] = entry
+
+
+def detach_entries(state: ModelState, model: nn.Module) -> None:
+    """Give all modules their own forward back."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, StayOutermost) and hook.entry.state is state:
+                del module._forward_pre_hooks[key]
+    for entry in state.entries:
+        entry.passive = True  # should something else hold it
+        if entry.module.__dict__.get("forward") is entry:
+            if entry.replaced is None:
+                del entry.module.__dict__["forward"]
+            else:
+                entry.module.__dict__["forward"] = entry.replaced
+    state.entries.clear()

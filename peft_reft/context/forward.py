@@ -1,0 +1,230 @@
+"""What one call of a model edits: the `ForwardContext` that an entry opens and the blocks' hooks ask.
+
+Shape letters: B rows, S columns, G position groups, P places per group, d hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peft_reft.context.plan import Edit, Plan, plan_for
+from peft_reft.context.state import ModelState
+from peft_reft.positions import Places, PositionSpec, Prompts, Tokens, find_prompts, places_at, places_of
+
+if TYPE_CHECKING:
+    from peft_reft.context.generate import Step
+
+
+@dataclass(frozen=True)
+class Given:
+    """What was passed to the outermost call, for the entries below it.
+
+    Attributes:
+        labels, shift_labels: as passed.
+        used: the labels were passed to a module that predicts tokens with them, so that they show prompts.
+        locations: `intervention_locations` as [B, G, P], or None.
+        adapter_names: the adapter of each row, or None for the active ones in every row.
+        step: which step of a running `generate` the call is, if it is one.
+        in_generate: the call was made while `generate` runs.
+    """
+
+    labels: Any = None
+    shift_labels: Any = None
+    used: bool = False
+    locations: Tensor | None = None
+    adapter_names: list[str] | None = None
+    step: Step | None = None
+    in_generate: bool = False
+
+
+@dataclass(eq=False)
+class ForwardContext:
+    """One sequence of tokens on its way through a stack of blocks.
+
+    Attributes:
+        state: shared by all calls of the model.
+        layers: the layers next to the blocks that this call may run.
+        given: what the caller passed.
+        role, depth: of the entry that opened it (see entry.py).
+        rows, columns: the shape of the batch of tokens; None if the call has no tokens (images, plain tensors).
+        idle: nothing in this forward is edited.
+        find: where the prompts lie, by what a spec takes for a prompt; None if the hidden state's shape has to tell.
+        locations: columns to edit, [B, G, P]; they win.
+        answers_only: there are generated tokens only.
+        tokens: what is known of the tokens, where `find` takes it from them.
+        training: whether the model is in training mode.
+        device: of the hidden states, where no tokens tell it.
+    """
+
+    state: ModelState
+    layers: Sequence[Any]
+    given: Given
+    role: str = ""
+    depth: int = 0
+    rows: int | None = None
+    columns: int | None = None
+    idle: bool = False
+    find: Callable[[PositionSpec], Prompts] | None = None
+    locations: Tensor | None = None
+    answers_only: bool = False
+    tokens: Tokens | None = None
+    training: bool = False
+    device: torch.device | None = None
+    _edits: dict[int, list[Edit]] | None = None
+    _others: dict[Any, ForwardContext] = field(default_factory=dict)
+
+    def edits_of(self, layer: Any, h: Tensor) -> Sequence[Edit]:
+        """The edits of the hidden state `h` [B, S, d] next to a layer.
+
+        Raises:
+            ValueError: if `h` does not hold one vector for each of the call's tokens.
+        """
+        if self.columns is None:
+            return self._of_shape(h).edits_of(layer, h)
+        if self._edits is None:
+            self.prepare()
+        edits = self._edits.get(layer.number, ())  # type: ignore[union-attr]
+        if edits and (h.shape[0] != self.rows or h.shape[1] != self.columns):
+            names = sorted({str(spec) for spec in layer.position_specs.values()})
+            raise ValueError(
+                f"A block returned hidden states of shape {tuple(h.shape)} for a batch of {self.rows} rows and "
+                f"{self.columns} columns of tokens, so that positions={names[0]!r} cannot be placed in them. Exclude "
+                "that block (exclude_modules=...), or target modules that keep one vector per token."
+            )
+        return edits
+
+    def prepare(self) -> None:
+        """Work out the edits of all layers, before a block runs: not within a checkpoint, which would do it again."""
+        if self.columns is not None and not self.idle:
+            self._edits = self._plan(self.layers)
+
+    def _plan(self, layers: Sequence[Any]) -> dict[int, list[Edit]]:
+        assert self.rows is not None and self.columns is not None
+        names = self.adapters_of_rows(self.rows)
+        if torch.compiler.is_compiling():
+            plan = Plan(layers, None if names is None else list(dict.fromkeys(names)), once=True)
+        else:
+            plan = plan_for(self.state.plans, layers, names)
+        return plan.edits(self._places, (self.rows, self.columns), names, self.training)
+
+    def places(self, spec: PositionSpec, share_weights: bool | str, h: Tensor) -> Places | None:
+        """Where this call edits the hidden state `h` [B, S, d] by a spec; None for nowhere."""
+        if self.idle:
+            return None
+        context = self._of_shape(h) if self.columns is None else self
+        found = context._places(spec, share_weights)
+        return None if found is None else found.to(h.device)
+
+    def _places(self, spec: PositionSpec, share_weights: bool | str) -> Places | None:
+        """Where to edit, by a spec; None for nowhere."""
+        if self.answers_only and not spec.edits_answers:
+            return None
+        if self.locations is not None:
+            return self._places_given(spec, share_weights)
+        if self.find is None:
+            assert self.rows is not None and self.columns is not None
+            prompts = find_prompts(torch.ones(self.rows, self.columns, dtype=torch.bool, device=self.device))
+        else:
+            prompts = self.find(spec)
+        return places_of(spec, prompts, share_weights)
+
+    def _places_given(self, spec: PositionSpec, share_weights: bool | str) -> Places | None:
+        locations = self.locations
+        assert locations is not None
+        if not locations.numel():
+            return None
+        if share_weights is True:
+            return places_at(locations.flatten(1).unsqueeze(1))
+        groups = spec.num_interventions(share_weights)
+        if locations.shape[1] != groups:
+            raise ValueError(
+                f"intervention_locations of shape {tuple(locations.shape)} cannot be split over the {groups} "
+                f"groups of positions={str(spec)!r} with share_weights={share_weights!r}; pass [B, {groups}, P]."
+            )
+        return places_at(locations)
+
+    def adapters_of_rows(self, rows: int) -> list[str] | None:
+        """The adapter of each of `rows` rows, which may be the given ones each several times; None if not by row."""
+        names = self.given.adapter_names
+        if names is None or len(names) == rows:
+            return names
+        times, rest = divmod(rows, len(names))
+        if rest or not self.given.in_generate:
+            raise ValueError(
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and "
+                f"{rows} respectively. Pass one name per row of the batch."
+            )
+        return [name for name in names for _ in range(times)]
+
+    def edits_something(self) -> bool:
+        """Whether some token was edited. Waits for the device."""
+        contexts = [self, *self._others.values()]
+        edits = [edit for context in contexts for some in (context._edits or {}).values() for edit in some]
+        return any(edit.keep.is_meta or bool((edit.keep != 0).any()) for edit in edits)
+
+    # Hidden states that are not those of the call's tokens.
+
+    def _of_shape(self, h: Tensor) -> ForwardContext:
+        """This context for hidden states [B, S, d] of a call without tokens."""
+        key = tuple(h.shape[:2])
+        if key not in self._others:
+            rows, columns = key
+            self._others[key] = replace(self, rows=rows, columns=columns, device=h.device, _edits=None, _others={})
+        return self._others[key]
+
+    def of_vectors(self, pool: int, columns: int) -> ForwardContext:
+        """This context for blocks whose vectors are not those of single tokens.
+
+        Args:
+            pool: how many tokens a vector stands for, from the left; below 0 if the vectors are no tokens' at all.
+            columns: how many vectors there are in a row.
+
+        Raises:
+            ValueError: if columns of tokens are given, which these blocks have not.
+        """
+        if self.columns is None:
+            return self
+        if self.locations is not None:
+            raise ValueError(
+                "intervention_locations name columns of tokens, but this model has blocks that return fewer vectors "
+                f"than tokens ({columns} for {self.columns}). Leave them out, or target other modules."
+            )
+        key = (pool, columns)
+        if key not in self._others:
+            find = None if self.find is None or pool < 0 else pooled(self.find, pool, columns)
+            self._others[key] = replace(self, columns=columns, find=find, _edits=None, _others={})
+        return self._others[key]
+
+    def replayed(self) -> ForwardContext:
+        """This context for a reentrant checkpoint's second run of the blocks.
+
+        Each such run has a backward pass of its own, which must not run into the graph that made the factors of all
+        blocks: here each layer's are worked out by themselves.
+        """
+        return ReplayedContext(**{name: getattr(self, name) for name in self.__dataclass_fields__ if name[0] != "_"})
+
+
+class ReplayedContext(ForwardContext):
+    """A context that works out the edits of each layer by itself."""
+
+    def edits_of(self, layer: Any, h: Tensor) -> Sequence[Edit]:
+        if self.columns is None:
+            return super().edits_of(layer, h)
+        return self._plan([layer]).get(layer.number, ())
+
+
+def pooled(find: Callable[[PositionSpec], Prompts], pool: int, columns: int) -> Callable[[PositionSpec], Prompts]:
+    """Where the prompts lie among vectors that stand for `pool` tokens each, `columns` of them."""
+
+    def find_pooled(spec: PositionSpec) -> Prompts:
+        inside = find(spec).inside.float().unsqueeze(1)
+        inside = F.pad(inside, (0, max(0, pool * columns - inside.shape[2])))
+        return find_prompts(F.max_pool1d(inside, pool)[:, 0, :columns] > 0)
+
+    return find_pooled

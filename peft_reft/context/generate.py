@@ -1,0 +1,309 @@
+"""`generate`: the prompt is what the caller hands over, however it is then run.
+
+Neither "the first forward" nor "an empty cache" marks the prompt: chunked prefill runs several forwards over it, a
+reused cache starts in its middle, speculative decoding runs guesses along with it, and without a cache every step runs
+it again. So the prompt is taken where the caller hands it over, and each step is told which columns of the row it runs:
+`generate` makes the arguments of its steps, and of nothing else, with `prepare_inputs_for_generation`, and what stands
+in for that method adds a `Step` to them. Other forwards that happen to run meanwhile (of a logits processor, say) get
+none, and are forwards of their own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from peft_reft.context.arguments import (
+    check_locations,
+    past_length,
+    token_device,
+    token_shape,
+    valid_columns,
+    window_of,
+)
+from peft_reft.context.state import ModelState
+from peft_reft.positions import PositionSpec, Prompts, Tokens, generated, mark
+
+if TYPE_CHECKING:
+    from peft_reft.context.forward import ForwardContext
+
+STEP = "reft_generation_step"  # the argument of a forward that says so; taken out before the model sees it
+
+
+class Generation:
+    """One call of `generate`: its prompt, in columns of the whole row.
+
+    Attributes:
+        tokens: the rows of the prompt; None until an encoder-decoder's decoder has started.
+        locations: what the caller passed as `intervention_locations`, [B, G, P], or None.
+        adapter_names: the adapter of each row, or None.
+        edits_answers: some adapter edits generated tokens too.
+        guesses: the first step may hold guessed tokens behind the prompt.
+        in_chunks: the prompt is run in several steps.
+        started: a step was prepared. (Some models' `generate` only passes the call on to that of a part.)
+        decoder_columns: the length of a decoder's prompt, where its first step may hold more.
+    """
+
+    def __init__(self, state: ModelState, tokens: Tokens | None):
+        self.state = state
+        self.tokens = tokens
+        self.locations: Tensor | None = None
+        self.adapter_names: list[str] | None = None
+        self.edits_answers = state.edits_answers()
+        self.guesses = self.in_chunks = self.started = False
+        self.decoder_columns: int | None = None
+        self._unseen = 0  # columns of the row that are not among the ids of a step: embeddings, earlier turns
+        self._prompts: dict[Any, Prompts] = {}
+
+    def step(self, is_decoder: bool, ids: Any, arguments: Mapping[str, Any], inputs: Mapping[str, Any]) -> Step | None:
+        """The step whose arguments `generate` has just prepared.
+
+        Args:
+            is_decoder: of an encoder-decoder model.
+            ids: the row so far, as `prepare_inputs_for_generation` was given it (or a chunk of the prompt).
+            arguments: the other arguments that it was given.
+            inputs: what the model will be given.
+        """
+        self.started = True
+        prefix = "decoder_" if is_decoder else ""
+        own = {
+            "input_ids": inputs.get(f"{prefix}input_ids"),
+            "inputs_embeds": inputs.get(f"{prefix}inputs_embeds"),
+            **{name: inputs.get(name) for name in ("past_key_values", "cache_params", "state", "mems")},
+        }
+        shape = token_shape(own, 1 if is_decoder else self.state.ids_per_row)
+        if shape is None or not isinstance(ids, Tensor):
+            return None
+        mask = arguments.get(f"{prefix}attention_mask")
+        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        is_first = bool(arguments.get("is_first_iteration"))
+        if is_first:
+            given = mask.shape[1] if mask is not None else max(ids.shape[1], shape[1])
+            self._unseen = 0 if self.in_chunks or self.guesses else max(0, given - ids.shape[1])
+        seen = max(0, ids.shape[1] + self._unseen - shape[1])
+        past = past_length(own, shape[1], seen)
+        if isinstance(past, Tensor):
+            past = int(past) if is_first else seen
+        if is_first and (self.tokens is None or not (self.guesses or self.in_chunks)):
+            self._begin(is_decoder, ids, mask, shape, past)
+        return Step(self, past)
+
+    def _begin(self, is_decoder: bool, ids: Tensor, mask: Tensor | None, shape: tuple[int, int], past: int) -> None:
+        """Take the prompt of a loop over steps: one `generate` may run several, each with a prompt of its own."""
+        rows, width = shape[0], past + shape[1]
+        if self.tokens is not None and mask is None and not is_decoder:
+            known, columns = self.tokens.valid.shape
+            if columns == width and rows % known == 0:
+                return  # the prompt that the caller handed over, whose padding is known better there
+        found = valid_columns(mask, rows, width, 0, ids.device)
+        valid = torch.ones(rows, width, dtype=torch.bool, device=ids.device) if found is None else found[0]
+        same = ids.shape == valid.shape and not is_decoder
+        limit = self.decoder_columns if is_decoder else None
+        self.tokens = Tokens(valid[:, :limit], ids=ids if same else None, given=True)
+        self._prompts.clear()
+
+    def prompts(self, spec: PositionSpec) -> Prompts:
+        """The prompts, in columns of the whole row; worked out once."""
+        key = (spec.turns, spec.prompt_end)
+        if key not in self._prompts:
+            assert self.tokens is not None
+            self._prompts[key] = self.tokens.prompts(*key)
+        return self._prompts[key]
+
+
+class Step(NamedTuple):
+    """One forward of a `generate` call: the columns behind `past` of the row."""
+
+    generation: Generation
+    past: int
+
+
+class MethodEntry:
+    """Stands in for a method of a model, as an attribute of the instance.
+
+    An object rather than a function, so that models with an adapter can still be pickled and copied.
+    """
+
+    name: str
+
+    def __init__(self, model: nn.Module, state: ModelState):
+        self.model = model
+        self.state = state
+        self.replaced: Any = model.__dict__.get(self.name)
+
+    def attach(self) -> None:
+        self.model.__dict__[self.name] = self
+
+    def detach(self) -> None:
+        if self.model.__dict__.get(self.name) is self:
+            del self.model.__dict__[self.name]
+            if self.replaced is not None:
+                self.model.__dict__[self.name] = self.replaced
+
+    @property
+    def __wrapped__(self) -> Any:  # for inspect.signature, help and the like
+        if self.replaced is not None:
+            return self.replaced
+        return getattr(type(self.model), self.name).__get__(self.model)
+
+    @property
+    def __name__(self) -> str:
+        return self.name
+
+    @property
+    def __doc__(self) -> str | None:  # type: ignore[override]
+        return self.__wrapped__.__doc__
+
+
+class GenerateEntry(MethodEntry):
+    """Stands in for `generate`: takes the prompt, and the arguments that the model does not know."""
+
+    name = "generate"
+
+    def __call__(
+        self, *args: Any, intervention_locations: Any = None, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> Any:
+        names = list(inspect.signature(self.__wrapped__).parameters)
+        generation = self._generation({**dict(zip(names, args)), **kwargs}, intervention_locations)
+        running = self.state.running
+        outer = running.generation
+        if adapter_names is not None:
+            generation.adapter_names = self.state.check_adapter_names(adapter_names)
+        elif outer is not None:
+            generation.adapter_names = outer.adapter_names
+        if intervention_locations is None and outer is not None and not outer.started:
+            generation.locations = outer.locations  # that `generate` only passes the call on
+        running.generation = generation
+        try:
+            return self.__wrapped__(*args, **kwargs)
+        finally:
+            running.generation = outer
+
+    def _generation(self, arguments: Mapping[str, Any], locations: Any) -> Generation:
+        valid = self._valid_columns(arguments)
+        is_encoder_decoder = getattr(self.model.config, "is_encoder_decoder", False)
+        tokens = None
+        if valid is not None and not is_encoder_decoder:
+            ids = self._ids(arguments) if arguments.get("inputs_embeds") is None else None
+            tokens = Tokens(valid, ids=ids if ids is not None and ids.shape == valid.shape else None, given=True)
+        generation = Generation(self.state, tokens)
+        if locations is not None:
+            shape = None if valid is None else (valid.shape[0], valid.shape[1])
+            generation.locations = check_locations(locations, shape, 0)
+        elif tokens is not None:
+            self._take_back_earlier_turns(tokens, arguments.get("past_key_values"))
+        guesses = [arguments.get("assistant_model"), self._setting("prompt_lookup_num_tokens", arguments)]
+        generation.guesses = any(guess is not None for guess in guesses)
+        generation.in_chunks = self._setting("prefill_chunk_size", arguments) is not None
+        if generation.guesses:
+            start = arguments.get("decoder_input_ids")
+            generation.decoder_columns = 1 if start is None else int(start.shape[1])
+        return generation
+
+    def _take_back_earlier_turns(self, tokens: Tokens, cache: Any) -> None:
+        """Crop a reused cache to before the first edit of a turn that is not the last any more (`turns="last"`).
+
+        What is cropped runs once more as part of the prompt, so that the cache makes no difference.
+        """
+        past = past_length({"past_key_values": cache}, 0, 0)
+        if tokens.ids is None or (isinstance(past, int) and past == 0):
+            return
+        keep = past = int(past)
+        for spec in self.state.specs():
+            if spec.turns == "last" and spec.prompt_end:
+                before, now = (mark(spec, tokens.prompts(turns, spec.prompt_end)).any(1) for turns in ("all", "last"))
+                # Answers were generated without the edits of a prompt, which they are a part of now.
+                answered = tokens.prompts("first", spec.prompt_end).inside.logical_not() & now
+                changed = ((before != now) | answered)[:, :past].any(0)
+                keep = min([keep, *changed.nonzero().flatten().tolist()])
+        if keep < past:
+            try:
+                cache.crop(keep - past)
+            except (AttributeError, RuntimeError, ValueError) as error:
+                raise ValueError(
+                    f"turns='last' has to take back edits of earlier turns, but this {type(cache).__name__} of {past} "
+                    f"columns cannot be cropped to {keep}. Start with an empty cache, or use turns='all'."
+                ) from error
+
+    def _valid_columns(self, arguments: Mapping[str, Any]) -> Tensor | None:
+        """Bool [B, S]: the columns of the prompts that are no padding, as transformers' `generate` sees them."""
+        mask, embeds = arguments.get("attention_mask"), arguments.get("inputs_embeds")
+        tokens = self._ids(arguments) if embeds is None else embeds
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            return mask.bool()
+        if tokens is None:
+            return None
+        if embeds is None and not tokens.is_floating_point():
+            pad, eos = self._setting("pad_token_id", arguments), self._setting("eos_token_id", arguments)
+            if pad is not None and pad not in (eos if isinstance(eos, list) else [eos]):
+                return (tokens != pad)[:: self.state.ids_per_row]  # transformers infers the mask by the same rule
+        rows = tokens.shape[0] // (self.state.ids_per_row if embeds is None else 1)
+        return torch.ones(rows, tokens.shape[1], dtype=torch.bool, device=tokens.device)
+
+    def _ids(self, arguments: Mapping[str, Any]) -> Tensor | None:
+        candidates = (arguments.get(name) for name in ("inputs", "input_ids"))
+        return next((ids for ids in candidates if isinstance(ids, Tensor) and ids.dim() == 2), None)
+
+    def _setting(self, name: str, arguments: Mapping[str, Any]) -> Any:
+        """A generation setting: from the call, its generation config, or the model's."""
+        configs = (arguments.get("generation_config"), getattr(self.model, "generation_config", None))
+        values = (arguments.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in values if value is not None), None)
+
+
+class PrepareEntry(MethodEntry):
+    """Stands in for `prepare_inputs_for_generation`: says of each step of `generate` which one it is."""
+
+    name = "prepare_inputs_for_generation"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = self.__wrapped__(*args, **kwargs)
+        generation = self.state.running.generation
+        if generation is not None and isinstance(inputs, dict):
+            is_decoder = bool(getattr(self.model.config, "is_encoder_decoder", False))
+            ids = args[0] if args else kwargs.get("input_ids", kwargs.get("decoder_input_ids"))
+            step = generation.step(is_decoder, ids, kwargs, inputs)
+            if step is not None:
+                inputs[STEP] = step
+        return inputs
+
+
+def step_context(
+    context: ForwardContext, step: Step, rows: int, columns: int, arguments: Mapping[str, Any]
+) -> ForwardContext:
+    """Fill in the context of a step of `generate`.
+
+    Raises:
+        ValueError: if the rows are not those of the prompts, each as often as the others.
+    """
+    generation, past = step
+    assert generation.tokens is not None
+    given, total = generation.tokens.valid.shape
+    locations = None if context.role == "decoder" else generation.locations
+    if past >= total:
+        device = token_device(arguments)
+        context.idle = not generation.edits_answers or locations is not None
+        context.answers_only = True
+        context.find = lambda spec: generated(rows, columns, past - total, device)
+        return context
+    if locations is not None:
+        times = _times(locations.shape[0], rows)
+        context.locations = window_of(locations.repeat_interleave(times, 0), past, columns)
+        return context
+    times = _times(given, rows)
+    context.find = lambda spec: generation.prompts(spec).repeat(times).window(past, columns)
+    return context
+
+
+def _times(given: int, rows: int) -> int:
+    times, rest = divmod(rows, given)
+    if rest:
+        raise ValueError(
+            f"generate was given {given} prompts but runs a batch of {rows} rows, which is no multiple of it; "
+            "it is unknown which prompt each row has."
+        )
+    return times

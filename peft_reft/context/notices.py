@@ -1,0 +1,129 @@
+"""What a model says about its calls: what was given and cannot be used, and training that does not do what it seems to.
+
+In training, what was given and cannot be used is an error: a wrong position trains without one. Otherwise each notice
+is a warning, once per model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_reft.context.forward import ForwardContext
+from peft_reft.context.state import ModelState
+from peft_reft.positions import PositionSpec
+
+WAYS_OUT = (
+    "Pass intervention_locations (peft_reft.ReftDataCollator(collator, config) adds them to a trainer's batches), or "
+    "give the config a marker that ends every prompt, as in ReftConfig(prompt_end=chat_prompt_end(tokenizer))."
+)
+UNLABELLED_TRAINING = (
+    "A training forward of a ReFT model got neither `labels` nor `intervention_locations`, so the whole row counts as "
+    "the prompt and the last prompt token is the end of the answer. That is right for a bare forward, but wrong for a "
+    f"trainer that took the labels away (label smoothing, compute_loss_func). {WAYS_OUT}"
+)
+UNALIGNED_LABELS = (
+    "The labels of shape {labels} cannot be aligned with {rows} rows and {columns} columns of tokens, so that they do "
+    f"not show where the prompts end. Pass one label for each token, -100 where nothing is predicted. {WAYS_OUT}"
+)
+LABELS_AROUND = (
+    "`labels` were passed to {outer}, a module around {inner} that does not pass them on: it is unknown whether they "
+    "show where prompts end. Pass them on to the language model, or say that they do with "
+    f'ReftConfig(task_type="CAUSAL_LM"). {WAYS_OUT}'
+)
+UNREADABLE_MASK = (
+    "attention_mask ({mask}) does not show which of {rows} rows and {columns} columns are padding, so that positions "
+    "cannot be counted over the tokens. Pass a mask [B, S] of the whole row, or [B, 1, S, columns of the cache]. "
+    f"{WAYS_OUT}"
+)
+LABELS_COVER_PROMPTS = (
+    "The labels of row(s) {rows} begin with their second token, so that the prompt is one token long: the adapter is "
+    "trained to edit that token, while `generate` will edit {positions} of the real prompt. Keep the prompt out of the "
+    "labels: give the trainer `prompt` and `completion` columns; or set completion_only_loss=True or "
+    "assistant_only_loss=True (where the chat template marks answers); or name the marker that ends every prompt, "
+    "ReftConfig(prompt_end=chat_prompt_end(tokenizer))."
+)
+NOTHING_EDITED = (
+    "In the first {forwards} training forwards a ReFT model edited no token at all, so that it trains "
+    "nothing: the positions name no token of these prompts. Look at a batch's intervention_locations (-1 = unused), "
+    "and at the lengths of its prompts."
+)
+MARKER_MISSING = (
+    "A row without the marker prompt_end={marker} was given to a ReFT model, without labels or intervention_locations: "
+    "the whole row counts as its prompt."
+)
+FORWARDS_BEFORE_NOTHING_EDITED = 3
+FORWARDS_LOOKED_AT = 3  # training forwards that are looked at, which waits for the device
+
+
+def object_to(state: ModelState, module: nn.Module, message: str, key: str) -> None:
+    """Say that something was given and cannot be used.
+
+    Raises:
+        ValueError: in training.
+    """
+    if module.training and torch.is_grad_enabled():
+        raise ValueError(message)
+    state.warn_once(message, key)
+
+
+def warn_of_unlabelled(state: ModelState, module: nn.Module) -> None:
+    """Note a forward of a language model whose prompts nothing shows; say so in training."""
+    specs = [spec for spec in state.active_specs() if not spec.prompt_end]
+    if not specs or torch.compiler.is_compiling():
+        return
+    if module.training and torch.is_grad_enabled():
+        state.warn_once(UNLABELLED_TRAINING)
+    elif any(spec.depends_on_the_end for spec in specs):
+        state.unlabelled = True
+
+
+def unlabelled_forward(state: ModelState) -> bool:
+    """Whether a forward without labels ran since the last time of asking whose positions depend on the prompt's end."""
+    noted, state.unlabelled = state.unlabelled, False
+    return noted
+
+
+def warn_of_missing_marker(state: ModelState, spec: PositionSpec, found: Tensor | None) -> None:
+    """Say so if a row has no marker.
+
+    Args:
+        found: bool [B, S], where the marker ends; None if there are no ids to look for it in.
+    """
+    message = MARKER_MISSING.format(marker=list(spec.prompt_end))
+    if torch.compiler.is_compiling() or message in state.warned:
+        return
+    if found is None or (found.device.type == "cpu" and not found.any(1).all()):
+        state.warn_once(message)
+
+
+def look_at_training(context: ForwardContext, covered: dict[PositionSpec, Tensor]) -> None:
+    """Look at one of the first training forwards of a model, after it has run.
+
+    Args:
+        covered: by spec, bool [B], the rows whose labels leave a prompt of one token.
+    """
+    state = context.state
+    if state.training_forwards is None:
+        return
+    state.training_forwards += 1
+    for spec, of_rows in covered.items():
+        if (spec.depends_on_the_end or spec.count("f") > 1) and of_rows.any():
+            rows = ", ".join(map(str, of_rows.nonzero().flatten().tolist()[:8]))
+            state.warn_once(LABELS_COVER_PROMPTS.format(rows=rows, positions=spec), "labels cover prompts")
+    if state.forwards_without_edit >= 0:
+        state.forwards_without_edit = -1 if context.edits_something() else state.forwards_without_edit + 1
+        if state.forwards_without_edit == FORWARDS_BEFORE_NOTHING_EDITED:
+            state.warn_once(NOTHING_EDITED.format(forwards=FORWARDS_BEFORE_NOTHING_EDITED))
+            state.forwards_without_edit = -1
+    if state.training_forwards >= FORWARDS_LOOKED_AT:
+        state.training_forwards = None
+
+
+def describe(mask: Any) -> str:
+    """What a mask is, in a few words."""
+    if isinstance(mask, Tensor):
+        return f"a {str(mask.dtype).removeprefix('torch.')} tensor of shape {list(mask.shape)}"
+    return f"a {type(mask).__name__}"

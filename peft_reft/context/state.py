@@ -1,0 +1,119 @@
+"""What the entries and hooks of one model share: its kind, its layers, its warnings, and what runs in each thread."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from peft_reft.context.entry import ForwardEntry
+    from peft_reft.context.forward import ForwardContext
+    from peft_reft.context.generate import Generation
+
+BASE = "__base__"  # the adapter name of rows without an edit, as everywhere in PEFT
+
+
+class Running(threading.local):
+    """What runs in this thread.
+
+    Attributes:
+        context: of the innermost call of the model that knows about tokens; None outside of any.
+        generation: the innermost call of `generate`.
+        adapter_names: the adapter of each row, as PEFT's `forward` and `generate` hand it over.
+    """
+
+    context: ForwardContext | None = None
+    generation: Generation | None = None
+    adapter_names: list[str] | None = None
+
+    def __reduce__(self) -> Any:
+        return Running, ()  # a copied or pickled model runs nothing
+
+
+class ModelState:
+    """What the entries and hooks of one model share.
+
+    Attributes:
+        causal: a causal language model, whose labels tell where the prompt ends.
+        layers: the layers next to its blocks.
+        entries: what stands in for the forward of the modules around the blocks, from the outside in.
+        blocks: what was found out about the model's blocks.
+        ids_per_row: how many rows of ids make one row of the hidden state (audio models have one per codebook).
+        running: what runs in this thread.
+        plans: how adapters are put together, by what is active (see plan.py).
+        paged: reads where prompts lie in a forward of continuous batching; set by that integration.
+        unlabelled: a forward whose positions depend on the prompt's end ran without labels (see notices.py).
+        warned: the warnings given so far; each is given once.
+        training_forwards: so far, while they are looked at; None once they no longer are.
+    """
+
+    def __init__(self, blocks: Any):
+        self.blocks = blocks
+        self.causal = False
+        self.ids_per_row = 1
+        self.layers: list[Any] = []
+        self.entries: list[ForwardEntry] = []
+        self.running = Running()
+        self.plans: dict[Any, Any] = {}
+        self.paged: Callable[[int, torch.device], Any] | None = None
+        self.unlabelled = False
+        self.warned: set[str] = set()
+        self.training_forwards: int | None = 0
+        self.forwards_without_edit = 0
+
+    def adapters(self) -> list[str]:
+        """Names of the model's ReFT adapters."""
+        return sorted({name for layer in self.layers for name in layer.reft_interventions})
+
+    def check_adapter_names(self, names: Sequence[Any]) -> list[str]:
+        """The adapters of a batch's rows, "__base__" for none.
+
+        Raises:
+            ValueError: for a name that is no ReFT adapter of this model.
+        """
+        unknown = sorted({str(name) for name in names} - {*self.adapters(), BASE})
+        if unknown:
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. The ReFT adapters of this model "
+                f"are {self.adapters()}; `adapter_names` holds one per row of the batch, {BASE!r} for rows without an "
+                "edit."
+            )
+        return list(names)
+
+    def specs(self) -> set[Any]:
+        """The position specs of the adapters that can be active: all of a model's, since rows choose among them."""
+        return {spec for layer in self.layers if not layer.disable_adapters for spec in layer.position_specs.values()}
+
+    def active_specs(self) -> set[Any]:
+        """The position specs of the active adapters."""
+        return {
+            layer.position_specs[name]
+            for layer in self.layers
+            if not layer.disable_adapters
+            for name in layer.active_adapters
+            if name in layer.position_specs
+        }
+
+    def edits_answers(self) -> bool:
+        """Whether some adapter edits generated tokens."""
+        return any(spec.edits_answers for spec in self.specs())
+
+    def warn_once(self, message: str, key: str | None = None) -> None:
+        """Give a warning, unless one with this key (the message itself, if there is none) was given before."""
+        if (key or message) not in self.warned and not torch.compiler.is_compiling():
+            self.warned.add(key or message)
+            warnings.warn(message, stacklevel=2)
+
+    @contextmanager
+    def adapters_by_row(self, names: Sequence[str]) -> Iterator[None]:
+        """Give each row of this thread's forwards an adapter of its own, for as long as the scope is open."""
+        outer, self.running.adapter_names = self.running.adapter_names, self.check_adapter_names(names)
+        try:
+            yield
+        finally:
+            self.running.adapter_names = outer

@@ -1,0 +1,94 @@
+"""The names by which `ReftConfig(intervention=...)` finds a class, and interventions made by name."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from peft_reft.interventions.equations import (
+    ConsreftIntervention,
+    DireftIntervention,
+    LobireftIntervention,
+    LoreftIntervention,
+    NoreftIntervention,
+    OdireftIntervention,
+)
+
+# Classes by name; `register_intervention` adds to it.
+REGISTRY: dict[str, type[nn.Module]] = {
+    "loreft": LoreftIntervention,
+    "noreft": NoreftIntervention,
+    "direft": DireftIntervention,
+    "odireft": OdireftIntervention,
+    "consreft": ConsreftIntervention,
+    "lobireft": LobireftIntervention,
+}
+BUILT_IN = frozenset(REGISTRY)
+KEYWORDS = ("dropout", "act_fn", "init_weights", "train_bias")  # what a constructor may take besides d and r
+
+
+def intervention_names() -> list[str]:
+    """Names that `ReftConfig(intervention=...)` accepts at the moment."""
+    return sorted(REGISTRY)
+
+
+def register_intervention(name: str, cls: type[nn.Module]) -> None:
+    """Make a module of your own available as `ReftConfig(intervention=name)`.
+
+    Args:
+        name: lower-case identifier that no built-in intervention has. Registering a name again replaces the class.
+        cls: `nn.Module` whose constructor takes `(d, r)` and, if it names them (or takes `**kwargs`), the keywords
+            `dropout`, `act_fn`, `init_weights` and `train_bias`; its forward maps [..., d] to [..., d]. Its parameters
+            are what is trained and saved. A subclass of `Intervention` that changes no method is worked out for all
+            blocks at once, and any module may offer `subspace` [r, d].
+
+    Raises:
+        ValueError: if the name is taken by a built-in or is no lower-case identifier.
+        TypeError: if `cls` is not a class of modules.
+
+    An adapter's config only names its intervention: register the class before loading such an adapter.
+    """
+    if not (isinstance(name, str) and name.isidentifier() and name == name.lower()):
+        raise ValueError(f"{name!r} cannot name an intervention: use a lower-case identifier such as 'my_reft'.")
+    if name in BUILT_IN:
+        raise ValueError(f"{name!r} is a built-in intervention; register {cls!r} under another name.")
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"{cls!r} is not a subclass of torch.nn.Module; pass the class itself, not an instance.")
+    REGISTRY[name] = cls
+
+
+def build_intervention(
+    name: str,
+    d: int,
+    r: int,
+    *,
+    dropout: float = 0.0,
+    act_fn: str | None = None,
+    init_weights: bool = True,
+    train_bias: bool = True,
+) -> nn.Module:
+    """A fresh intervention by its name; the keywords go to the constructors that name them.
+
+    Raises:
+        ValueError: if b is to keep its value and the class has no say in that.
+    """
+    cls = REGISTRY[name]
+    taken = _keywords_of(cls)
+    if not train_bias and "train_bias" not in taken:
+        raise ValueError(
+            f"train_bias=False has no meaning for the intervention {name!r}: the constructor of {cls.__name__} takes "
+            "no `train_bias`. Leave it out, or let the class take it."
+        )
+    values: dict[str, Any] = dict(zip(KEYWORDS, (dropout, act_fn, init_weights, train_bias)))
+    return cls(d, r, **{key: values[key] for key in taken})
+
+
+@cache
+def _keywords_of(cls: type[nn.Module]) -> tuple[str, ...]:
+    """Which of the optional keywords the constructor of an intervention takes."""
+    parameters = inspect.signature(cls).parameters
+    any_of_them = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return tuple(key for key in KEYWORDS if any_of_them or key in parameters)

@@ -1,0 +1,153 @@
+"""Puts entries and hooks on a model and takes everything off again; finds the ReFT layers that are on it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.utils.peft_types import TaskType
+from torch import nn
+
+from peft_reft.context.entry import ForwardEntry, detach_entries
+from peft_reft.context.generate import GenerateEntry, MethodEntry, PrepareEntry
+from peft_reft.context.hook import CHILD, BlockHook
+from peft_reft.context.replay import unwrap_checkpoints
+from peft_reft.context.state import ModelState
+from peft_reft.tuner.layer import ReftLayer, detach_layer
+from peft_reft.tuner.neighbours import METHODS
+
+TOKENS = {"input_ids", "inputs_embeds", "decoder_input_ids"}  # parameters by which a module takes tokens
+
+
+def reft_layers(model: nn.Module) -> dict[str, ReftLayer]:
+    """The ReFT layers of a model, by the names of their blocks."""
+    suffix = f".{CHILD}"
+    return {name.removesuffix(suffix): layer for name, layer in model.named_modules() if isinstance(layer, ReftLayer)}
+
+
+def state_of(model: nn.Module) -> ModelState | None:
+    """What the entries and hooks of a model share; None for a model without ReFT layers."""
+    for layer in reft_layers(model).values():
+        for hook in layer.block._forward_hooks.values():
+            if isinstance(hook, BlockHook):
+                return hook.state
+    return None
+
+
+def attach_entries(model: nn.Module, state: ModelState) -> None:
+    """Put an entry into every module around the blocks that takes tokens; entries that are there are made anew."""
+    detach_entries(state, model)
+    unwrap_checkpoints(model)
+    state.plans.clear()
+    layers = reft_layers(model)
+    state.layers[:] = layers.values()
+    for number, layer in enumerate(state.layers):
+        layer.number = number
+    roles = roles_of(model)
+    for path in sorted(around(layers)):
+        module = model.get_submodule(path)
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # never called
+            continue
+        # An encoder of images takes no tokens, but `generate` runs it by itself.
+        is_side = module in roles and roles.get(model.get_submodule(path.rpartition(".")[0])) is None
+        takes_tokens = bool(TOKENS & set(inspect.signature(type(module).forward).parameters))
+        if path and not (is_side or takes_tokens):
+            continue
+        below = {name: layer for name, layer in layers.items() if not path or name.startswith(f"{path}.")}
+        role = roles.get(module, "router" if roles else "")
+        ForwardEntry(
+            module,
+            state,
+            role,
+            depth=len(path.split(".")) if path else 0,
+            causal=bool(path) and role == "" and predicts_tokens(module),
+            blocks=[name[len(path) + 1 :] if path else name for name in below],
+            layers=list(below.values()),
+        ).attach()
+        if takes_tokens or not path:
+            _stand_in_for_methods(module, state)
+
+
+def _stand_in_for_methods(module: nn.Module, state: ModelState) -> None:
+    if not hasattr(type(module), "generate"):
+        return
+    for entry in (GenerateEntry, PrepareEntry, *METHODS):
+        if hasattr(type(module), entry.name) and not isinstance(module.__dict__.get(entry.name), entry):
+            entry(module, state).attach()
+
+
+def around(blocks: Iterable[str]) -> set[str]:
+    """Names of the modules that blocks lie in, the model's own ("") among them."""
+    parts = [name.split(".") for name in blocks]
+    return {".".join(path[:depth]) for path in parts for depth in range(len(path))} | {""}
+
+
+def roles_of(model: Any) -> dict[nn.Module, str]:
+    """For an encoder-decoder model, which side each module is on; modules above both are left out."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "get_encoder"):
+        return {}
+    encoder, decoder = model.get_encoder(), model.get_decoder()
+    if decoder is not model and any(module is encoder for module in decoder.modules()):
+        decoder = decoder.get_decoder()  # a model around a text model gives the whole of it for its decoder
+    sides = {"encoder": encoder, "decoder": decoder}
+    return {
+        module: side
+        for side, stack in sides.items()
+        if isinstance(stack, nn.Module) and stack is not model
+        for module in stack.modules()
+    }
+
+
+def predicts_tokens(module: Any) -> bool:
+    """Whether a module is a causal language model by itself, as transformers says."""
+    can_generate = getattr(module, "can_generate", None)
+    config = getattr(module, "config", None)
+    return bool(can_generate is not None and can_generate()) and not getattr(config, "is_encoder_decoder", False)
+
+
+def is_causal_lm(model: nn.Module, config: PeftConfig) -> bool:
+    """Whether labels of the shape of `input_ids` are next-token targets, so that they show where the prompt ends."""
+    if config.task_type is not None:
+        return config.task_type == TaskType.CAUSAL_LM
+    return predicts_tokens(model)
+
+
+def tidy_up(model: nn.Module) -> None:
+    """Take layers without any adapter off a model, and everything else as well if no layer is left."""
+    state = state_of(model)
+    if state is None:
+        return
+    remove_empty_layers(model)
+    if reft_layers(model):
+        attach_entries(model, state)
+    else:
+        _remove(model, state)
+
+
+def remove_empty_layers(model: nn.Module) -> None:
+    """Take layers without any adapter off a model."""
+    for name, layer in reft_layers(model).items():
+        if not layer.reft_interventions:
+            detach_layer(model.get_submodule(name))
+
+
+def remove_reft(model: nn.Module) -> None:
+    """Take all layers, entries and hooks off a model."""
+    state = state_of(model)
+    for name in reft_layers(model):
+        detach_layer(model.get_submodule(name))
+    if state is not None:
+        _remove(model, state)
+
+
+def _remove(model: nn.Module, state: ModelState) -> None:
+    detach_entries(state, model)
+    unwrap_checkpoints(model)
+    state.plans.clear()
+    state.layers.clear()
+    for module in model.modules():
+        for entry in list(module.__dict__.values()):
+            if isinstance(entry, MethodEntry):
+                entry.detach()

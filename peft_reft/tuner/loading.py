@@ -1,0 +1,121 @@
+"""What loading an adapter lacks: a check of the whole, and a model that is as before when it fails.
+
+PEFT and transformers load what fits and report the rest, keep a config where they replace weights, and leave what they
+created when reading fails. Neither asks the tuner after loading, so both `load_adapter` methods are wrapped here, once,
+when the package is imported; adapters of other types pass through. An adapter that was created to be loaded edits
+nothing until its weights are there, whoever loads them (see `ReftLayer.add_adapter`).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+from peft import PeftModel
+from peft.config import PeftConfig
+from torch import nn
+from transformers.integrations.peft import PeftAdapterMixin
+
+from peft_reft.tuner.checkpoint import cannot_replace, does_not_fit, intervention_shapes, mismatch, other_meaning
+from peft_reft.tuner.config import ReftConfig
+from peft_reft.tuner.injection import reft_layers, tidy_up
+
+HUB = ("subfolder", "revision", "cache_dir", "token", "force_download", "local_files_only", "proxies", "use_auth_token")
+MIDDLE = ".reft.reft_interventions."
+
+
+def wrap_loading() -> None:
+    """Wrap the `load_adapter` of PEFT's and of transformers' models."""
+    wrap_function(PeftModel, "load_adapter", _peft_load_adapter)
+    wrap_function(PeftAdapterMixin, "load_adapter", _transformers_load_adapter)
+
+
+def wrap_function(owner: Any, name: str, replacement: Any) -> None:
+    """Put a function around one of a class or module: called with the original and its arguments; wrapped once."""
+    original = inspect.unwrap(vars(owner)[name])
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return replacement(original, *args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def _peft_load_adapter(original: Any, model: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    current = model.peft_config.get(adapter_name)
+    is_new = current is None or _is_waiting(model, adapter_name)
+    if isinstance(current, ReftConfig) and not is_new:
+        saved = PeftConfig.from_pretrained(model_id, **{key: kwargs[key] for key in HUB if key in kwargs})
+        reason = other_meaning(saved, current) if saved.peft_type == current.peft_type else "it is of another type"
+        if reason is not None:
+            raise ValueError(cannot_replace(adapter_name, reason))
+    try:
+        return original(model, model_id, adapter_name, *args, **kwargs)
+    except BaseException:
+        if is_new and isinstance(model.peft_config.get(adapter_name), ReftConfig):
+            _remove(model, adapter_name)
+        raise
+
+
+def _is_waiting(model: nn.Module, adapter_name: str) -> bool:
+    """Whether an adapter was created to be loaded and has no weights yet."""
+    found = [
+        layer.reft_interventions[adapter_name]
+        for layer in reft_layers(model).values()
+        if adapter_name in layer.reft_interventions
+    ]
+    parameters = [parameter for groups in found for parameter in groups.parameters()]
+    return bool(parameters) and not any(not p.is_meta and bool(p.detach().any()) for p in parameters)
+
+
+def _remove(model: Any, adapter_name: str) -> None:
+    if list(model.peft_config) == [adapter_name]:
+        model.base_model.unload()
+        return
+    model.delete_adapter(adapter_name)
+    tidy_up(model.get_base_model())
+
+
+def _transformers_load_adapter(
+    original: Any, model: Any, peft_model_id: Any = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
+) -> Any:
+    name = "default" if adapter_name is None else adapter_name
+    layers = reft_layers(model).values()
+    existed = any(name in layer.reft_interventions for layer in layers)
+    active: list[str] = next((layer.active_adapters for layer in layers), [])
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    try:
+        info = original(model, peft_model_id, adapter_name, *args, **kwargs)
+        config = getattr(model, "peft_config", {}).get(name)
+        if not existed and isinstance(config, ReftConfig):
+            reason = _missed(model, name, info)
+            if reason is not None:
+                raise ValueError(does_not_fit(model, reason, config))
+        return info
+    except BaseException:
+        if not existed and any(name in layer.reft_interventions for layer in reft_layers(model).values()):
+            model.delete_adapter(name)
+            tidy_up(model)
+            if active:
+                model.set_adapter(active)
+            for parameter in model.parameters():
+                parameter.requires_grad_(id(parameter) in trained)
+        raise
+
+
+def _missed(model: nn.Module, adapter_name: str, info: Any) -> str | None:
+    """What keeps the loaded tensors from fitting, from transformers' report."""
+
+    def anonymous(key: str) -> str:
+        return key.replace(f"{MIDDLE}{adapter_name}.", MIDDLE)
+
+    parameters = {anonymous(n): p for n, p in model.named_parameters() if f"{MIDDLE}{adapter_name}." in n}
+    wanted = intervention_shapes(parameters)
+    saved = dict(wanted)
+    for key in info.missing_keys:
+        saved.pop(anonymous(key), None)
+    for key, shape, _ in info.mismatched_keys:
+        saved[anonymous(key)] = tuple(shape)
+    saved |= {anonymous(key): () for key in info.unexpected_keys if MIDDLE in key}
+    return mismatch(saved, wanted)

@@ -1,0 +1,70 @@
+"""Every private part of PEFT and transformers that this package uses: what, where, why, and what would replace it.
+
+Run with the versions of `TESTED`. A part that is missing raises ImportError here, which names the version; nothing
+falls back in silence. docs/upstream.md describes the public hooks for the maintainers of both projects.
+
+part                                              used in                          why
+                                                  what would make it unnecessary
+------------------------------------------------  -------------------------------  ----------------------------------
+peft PeftType's tables of members                 tuner/register.py                the enum is closed
+                                                  peft types from entry points
+peft _ExcludedModule                              tuner/targets.py, model.py       what the matcher of names returns
+                                                  a public class
+peft _maybe_include_all_linear_layers             tuner/model.py                   "all-linear" is expanded too late
+                                                  expand it before _prepare_model
+peft _get_input_embeddings_name                   tuner/targets.py                 which embedding trained tokens have
+                                                  a public function
+peft _insert_adapter_name_into_state_dict         integrations/hotswap.py          names in a swapped state dict
+peft hotswap_adapter_from_state_dict, wrapped     integrations/hotswap.py          only LoRA is swapped
+peft CONFIG_KEYS_TO_CHECK                         integrations/hotswap.py          as above
+                                                  hotswap by peft type
+peft PeftModel.load_adapter, wrapped              tuner/loading.py                 checks before and after loading
+transformers PeftAdapterMixin.load_adapter, ditto tuner/loading.py                 as above
+                                                  a hook of the tuner after loading
+transformers _gradient_checkpointing_func         context/replay.py                blocks run again in backward
+                                                  a context around what a checkpoint runs
+transformers DEFAULT_CALLBACKS                    integrations/trainer.py          notices when training starts
+                                                  callbacks that a model brings
+"""
+
+from __future__ import annotations
+
+import warnings
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+from packaging.version import Version
+
+TESTED = {"peft": ("0.21.0", "0.22"), "transformers": ("5.16", "5.24"), "trl": ("1.16", "1.17")}  # from, and below
+
+
+def _part(module: str, name: str) -> Any:
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        package = module.partition(".")[0]
+        low, below = TESTED[package]
+        raise ImportError(
+            f"{package} {version(package)} has no {module}.{name}, which peft_reft uses. Install a version that was "
+            f'tested with it: pip install "{package}>={low},<{below}"'
+        ) from error
+
+
+ExcludedModule = _part("peft.tuners.tuners_utils", "_ExcludedModule")
+maybe_include_all_linear_layers = _part("peft.tuners.tuners_utils", "_maybe_include_all_linear_layers")
+get_input_embeddings_name = _part("peft.utils.other", "_get_input_embeddings_name")
+insert_adapter_name_into_state_dict = _part("peft.utils.save_and_load", "_insert_adapter_name_into_state_dict")
+
+
+def warn_of_untested_versions() -> None:
+    """Say once, at import, which installed version is newer than those that were tested."""
+    for package in ("transformers",):
+        low, below = TESTED[package]
+        installed = Version(Version(version(package)).base_version)
+        if installed >= Version(below):
+            warnings.warn(
+                f"peft_reft was tested with {package} {low} to below {below}; {version(package)} is installed. If "
+                f'something is wrong, try pip install "{package}<{below}".',
+                stacklevel=2,
+            )
