@@ -287,7 +287,7 @@ def plan_for(kept: dict[Any, Plan], layers: Sequence[Any], names: Sequence[str] 
                 weight = next(iter(first._parameters.values()), None)
                 # Wrappers for sharding and offloading replace parameters, or their contents.
                 state = None if weight is None else (type(weight), weight.device, weight.numel())
-                key.append((id(first), scaling[name], layer.position_specs[name], state))
+                key.append((layer.number, id(first), scaling[name], layer.position_specs[name], state))
             else:
                 key.append(None)
     signature = tuple(key)

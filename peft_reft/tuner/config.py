@@ -126,7 +126,8 @@ class ReftConfig(PeftConfig):
                 tell(save_directory)
             except Exception as error:  # never at the cost of what is being saved
                 warnings.warn(
-                    f"The adapter is saved in {str(save_directory)!r}, but its README.md lacks ReFT's section: {error!r}"
+                    f"The adapter is saved in {str(save_directory)!r}, but its README.md lacks ReFT's section: "
+                    f"{error!r}"
                 )
 
     def _validate(self) -> None:
