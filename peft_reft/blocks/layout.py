@@ -37,6 +37,9 @@ class Layout:
     padded: bool = False
     pool: int = 0
 
+    def __reduce__(self) -> Any:
+        return _layout, (self.rows, self.columns, self.vector, self.streams, self.before, self.padded, self.pool)
+
     def edit(self, h: Tensor, columns: int | None, edit: Callable[[Tensor], Tensor]) -> Tensor:
         """`h` with the vectors of its tokens edited.
 
@@ -72,6 +75,14 @@ class Layout:
 
 OWN = -1
 PLAIN = Layout()
+
+
+def _layout(*fields: Any) -> Layout:
+    """A layout from its fields; the plain one is always the same object, for copies and pickles too."""
+    layout = Layout(*fields)
+    return PLAIN if layout == PLAIN else layout
+
+
 CHANNELS_FIRST = Layout(columns=2, vector=1)  # of a convolution: a vector for each place
 
 

@@ -176,20 +176,22 @@ class ForwardEntry:
             return True
         labels, shift_labels = arguments.get("labels"), arguments.get("shift_labels")
         found, unaligned = aligned_labels(labels, shift_labels, *shape)
-        with_a_marker = all(spec.prompt_end for spec in self.state.active_specs())
-        if unaligned and not with_a_marker:
+        if unaligned and not self._has_markers():
             some = labels if labels is not None else shift_labels
             what = list(some.shape) if isinstance(some, Tensor) else type(some).__name__
             message = notices.UNALIGNED_LABELS.format(labels=what, rows=shape[0], columns=shape[1])
             notices.object_to(self.state, self.module, message, "unaligned labels")
         elif found is None and not is_outermost and _aligned(given, shape) is not None:
-            if not with_a_marker:
+            if not self._has_markers():
                 outermost = self.state.entries[0].module
                 message = notices.LABELS_AROUND.format(outer=type(outermost).__name__, inner=type(self.module).__name__)
                 notices.object_to(self.state, self.module, message, "labels around")
         elif found is None and not self.state.running.generation:
             notices.warn_of_unlabelled(self.state, self.module)
         return True
+
+    def _has_markers(self) -> bool:
+        return all(spec.prompt_end for spec in self.state.active_specs())
 
     def _plain(self, context: ForwardContext, arguments: Mapping[str, Any]) -> ForwardContext:
         """The context of a forward that is no step of `generate`."""

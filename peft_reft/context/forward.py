@@ -76,11 +76,11 @@ class ForwardContext:
     tokens: Tokens | None = None
     training: bool = False
     device: torch.device | None = None
-    _edits: dict[int, list[Edit]] | None = None
+    _edits: list[Edit] | None = None
     _others: dict[Any, ForwardContext] = field(default_factory=dict)
 
     def edits_of(self, layer: Any, h: Tensor) -> Sequence[Edit]:
-        """The edits of the hidden state `h` [B, S, d] next to a layer.
+        """The edits of the call, among them those next to this layer, of the hidden state `h` [B, S, d].
 
         Raises:
             ValueError: if `h` does not hold one vector for each of the call's tokens.
@@ -89,7 +89,7 @@ class ForwardContext:
             return self._of_shape(h).edits_of(layer, h)
         if self._edits is None:
             self.prepare()
-        edits = self._edits.get(layer.number, ())  # type: ignore[union-attr]
+        edits = self._edits
         if edits and (h.shape[0] != self.rows or h.shape[1] != self.columns):
             names = sorted({str(spec) for spec in layer.position_specs.values()})
             raise ValueError(
@@ -97,14 +97,14 @@ class ForwardContext:
                 f"{self.columns} columns of tokens, so that positions={names[0]!r} cannot be placed in them. Exclude "
                 "that block (exclude_modules=...), or target modules that keep one vector per token."
             )
-        return edits
+        return edits or ()
 
     def prepare(self) -> None:
         """Work out the edits of all layers, before a block runs: not within a checkpoint, which would do it again."""
         if self.columns is not None and not self.idle:
             self._edits = self._plan(self.layers)
 
-    def _plan(self, layers: Sequence[Any]) -> dict[int, list[Edit]]:
+    def _plan(self, layers: Sequence[Any]) -> list[Edit]:
         assert self.rows is not None and self.columns is not None
         names = self.adapters_of_rows(self.rows)
         if torch.compiler.is_compiling():
@@ -165,7 +165,7 @@ class ForwardContext:
     def edits_something(self) -> bool:
         """Whether some token was edited. Waits for the device."""
         contexts = [self, *self._others.values()]
-        edits = [edit for context in contexts for some in (context._edits or {}).values() for edit in some]
+        edits = [edit for context in contexts for edit in context._edits or ()]
         return any(edit.keep.is_meta or bool((edit.keep != 0).any()) for edit in edits)
 
     # Hidden states that are not those of the call's tokens.
@@ -216,7 +216,7 @@ class ReplayedContext(ForwardContext):
     def edits_of(self, layer: Any, h: Tensor) -> Sequence[Edit]:
         if self.columns is None:
             return super().edits_of(layer, h)
-        return self._plan([layer]).get(layer.number, ())
+        return self._plan([layer])
 
 
 def pooled(find: Callable[[PositionSpec], Prompts], pool: int, columns: int) -> Callable[[PositionSpec], Prompts]:

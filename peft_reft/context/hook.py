@@ -22,9 +22,10 @@ class BlockHook:
 
     def __init__(self, state: ModelState):
         self.state = state
+        self.running = state.running
 
     def __call__(self, block: nn.Module, args: Any, output: Any) -> Any:
-        context = self.state.running.context
+        context = self.running.context
         if context is not None and context.idle:
             return None
         layer: Any = block._modules[CHILD]
@@ -33,7 +34,7 @@ class BlockHook:
         if context is None:
             return self._outside(layer, output)
         layout = layer.layout
-        if layout == PLAIN and isinstance(output, Tensor) and output.dim() == 3:
+        if layout is PLAIN and isinstance(output, Tensor):
             return layer.edit(output, context)
         if layout.pool:
             return edit_hidden_state(output, lambda h: layout.edit(h, None, lambda part: pooled(layer, part, context)))

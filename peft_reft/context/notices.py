@@ -71,19 +71,18 @@ def object_to(state: ModelState, module: nn.Module, message: str, key: str) -> N
 
 def warn_of_unlabelled(state: ModelState, module: nn.Module) -> None:
     """Note a forward of a language model whose prompts nothing shows; say so in training."""
-    specs = [spec for spec in state.active_specs() if not spec.prompt_end]
-    if not specs or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return
-    if module.training and torch.is_grad_enabled():
-        state.warn_once(UNLABELLED_TRAINING)
-    elif any(spec.depends_on_the_end for spec in specs):
+    if not (module.training and torch.is_grad_enabled()):
         state.unlabelled = True
+    elif UNLABELLED_TRAINING not in state.warned and not all(spec.prompt_end for spec in state.active_specs()):
+        state.warn_once(UNLABELLED_TRAINING)
 
 
 def unlabelled_forward(state: ModelState) -> bool:
     """Whether a forward without labels ran since the last time of asking whose positions depend on the prompt's end."""
     noted, state.unlabelled = state.unlabelled, False
-    return noted
+    return noted and any(spec.depends_on_the_end and not spec.prompt_end for spec in state.active_specs())
 
 
 def warn_of_missing_marker(state: ModelState, spec: PositionSpec, found: Tensor | None) -> None:

@@ -122,15 +122,16 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         """
         if h.dim() != 3:
             return self.edit(self._as_rows(h, context), context).view(h.shape)
-        edits = context.edits_of(self, h)
-        if edits and h.shape[-1] != self.width:
-            raise ValueError(
-                f"A block returned vectors of width {h.shape[-1]}, but its ReFT adapter was made for width "
-                f"{self.width}. Exclude that block with exclude_modules, or target other modules."
-            )
-        out = h
-        for edit in edits:
-            out = edit.add(out, h)
+        out, number = h, self.number
+        for edit in context.edits_of(self, h):
+            block = edit.blocks.get(number)
+            if block is not None:
+                if h.shape[-1] != self.width:
+                    raise ValueError(
+                        f"A block returned vectors of width {h.shape[-1]}, but its ReFT adapter was made for width "
+                        f"{self.width}. Exclude that block with exclude_modules, or target other modules."
+                    )
+                out = edit.add(out, h, block)
         return out
 
     def _as_rows(self, h: Tensor, context: ForwardContext) -> Tensor:
