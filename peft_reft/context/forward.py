@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_reft.context.plan import Edit, Plan, plan_for
+from peft_reft.context.edit import Edit
+from peft_reft.context.plan import Plan, plan_for
 from peft_reft.context.state import ModelState
 from peft_reft.positions import Places, PositionSpec, Prompts, Tokens, find_prompts, places_at, places_of
 

@@ -1,7 +1,7 @@
 """How the adapters of a call are put together: which interventions are worked out at once, and for which rows.
 
 What depends on the adapters alone is planned when they change and kept; what depends on a call is filled in by
-`Plan.edits`.
+`Plan.edits`. Interventions that differ in their numbers only are a `Family`: their factors are worked out together.
 
 Shape letters: B rows, S columns, G position groups, P places per group, L layers, A adapters, d hidden size, r rank.
 """
@@ -13,75 +13,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peft_reft.context.edit import Edit
 from peft_reft.context.state import BASE
-from peft_reft.interventions import FactorMemo, Factors, Kind, edit_of, kind_of, low_rank_edit, stack_factors
+from peft_reft.interventions import FactorMemo, Factors, Kind, kind_of, stack_factors
 from peft_reft.positions import Places, PositionSpec
 
 KEPT = 8  # plans: a server, or a trainer with a reference, goes back and forth between a few sets of adapters
-
-
-class Edit(NamedTuple):
-    """What is added to the hidden states [B, S, d] after some blocks, the places in common and the factors of each.
-
-    Attributes:
-        index: long [n * m], the edited vectors of the state as [B * S, d], those of each of n interventions in a row;
-            None: all of its vectors, for each intervention.
-        keep: [m, 1], or [n, m, 1] for several interventions, a factor for each vector's edit: 0 for places that only
-            fill up the shape.
-        blocks: by the number of the layer, the factors of n interventions, without a leading dimension for n = 1; or
-            the interventions themselves, which are then called.
-        called: whether they are.
-        dropout: probability with which an entry of the edit is dropped.
-        autocast: whether autocast has to be kept out of the products.
-    """
-
-    index: Tensor | None
-    keep: Tensor
-    blocks: Mapping[int, Any]
-    called: bool = False
-    dropout: float = 0.0
-    autocast: bool = False
-
-    def add(self, out: Tensor, h: Tensor, block: Any) -> Tensor:
-        """`out` with the edit of `h`, both [B, S, d]; every other vector is returned bit for bit.
-
-        Args:
-            block: one of `blocks`.
-        """
-        index, keep, _, called, dropout, autocast = self
-        if called and keep.device != h.device:  # where such a module runs is known only now
-            keep, index = keep.to(h.device), None if index is None else index.to(h.device)
-        flat = h.flatten(0, 1)
-        selected = flat if index is None else flat.index_select(0, index)
-        if keep.dim() == 3:
-            selected = selected.expand(len(keep), -1, -1) if index is None else selected.unflatten(0, keep.shape[:2])
-        if called:
-            delta = _call(block, selected) * keep
-        elif autocast:
-            with torch.autocast(h.device.type, enabled=False):
-                delta = low_rank_edit(selected, block, keep)
-        else:
-            delta = low_rank_edit(selected, block, keep)
-        if dropout:
-            delta = F.dropout(delta, dropout)
-        if delta.dtype != h.dtype:
-            delta = delta.to(h.dtype)
-        if index is None:
-            return out + (delta.sum(0) if keep.dim() == 3 else delta).view_as(h)
-        if keep.dim() == 3:
-            delta = delta.flatten(0, 1)
-        # Whole rows of [B * S, d]: faster than along the columns, and autograd keeps the index, not h.
-        return (flat if out is h else out.flatten(0, 1)).index_add(0, index, delta).view_as(h)
-
-
-def _call(modules: Sequence[nn.Module], selected: Tensor) -> Tensor:
-    """The edits of interventions that are called as modules: of [m, d] for one, of [n, m, d] for several."""
-    if selected.dim() == 2:
-        return edit_of(modules[0], selected)
-    return torch.stack([edit_of(module, h) for module, h in zip(modules, selected)])
 
 
 @dataclass(eq=False)
@@ -135,7 +74,8 @@ class Family:
             return self._split[2]
         whole, count, chosen = factors, self.count, [row[0] for row in self.places]
         if adapters is not None:
-            whole, count, chosen = self._of_rows(factors, adapters), count * len(adapters), list(range(len(self.layers)))
+            whole, chosen = self._of_rows(factors, adapters), list(range(len(self.layers)))
+            count *= len(adapters)
         parts: list[Any] = []
         for part in whole[:4]:
             if part is None:
@@ -147,7 +87,169 @@ class Family:
         self._split = None if self.memo is None else (factors, key, found)
         return found
 
-    def plan_for(kept: dict[Any, Plan], layers: Sequence[Any], names: Sequence[str] | None) -> Plan:
+    def _of_rows(self, factors: Factors, adapters: Sequence[int]) -> Factors:
+        """The factors [L * B * G, ...] of rows with adapters of their own."""
+        groups = range(self.count)
+        wanted = [row[adapter] * self.count + group for row in self.places for adapter in adapters for group in groups]
+        if wanted == list(range(factors.up.shape[0])):  # as they lie
+            return factors
+        chosen = torch.tensor(wanted, device=factors.up.device)
+        return factors.map(lambda part: part.index_select(0, chosen))
+
+
+class Alike(NamedTuple):
+    """What the interventions of an adapter have in common next to some layers; `scale` may differ within a family."""
+
+    spec: PositionSpec
+    share_weights: bool | str
+    scale: float
+    count: int
+    kinds: tuple[Kind, ...] | None
+    place: int
+
+
+Members = dict[str, dict[Alike, list[tuple[int, Any]]]]  # by adapter: numbers of layers, and the groups next to them
+
+
+class Plan:
+    """The families of the adapters of a call.
+
+    Args:
+        layers: the model's layers.
+        names: the adapters that take part; None for each layer's active ones.
+        once: whether the plan is not kept, so that factors need not be remembered.
+    """
+
+    def __init__(self, layers: Sequence[Any], names: Sequence[str] | None, once: bool = False):
+        members: Members = {}
+        for layer in layers:
+            if layer.disable_adapters:
+                continue
+            for name in layer.active_adapters if names is None else names:
+                groups = layer.reft_interventions._modules.get(name)
+                if groups is None or not layer.scaling[name]:
+                    continue
+                kinds = tuple(dict.fromkeys(kind_of(one) for one in groups))
+                alike = Alike(
+                    layer.position_specs[name],
+                    layer.share_weights[name],
+                    layer.scaling[name],
+                    len(groups),
+                    None if None in kinds else kinds,  # type: ignore[arg-type]
+                    id(layer) if None in kinds else layer.width,  # those that are called are called one by one
+                )
+                members.setdefault(name, {}).setdefault(alike, []).append((layer.number, groups))
+        self.families = _families(members, by_row=names is not None, once=once)
+
+    def edits(
+        self,
+        places_of: Callable[[PositionSpec, bool | str], Places | None],
+        shape: tuple[int, int],
+        rows: Sequence[str] | None,
+        training: bool,
+    ) -> list[Edit]:
+        """The edits of a call.
+
+        Args:
+            places_of: the places of all rows by spec and `share_weights`; None for nowhere.
+            shape: B and S of the hidden state.
+            rows: the adapter of each row; None for the active ones in every row.
+            training: whether entries are dropped.
+        """
+        edits = []
+        for family in self.families:
+            chosen = None if rows is None else [number for number, name in enumerate(rows) if name in family.names]
+            places = None if chosen == [] else places_of(family.spec, family.share_weights)
+            if places is not None:
+                edits.append(_edit(family, places, shape, rows, chosen, training))
+        return edits
+
+
+def _families(members: Members, by_row: bool, once: bool) -> list[Family]:
+    """Put adapters together that differ in their numbers only."""
+    together: dict[Any, list[tuple[str, Alike, list[tuple[int, Any]]]]] = {}
+    for name, by_kind in members.items():
+        for alike, found in by_kind.items():
+            fits = by_row and alike.kinds is not None and not alike.kinds[0].dropout  # which is drawn per adapter
+            numbers = tuple(number for number, _ in found)
+            key = (alike._replace(scale=1.0), numbers) if fits else (name, alike, numbers)
+            together.setdefault(key, []).append((name, alike, found))
+    families = []
+    for parts in together.values():
+        _, alike, found = parts[0]
+        families.append(
+            Family(
+                alike.spec,
+                alike.share_weights,
+                names=[name for name, _, _ in parts],
+                scales=[own.scale for _, own, _ in parts],
+                layers=[number for number, _ in found],
+                groups=[[part[2][place][1] for part in parts] for place in range(len(found))],
+                kind=None if alike.kinds is None else alike.kinds[0],
+                memo=None if once else FactorMemo(),
+            )
+        )
+    return families
+
+
+def _edit(
+    family: Family,
+    places: Places,
+    shape: tuple[int, int],
+    rows: Sequence[str] | None,
+    chosen: list[int] | None,
+    training: bool,
+) -> Edit:
+    """The edit of a family.
+
+    Args:
+        rows: the adapter of each row; None if all rows have the family's one.
+        chosen: numbers of the rows that take part.
+    """
+    adapters = None
+    if rows is not None and chosen is not None and len(family.names) > 1:
+        adapters = [family.names.index(rows[row]) for row in chosen]
+    if family.kind is None:
+        index, keep = _flat(family, places, shape, chosen, None)
+        return Edit(index, keep, family.blocks(None, keep.dim() == 3), called=True)
+    device = family.kind.device
+    if places.keep.device != device:
+        places = places.to(device)
+    index, keep = _flat(family, places, shape, chosen, adapters)
+    blocks = family.blocks(adapters, keep.dim() == 3)
+    keep = keep.to(torch.promote_types(family.kind.dtype, torch.float32))
+    dropout = family.kind.dropout if training else 0.0
+    return Edit(index, keep, blocks, False, dropout, torch.is_autocast_enabled(device.type))
+
+
+def _flat(
+    family: Family, places: Places, shape: tuple[int, int], rows: list[int] | None, adapters: list[int] | None
+) -> tuple[Tensor | None, Tensor]:
+    """The places as `Edit.index` and `Edit.keep`."""
+    several = len(family.names) > 1
+    every_row = rows is None or len(rows) == shape[0]
+    columns, keep = places if every_row else places.rows(torch.tensor(rows, device=places.keep.device))  # [B, G, P]
+    if several and adapters is not None and len(set(family.scales)) > 1:
+        scales = torch.tensor([family.scales[adapter] for adapter in adapters], device=keep.device)
+        keep = keep * scales[:, None, None]
+    elif family.scales[0] != 1:
+        keep = keep * family.scales[0]
+    index = None
+    if columns is not None or several or not every_row:
+        if columns is None:
+            columns = torch.arange(shape[1], device=keep.device).expand(keep.shape)
+        first = torch.arange(0, shape[0] * shape[1], shape[1], device=keep.device)
+        index = columns + (first if every_row else first[rows])[:, None, None]
+    if several:  # an intervention for each row and group
+        return None if index is None else index.flatten(), keep.flatten(0, 1).unsqueeze(-1)
+    # One for each group, or one for all.
+    index = None if index is None else index.transpose(0, 1).flatten()
+    if keep.shape[1] == 1:
+        return index, keep.reshape(-1, 1)
+    return index, keep.transpose(0, 1).flatten(1).unsqueeze(-1)
+
+
+def plan_for(kept: dict[Any, Plan], layers: Sequence[Any], names: Sequence[str] | None) -> Plan:
     """The plan of the adapters that are active now, or of those named; made anew when something about them changed."""
     if names is not None:
         names = [name for name in dict.fromkeys(names) if name != BASE]

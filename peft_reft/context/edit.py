@@ -1,0 +1,76 @@
+"""The edit of a hidden state: gather the vectors, multiply twice, put the edits back into a copy.
+
+Shape letters: B rows, S columns, n interventions, m places for each, d hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft_reft.interventions import edit_of, low_rank_edit
+
+
+class Edit(NamedTuple):
+    """What is added to the hidden states [B, S, d] after some blocks, the places in common and the factors of each.
+
+    Attributes:
+        index: long [n * m], the edited vectors of the state as [B * S, d], those of each of n interventions in a row;
+            None: all of its vectors, for each intervention.
+        keep: [m, 1], or [n, m, 1] for several interventions, a factor for each vector's edit: 0 for places that only
+            fill up the shape.
+        blocks: by the number of the layer, the factors of n interventions, without a leading dimension for n = 1; or
+            the interventions themselves, which are then called.
+        called: whether they are.
+        dropout: probability with which an entry of the edit is dropped.
+        autocast: whether autocast has to be kept out of the products.
+    """
+
+    index: Tensor | None
+    keep: Tensor
+    blocks: Mapping[int, Any]
+    called: bool = False
+    dropout: float = 0.0
+    autocast: bool = False
+
+    def add(self, out: Tensor, h: Tensor, block: Any) -> Tensor:
+        """`out` with the edit of `h`, both [B, S, d]; every other vector is returned bit for bit.
+
+        Args:
+            block: one of `blocks`.
+        """
+        index, keep, _, called, dropout, autocast = self
+        if called and keep.device != h.device:  # where such a module runs is known only now
+            keep, index = keep.to(h.device), None if index is None else index.to(h.device)
+        flat = h.flatten(0, 1)
+        selected = flat if index is None else flat.index_select(0, index)
+        if keep.dim() == 3:
+            selected = selected.expand(len(keep), -1, -1) if index is None else selected.unflatten(0, keep.shape[:2])
+        if called:
+            delta = _call(block, selected) * keep
+        elif autocast:
+            with torch.autocast(h.device.type, enabled=False):
+                delta = low_rank_edit(selected, block, keep)
+        else:
+            delta = low_rank_edit(selected, block, keep)
+        if dropout:
+            delta = F.dropout(delta, dropout)
+        if delta.dtype != h.dtype:
+            delta = delta.to(h.dtype)
+        if index is None:
+            return out + (delta.sum(0) if keep.dim() == 3 else delta).view_as(h)
+        if keep.dim() == 3:
+            delta = delta.flatten(0, 1)
+        # Whole rows of [B * S, d]: faster than along the columns, and autograd keeps the index, not h.
+        return (flat if out is h else out.flatten(0, 1)).index_add(0, index, delta).view_as(h)
+
+
+def _call(modules: Sequence[nn.Module], selected: Tensor) -> Tensor:
+    """The edits of interventions that are called as modules: of [m, d] for one, of [n, m, d] for several."""
+    if selected.dim() == 2:
+        return edit_of(modules[0], selected)
+    return torch.stack([edit_of(module, h) for module, h in zip(modules, selected)])
