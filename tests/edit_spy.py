@@ -24,13 +24,15 @@ class EditSpy:
         clean: a model with the same weights and no adapter.
         name: the block's name in `clean`.
 
-    `calls` lists, for each forward of the block, the changed columns of each row.
+    `calls` lists, for each forward of the block, the changed columns of each row; `pasts` how many columns were in the
+    key/value cache before it.
     """
 
     def __init__(self, model: nn.Module, clean: nn.Module, name: str = "model.layers.0"):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.twin = clean.get_submodule(name)
         self.calls: list[list[list[int]]] = []
+        self.pasts: list[int] = []
         self._inputs: list[tuple[tuple, dict[str, Any]]] = []
         block = base.get_submodule(name)
         self.handles = [
@@ -41,6 +43,8 @@ class EditSpy:
     def _enter(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         caches = {name: copy.deepcopy(value) for name, value in kwargs.items() if "cache" in name or "past" in name}
         self._inputs.append((args, {**kwargs, **caches}))
+        lengths = [int(cache.get_seq_length()) for cache in caches.values() if hasattr(cache, "get_seq_length")]
+        self.pasts.append(max(lengths, default=0))
 
     def _leave(self, block: nn.Module, args: tuple, output: Any) -> None:
         args, kwargs = self._inputs.pop()
