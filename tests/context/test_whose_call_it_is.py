@@ -1,6 +1,5 @@
 """A forward belongs to `generate` only if it is one of its steps; a state is a continuation like a cache."""
 
-import warnings
 from itertools import chain
 
 import pytest
@@ -282,22 +281,6 @@ def test_every_segment_of_whispers_long_form_has_its_decoders_prompt_edited(sett
     begun = [call[0] for call, past in zip(spy.calls, spy.pasts) if past == 0]
     assert len(begun) >= segments
     assert all(columns and columns[0] == 0 for columns in begun)
-
-
-def test_a_segment_of_the_long_form_has_the_tokens_of_the_segment_alone():
-    model = reft_model(whisper(), positions="f1+l1", r=2, task_type="SEQ_2_SEQ_LM")
-    settings = {"return_timestamps": True, "max_new_tokens": 5, "return_segments": True}
-    long = sound(300)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        segments = model.generate(**long, **settings)["segments"][0]
-        second = next(segment for segment in segments if float(segment["start"]) > 0)
-        frame = round(float(second["start"]) * 100)
-        part = {name: value[..., frame : frame + 100] for name, value in long.items()}
-        alone = model.generate(**part, **settings)
-    tokens = alone["segments"][0][0]["tokens"] if isinstance(alone, dict) else alone[0]
-    expected = [int(t) for t in tokens][: len(second["tokens"])]
-    assert second["tokens"].tolist()[: len(expected)] == expected
 
 
 def test_every_attempt_of_whispers_temperature_fallback_has_its_decoders_prompt_edited():

@@ -1,4 +1,4 @@
-"""Compiled blocks, per-sample gradients, export with dynamic shapes, checkpoints inside blocks, a base used twice."""
+"""Compiled blocks, per-sample gradients, checkpoints around and inside of blocks, a base used twice."""
 
 import functools
 import warnings
@@ -139,36 +139,6 @@ def test_functional_call_uses_the_parameters_it_is_given():
             parameter.copy_(other[name])
     torch.testing.assert_close(got, logits(model, inputs))
     assert (got - before).abs().max() > 1e-3
-
-
-# torch.export.
-
-
-class LogitsOnly(torch.nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids, attention_mask):
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-
-
-@pytest.mark.parametrize("positions", ["f1+l1", "f2+l2", "all"])
-def test_an_export_with_dynamic_shapes_edits_rows_of_any_length(positions):
-    model = reft_model(tiny_model("llama"), **{**CONFIG, "positions": positions})
-    rows, columns = torch.export.Dim("rows", min=2, max=16), torch.export.Dim("columns", min=4, max=64)
-    shapes = {"input_ids": {0: rows, 1: columns}, "attention_mask": {0: rows, 1: columns}}
-    first = batch(8, 8)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        exported = torch.export.export(
-            LogitsOnly(model), tuple(first.values()), dynamic_shapes=shapes, strict=False
-        ).module()
-        for inputs in (first, batch(12, 5, 7), batch(4, 2, side="left"), batch(9, 3, side="left")):
-            valid = inputs["attention_mask"].bool()
-            got, expected = exported(*inputs.values()), logits(model, inputs)
-            torch.testing.assert_close(got[valid], expected[valid], rtol=1e-4, atol=1e-4)
-            assert (expected - logits(tiny_model("llama"), inputs))[valid].abs().max() > 1e-3
 
 
 # Checkpoints.
