@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -87,12 +88,16 @@ def warnings_of(call: Callable[[], Any]) -> list[str]:
 def right_or_told(
     model: nn.Module, clean: nn.Module, expected: list[list[int]], name: str = "model.layers.0", **inputs: Any
 ) -> None:
-    """In evaluation the call edits the expected columns, or warns; in training it edits them, or raises ValueError."""
+    """In evaluation the call edits the expected columns, or warns; in training it edits them, or raises ValueError.
+
+    An input that is a function is called for each call of the model, as for a cache, which a call changes.
+    """
     for training in (False, True):
         model.train(training)
+        given = {key: value() if isinstance(value, FunctionType) else value for key, value in inputs.items()}
         found: list[list[int]] = []
         try:
-            told = warnings_of(lambda: found.extend(edited_columns(model, clean, name, **inputs)))  # noqa: B023
+            told = warnings_of(lambda: found.extend(edited_columns(model, clean, name, **given)))  # noqa: B023
         except ValueError:
             assert training, "a forward in evaluation is told with a warning, not refused"
             continue

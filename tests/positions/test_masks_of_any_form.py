@@ -52,7 +52,7 @@ def test_a_mask_as_wide_as_the_cache_is_read_from_its_first_column(cache, side, 
     valid = inputs["attention_mask"].bool()
     torch.testing.assert_close(own[valid], narrow[valid], rtol=1e-4, atol=1e-5)
     expected = LEFT if side == "left" else RIGHT
-    right_or_told(model, clean, expected, input_ids=inputs["input_ids"], attention_mask=wide, past_key_values=empty())
+    right_or_told(model, clean, expected, input_ids=inputs["input_ids"], attention_mask=wide, past_key_values=empty)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -108,7 +108,7 @@ def test_a_4d_mask_as_wide_as_a_static_cache_is_read(fill):
         LEFT,
         input_ids=inputs["input_ids"],
         attention_mask=additive(looks),
-        past_key_values=StaticCache(config=clean.config, max_cache_len=16),
+        past_key_values=lambda: StaticCache(config=clean.config, max_cache_len=16),
     )
 
 
