@@ -1,0 +1,303 @@
+"""A forward belongs to `generate` only if it is one of its steps; a state is a continuation like a cache."""
+
+from itertools import chain
+
+import pytest
+import torch
+import transformers
+from conftest import batch, randomize, reft_model, tiny_model
+from edit_spy import EditSpy, spied
+from peft import get_peft_model
+from slow_places import places_in_generate
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from peft_reft import ReftConfig
+
+NEW = 4
+
+
+def family(**settings):
+    return reft_model(
+        tiny_model("llama", eos_token_id=None), **{"positions": "f1+l2", "task_type": "CAUSAL_LM", **settings}
+    )
+
+
+def generated(model, inputs, **settings):
+    torch.manual_seed(0)
+    return model.generate(**inputs, max_new_tokens=NEW, do_sample=False, pad_token_id=0, **settings)
+
+
+def by_forward(model, **inputs):
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+class AsksAgain(LogitsProcessor):
+    """Calls the same model on another prompt in every step, and keeps what it answers."""
+
+    def __init__(self, model, inputs):
+        self.model, self.inputs, self.seen = model, inputs, []
+
+    def __call__(self, input_ids, scores):
+        self.seen.append(by_forward(self.model, **self.inputs))
+        return scores
+
+
+class AsksOnStopping(StoppingCriteria):
+    def __init__(self, model, inputs):
+        self.asks = AsksAgain(model, inputs)
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.asks(input_ids, scores)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+OTHER = {
+    "another length": batch(5, 3, seed=9),
+    "the same shape": batch(6, 4, side="left", seed=9),
+    "more rows": batch(7, 2, 4, seed=9),
+    "one token": batch(1, seed=9),
+    "as long as the row becomes": batch(7, 7, seed=9),
+}
+
+
+@pytest.mark.parametrize("who", ["logits processor", "stopping criterion"])
+@pytest.mark.parametrize("other", OTHER)
+@pytest.mark.parametrize(
+    ("positions", "settings"), [("f1+l2", {}), ("f1+l2", {"use_cache": False}), ("l1+d", {"num_beams": 2})], ids=str
+)
+def test_a_forward_in_a_step_of_generate_is_a_forward_of_its_own(positions, settings, other, who):
+    for called in ("peft", "base") if not settings else ("peft",):
+        model = family(positions=positions)
+        inner = model if called == "peft" else model.get_base_model()
+        inputs = batch(6, 4, side="left")
+        expected_tokens = generated(model, inputs, **settings)
+        expected = by_forward(inner, **OTHER[other])
+        if who == "logits processor":
+            asks = AsksAgain(inner, OTHER[other])
+            extra = {"logits_processor": LogitsProcessorList([asks])}
+        else:
+            criterion = AsksOnStopping(inner, OTHER[other])
+            asks, extra = criterion.asks, {"stopping_criteria": StoppingCriteriaList([criterion])}
+        got = generated(model, inputs, **settings, **extra)
+        assert torch.equal(got, expected_tokens)
+        assert len(asks.seen) == NEW
+        for seen in asks.seen:
+            torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-4)
+        with model.disable_adapter():
+            assert (by_forward(inner, **OTHER[other]) - expected).abs().max() > 1e-3
+
+
+def test_a_forward_with_labels_in_a_step_of_generate_uses_them():
+    model = family(positions="l1")
+    other = batch(8, seed=9)
+    other["labels"] = other["input_ids"].masked_fill(torch.arange(8) < 5, -100)
+    expected = by_forward(model, **other)
+    asks = AsksAgain(model, other)
+    generated(model, batch(6), logits_processor=LogitsProcessorList([asks]))
+    for seen in asks.seen:
+        torch.testing.assert_close(seen, expected)
+
+
+def test_a_generate_in_a_step_of_generate_has_a_prompt_of_its_own():
+    model = family(positions="f1+l1+d2")
+    other = batch(5, seed=9)
+    expected, expected_inner = generated(model, batch(6)), generated(model, other)
+    seen = []
+
+    class Generates(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            seen.append(generated(model, other))
+            return scores
+
+    got = generated(model, batch(6), logits_processor=LogitsProcessorList([Generates()]))
+    assert torch.equal(got, expected)
+    assert len(seen) == NEW
+    assert all(torch.equal(tokens, expected_inner) for tokens in seen)
+
+
+class Guided:
+    """Guidance by hand: the prompt and a negative prompt, each by whole forwards with columns that are named."""
+
+    def __init__(self, model, scale):
+        self.model, self.scale = model, scale
+
+    def __call__(self, ids, negative, own, others):
+        """Greedy tokens; `own` and `others` are the columns edited in the two prompts."""
+        rows = [ids, negative]
+        for _ in range(NEW):
+            conditional, unconditional = (
+                by_forward(self.model, input_ids=row, intervention_locations=torch.tensor([columns]), use_cache=False)[
+                    :, -1
+                ].log_softmax(-1)
+                for row, columns in zip(rows, (own, others))
+            )
+            token = (self.scale * (conditional - unconditional) + unconditional).argmax(-1, keepdim=True)
+            rows = [torch.cat([row, token], dim=1) for row in rows]
+        return rows[0][:, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("length", [3, 6, 8])
+def test_a_negative_prompt_of_guidance_is_a_prompt_of_its_own(length, use_cache):
+    """The first forward of the negative prompt edits its own f1+l2, and later tokens are generated ones."""
+    model = family()
+    ids, negative = batch(6)["input_ids"], batch(length, seed=3)["input_ids"]
+    expected = Guided(model, 3.0)(ids, negative, [0, 4, 5], sorted({0, length - 2, length - 1}))
+    with spied(model, tiny_model("llama", eos_token_id=None)) as calls:
+        got = model.generate(
+            input_ids=ids,
+            negative_prompt_ids=negative,
+            guidance_scale=3.0,
+            max_new_tokens=NEW,
+            do_sample=False,
+            use_cache=use_cache,
+        )
+    assert [[0, 4, 5]] in calls
+    assert [sorted({0, length - 2, length - 1})] in calls
+    if use_cache:  # without a cache the negative row is run whole again, and what was generated is not told from it
+        assert got[:, 6:].tolist() == expected
+
+
+# States that are no key/value caches.
+
+
+RECURRENT = {
+    "mamba": {"state_size": 8, "expand": 2},
+    "mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "expand": 2, "chunk_size": 4},
+    "falcon_mamba": {"state_size": 8},
+    "rwkv": {"attention_hidden_size": 32, "context_length": 64, "rescale_every": 0},
+}
+
+
+def recurrent(name, **settings):
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        name, vocab_size=100, hidden_size=32, num_hidden_layers=3, pad_token_id=0, eos_token_id=None, **RECURRENT[name]
+    )
+    base = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.15)
+    model = get_peft_model(base, ReftConfig(task_type="CAUSAL_LM", r=2, **settings)).eval()
+    return randomize(model)
+
+
+def whole_forwards(model, ids, places):
+    """Greedy tokens and logits by forwards over the whole rows, with the columns of `places(columns)` edited."""
+    row, steps = ids, []
+    for _ in range(7):
+        columns = places(row.shape[1]) or [-1]
+        locations = torch.tensor([columns] * len(row))
+        steps.append(by_forward(model, input_ids=row, intervention_locations=locations, use_cache=False)[:, -1])
+        row = torch.cat([row, steps[-1].argmax(-1, keepdim=True)], dim=1)
+    return row, steps
+
+
+@pytest.mark.parametrize("positions", ["d", "d2", "l1+d3", "f1+l1"])
+@pytest.mark.parametrize("name", RECURRENT)
+def test_generated_tokens_are_counted_with_a_recurrent_state_as_in_whole_forwards(name, positions):
+    model = recurrent(name, positions=positions)
+    ids = batch(6, 6)["input_ids"]
+    settings = {"max_new_tokens": 7, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    with model.disable_adapter():
+        plain = model.generate(input_ids=ids, **settings)
+        _, plain_steps = whole_forwards(model, ids, lambda columns: [])
+    if any((one - other).abs().max() > 1e-2 for one, other in zip(plain.logits, plain_steps)):
+        pytest.skip(f"this transformers' {name} does not continue its own state in generate")
+    got = model.generate(input_ids=ids, **settings)
+    config = model.peft_config["default"]
+    row, steps = whole_forwards(model, ids, lambda columns: sorted(chain(*places_in_generate(config, 6, columns))))
+    for step, (one, other) in enumerate(zip(got.logits, steps)):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3, msg=lambda m, s=step: f"step {s}: {m}")
+    assert torch.equal(got.sequences, row)
+    assert any((one - other).abs().max() > 1e-2 for one, other in zip(got.logits, plain.logits))
+
+
+@pytest.mark.parametrize("positions", ["all", "f1+l1"])
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_forward_that_continues_a_recurrent_state_edits_nothing(name, positions):
+    model = recurrent(name, positions=positions)
+    ids = batch(8)["input_ids"]
+    argument = "state" if name == "rwkv" else "cache_params"
+    with torch.no_grad():
+        first = model(input_ids=ids[:, :6], use_cache=True)
+        if argument not in first:
+            pytest.skip(f"{name} returns no {argument}: {list(first)}")
+        continued = model(input_ids=ids[:, 6:], **{argument: first[argument]}, use_cache=True).logits
+        edited = list(range(6)) if positions == "all" else [0, 5]
+        whole = model(input_ids=ids, intervention_locations=torch.tensor([edited]), use_cache=False).logits
+    torch.testing.assert_close(continued, whole[:, 6:], rtol=1e-3, atol=1e-3)
+
+
+# One `generate` made of several.
+
+
+def whisper():
+    config = transformers.WhisperConfig(
+        vocab_size=120,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        num_mel_bins=8,
+        max_source_positions=50,
+        max_target_positions=40,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=3,
+    )
+    torch.manual_seed(0)
+    model = transformers.WhisperForConditionalGeneration(config).eval()
+    settings = model.generation_config
+    settings.no_timestamps_token_id, settings.is_multilingual, settings.max_initial_timestamp_index = 5, False, 50
+    settings.return_timestamps, settings.alignment_heads = True, [[0, 0]]
+    settings.suppress_tokens = settings.begin_suppress_tokens = None
+    settings.eos_token_id, settings.pad_token_id, settings.decoder_start_token_id, settings.max_length = 2, 0, 3, 40
+    return model
+
+
+def sound(frames: int) -> dict:
+    torch.manual_seed(5)
+    return {"input_features": torch.randn(1, 8, frames), "attention_mask": torch.ones(1, frames).long()}
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_cache": False}], ids=str)
+def test_every_segment_of_whispers_long_form_has_its_decoders_prompt_edited(settings):
+    model = reft_model(whisper(), positions="f1+l1", r=2, task_type="SEQ_2_SEQ_LM")
+    spy = EditSpy(model, whisper(), "model.decoder.layers.0")
+    encoder = EditSpy(model, whisper(), "model.encoder.layers.0")
+    with torch.no_grad():
+        model.generate(**sound(300), return_timestamps=True, max_new_tokens=5, return_segments=True, **settings)
+    segments = len(encoder.calls)
+    assert segments > 1  # else this is no long form
+    assert all(call == [[0, 49]] for call in encoder.calls)
+    # A segment begins with a forward that has no past: its first column is edited, whether or not steps are cached.
+    begun = [call[0] for call, past in zip(spy.calls, spy.pasts) if past == 0]
+    assert len(begun) >= segments
+    assert all(columns and columns[0] == 0 for columns in begun)
+
+
+def test_every_attempt_of_whispers_temperature_fallback_has_its_decoders_prompt_edited():
+    model = reft_model(whisper(), positions="f1+l1", r=2, task_type="SEQ_2_SEQ_LM")
+    spy = EditSpy(model, whisper(), "model.decoder.layers.0")
+    encoder = EditSpy(model, whisper(), "model.encoder.layers.0")
+    with torch.no_grad():
+        model.generate(
+            **sound(100),
+            return_timestamps=True,
+            max_new_tokens=5,
+            temperature=(0.0, 0.5, 1.0),
+            compression_ratio_threshold=-1.0,  # no attempt is good enough
+            logprob_threshold=0.0,
+            no_speech_threshold=1.0,
+        )
+    begun = [call[0] for call, past in zip(spy.calls, spy.pasts) if past == 0]
+    assert len(begun) >= 2  # else nothing fell back
+    assert len(encoder.calls) >= 1
+    assert all(columns and columns[0] == 0 for columns in begun)

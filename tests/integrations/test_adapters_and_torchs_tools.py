@@ -1,0 +1,242 @@
+"""Compiled blocks, per-sample gradients, checkpoints around and inside of blocks, a base used twice."""
+
+import functools
+import warnings
+
+import pytest
+import torch
+from accelerate.utils import compile_regions
+from conftest import batch, logits, randomize, reft_model, tiny_model
+from edit_spy import edited_columns
+from peft import PeftModel, get_peft_model
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+from torch.func import functional_call, grad, vmap
+
+from peft_reft import ReftConfig, get_interventions
+
+CONFIG = {"positions": "f1+l1", "r": 2, "task_type": "CAUSAL_LM"}
+
+
+def llama():
+    return tiny_model("llama", eos_token_id=None, attn_implementation="eager")
+
+
+def labelled(*lengths, prompt=3, seed=0):
+    inputs = batch(*lengths, seed=seed)
+    answer = (torch.arange(max(lengths)) >= prompt) & inputs["attention_mask"].bool()
+    return {**inputs, "labels": inputs["input_ids"].masked_fill(~answer, -100)}
+
+
+# Compiled blocks.
+
+
+@pytest.fixture
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def blocks_compiled(model):
+    for number, block in enumerate(model.model.layers):
+        model.model.layers[number] = torch.compile(block, backend="eager")
+    return model
+
+
+def compiled_in_place(model):
+    for block in model.model.layers:
+        block.compile(backend="eager")
+    return model
+
+
+COMPILED = {
+    "compile_regions before": lambda: reft_model(compile_regions(llama(), backend="eager"), **CONFIG),
+    "compile_regions after": lambda: compile_regions(reft_model(llama(), **CONFIG), backend="eager"),
+    "torch.compile of each block before": lambda: reft_model(blocks_compiled(llama()), **CONFIG),
+    "block.compile() before": lambda: reft_model(compiled_in_place(llama()), **CONFIG),
+}
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.parametrize("how", COMPILED)
+def test_an_adapter_on_compiled_blocks_edits_the_same(how):
+    plain, model = reft_model(llama(), **CONFIG), COMPILED[how]()
+    for inputs in (labelled(8, 5), batch(8, 5), batch(6, 6, seed=3)):
+        torch.testing.assert_close(logits(model, inputs), logits(plain, inputs), rtol=1e-4, atol=1e-5)
+    settings = {"max_new_tokens": 3, "do_sample": False}
+    prompt = batch(6, 4, side="left")
+    assert torch.equal(model.generate(**prompt, **settings), plain.generate(**prompt, **settings))
+    assert (logits(plain, batch(6, 6)) - logits(llama(), batch(6, 6))).abs().max() > 1e-3
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.parametrize("how", [name for name in COMPILED if "before" in name])
+def test_an_adapter_trained_on_compiled_blocks_is_saved_for_plain_ones(how, tmp_path):
+    model = COMPILED[how]()
+    model.train()(**labelled(8, 5)).loss.backward()
+    grads = [p.grad for name, p in model.named_parameters() if "reft_" in name]
+    assert grads
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in grads)
+    model.eval().save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path).eval()
+    torch.testing.assert_close(logits(loaded, batch(8, 5)), logits(model, batch(8, 5)), rtol=1e-4, atol=1e-5)
+
+
+# torch.func.
+
+
+def trained(model):
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def loss_of(model, parameters, ids, labels):
+    arguments = {"input_ids": ids[None], "labels": labels[None], "use_cache": False}
+    return functional_call(model, parameters, args=(), kwargs=arguments).loss
+
+
+@pytest.mark.parametrize("settings", [{}, {"positions": "all"}, {"intervention": "direft"}], ids=str)
+@pytest.mark.parametrize("how", ["functional_call", "grad", "vmap of grad"])
+def test_gradients_per_sample_are_those_of_each_sample_alone(how, settings):
+    model = reft_model(llama(), **{**CONFIG, **settings})
+    inputs = labelled(8, 8, 8)
+    rows = list(zip(inputs["input_ids"], inputs["labels"]))
+    parameters = trained(model)
+    expected = {name: [] for name in parameters}
+    for ids, labels in rows:
+        model.zero_grad()
+        model(input_ids=ids[None], labels=labels[None]).loss.backward()
+        for name, parameter in parameters.items():
+            expected[name].append(parameter.grad.clone())
+    model.zero_grad()
+    loss = functools.partial(loss_of, model)
+    if how == "functional_call":
+        single = [torch.autograd.grad(loss(parameters, *row), list(parameters.values())) for row in rows]
+        found = {name: torch.stack(column) for name, column in zip(parameters, zip(*single))}
+    elif how == "grad":
+        single = [grad(loss)(parameters, *row) for row in rows]
+        found = {name: torch.stack([row[name] for row in single]) for name in parameters}
+    else:
+        found = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, inputs["input_ids"], inputs["labels"])
+    for name, gradients in expected.items():
+        torch.testing.assert_close(found[name], torch.stack(gradients), rtol=1e-3, atol=1e-5)
+    assert max(gradient.abs().max() for gradients in expected.values() for gradient in gradients) > 1e-3
+
+
+def test_functional_call_uses_the_parameters_it_is_given():
+    model = reft_model(llama(), **CONFIG)
+    other = {name: torch.randn_like(parameter) for name, parameter in trained(model).items()}
+    inputs = batch(7, 7)
+    before = logits(model, inputs)
+    with torch.no_grad():
+        got = functional_call(model, other, args=(), kwargs={**inputs, "use_cache": False}).logits
+    torch.testing.assert_close(logits(model, inputs), before)
+    with torch.no_grad():
+        for name, parameter in trained(model).items():
+            parameter.copy_(other[name])
+    torch.testing.assert_close(got, logits(model, inputs))
+    assert (got - before).abs().max() > 1e-3
+
+
+# Checkpoints.
+
+
+def gradients(model, batches):
+    loss = sum((-1) ** number * model(**inputs, use_cache=False).loss for number, inputs in enumerate(batches))
+    loss.backward()
+    return {
+        name.replace("_checkpoint_wrapped_module.", ""): parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+TARGETS = {"blocks": {}, "mlp": {"target_modules": ["mlp"]}, "inside the mlp": {"target_modules": ["down_proj"]}}
+
+
+@pytest.mark.parametrize("positions", ["f2+l2", "all", "l1+d2"])
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("how", ["transformers", "transformers reentrant", *CheckpointImpl], ids=str)
+def test_two_forwards_before_one_backward_give_exact_gradients_of_checkpointed_blocks(how, target, positions):
+    settings = {**CONFIG, **TARGETS[target], "positions": positions}
+    batches = [labelled(9, 6, prompt=5), labelled(4, 7, 3, prompt=2, seed=4)]
+
+    def fresh():
+        return randomize(get_peft_model(tiny_model("llama"), ReftConfig(**settings)))
+
+    expected = gradients(fresh().train(), batches)
+    model = fresh()
+    model.enable_input_require_grads()
+    if isinstance(how, CheckpointImpl):
+        block = type(model.get_base_model().model.layers[0])
+        apply_activation_checkpointing(
+            model,
+            checkpoint_wrapper_fn=functools.partial(checkpoint_wrapper, checkpoint_impl=how),
+            check_fn=lambda module: isinstance(module, block),
+        )
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": "reentrant" in how})
+    found = gradients(model.train(), batches)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert max(gradient.abs().max() for gradient in expected.values()) > 1e-3
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_forward_between_a_checkpointed_forward_and_its_backward_changes_no_gradient(target):
+    settings = {**CONFIG, **TARGETS[target]}
+
+    def step(between):
+        model = randomize(get_peft_model(tiny_model("llama"), ReftConfig(**settings))).train()
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        loss = model(**labelled(9, 6)).loss
+        if between:
+            with torch.no_grad():
+                model(**labelled(5, 8, 3, prompt=1, seed=2))
+                model.eval().generate(**batch(4, 4), max_new_tokens=2)
+        loss.backward()
+        return [parameter.grad for parameter in trained(model).values()]
+
+    for one, other in zip(step(True), step(False)):
+        torch.testing.assert_close(one, other)
+
+
+# A base that already has an adapter.
+
+
+def test_a_second_get_peft_model_on_one_base_is_refused_or_leaves_one_adapter(tmp_path):
+    """As a cell of a notebook that is run twice; PEFT's LoRA warns, and what is saved loads again."""
+    base = tiny_model("llama")
+    reft_model(base, **CONFIG)
+    second = ReftConfig(**{**CONFIG, "positions": "l1", "layers_to_transform": [0], "init_weights": False})
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = get_peft_model(base, second).eval()
+    except ValueError as refused:
+        assert "unload" in str(refused)
+        return
+    assert list(get_interventions(model)) == ["model.layers.0"]
+    assert edited_columns(model, tiny_model("llama"), **batch(6, 4)) == [[5], [3]]
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path).eval()
+    torch.testing.assert_close(logits(loaded, batch(6, 4)), logits(model, batch(6, 4)))
+
+
+def test_the_same_get_peft_model_twice_computes_one_edit():
+    base = tiny_model("llama")
+    reft_model(base, **CONFIG)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = get_peft_model(base, ReftConfig(**CONFIG)).eval()
+    except ValueError:
+        return
+    randomize(model, seed=5)
+    expected = reft_model(tiny_model("llama"), seed=5, **CONFIG)
+    torch.testing.assert_close(logits(model, batch(6, 4)), logits(expected, batch(6, 4)))

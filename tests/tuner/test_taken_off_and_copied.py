@@ -1,0 +1,167 @@
+"""Memory is freed, unload leaves nothing, copies are models of their own, and kept outputs stay what they were."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from conftest import batch, logits, randomize, reft_model, tiny_model
+from edit_spy import edited_columns
+from model_state import assert_as_before, state_of
+from torch.nn.modules.module import register_module_forward_hook
+
+from peft_reft import ReftConfig, get_interventions
+
+CONFIG = {"positions": "f1+l1", "r": 2, "task_type": "CAUSAL_LM"}
+
+
+def labelled(ids):
+    return {"input_ids": ids, "labels": ids.masked_fill(torch.arange(ids.shape[1]) < 3, -100)}
+
+
+# Memory.
+
+
+@pytest.mark.parametrize("how", ["deleted", "unloaded"])
+@pytest.mark.parametrize("call", ["forward", "labelled forward", "training step", "generate"])
+def test_a_base_model_is_freed_after_any_call(call, how):
+    base = tiny_model("llama")
+    gone = weakref.ref(base)
+    model = reft_model(base, **CONFIG)
+    inputs = batch(6, 6)  # kept: what a call was given must not keep the model
+    labels = inputs["input_ids"].clone()
+    if call == "forward":
+        logits(model, inputs)
+    elif call == "labelled forward":
+        logits(model, inputs, labels=labels)
+    elif call == "training step":
+        model.train()(**inputs, labels=labels).loss.backward()
+    else:
+        model.generate(**inputs, max_new_tokens=2)
+    if how == "unloaded":
+        del base
+        model = model.unload()
+    else:
+        del base
+    del model
+    gc.collect()
+    assert gone() is None
+    assert labels.numel()
+
+
+def test_a_forward_keeps_no_batch_alive():
+    model = reft_model(tiny_model("llama"), **CONFIG)
+    inputs = batch(6, 6)
+    kept = {name: weakref.ref(tensor) for name, tensor in inputs.items()}
+    labels = inputs["input_ids"].clone()
+    kept["labels"] = weakref.ref(labels)
+    logits(model, inputs, labels=labels)
+    del inputs, labels
+    gc.collect()
+    assert [name for name, tensor in kept.items() if tensor() is not None] == []
+
+
+# Taken off again, copied, pickled.
+
+
+@pytest.mark.parametrize("call", ["nothing", "forward", "training step", "generate", "checkpointed step"])
+def test_unload_leaves_no_attribute_hook_or_module(call):
+    base = tiny_model("llama")
+    logits(base, batch(6, 4))
+    base.generate(**batch(4, 4), max_new_tokens=2)
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    base.gradient_checkpointing_disable()
+    before, expected = state_of(base), logits(base, batch(6, 4))
+    before["trained"] = []  # PEFT freezes a base model
+    model = reft_model(base, **CONFIG)
+    if call == "checkpointed step":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        del before["hooks"]  # transformers leaves one of its own on the embedding
+    if call == "forward":
+        logits(model, batch(6, 4))
+    elif call == "generate":
+        model.generate(**batch(4, 4), max_new_tokens=2)
+    elif call != "nothing":
+        model.train()(**labelled(batch(6, 6)["input_ids"])).loss.backward()
+    plain = model.unload().eval()
+    plain.gradient_checkpointing_disable()
+    assert plain is base
+    assert_as_before(plain, before)
+    assert torch.equal(logits(plain, batch(6, 4)), expected)
+
+
+def test_deleting_the_last_native_adapter_leaves_the_base_models_logits_and_weights():
+    model = tiny_model("llama")
+    expected = logits(model, batch(6, 4))
+    before = sorted(model.state_dict())
+    model.add_adapter(ReftConfig(**CONFIG))
+    randomize(model)
+    assert (logits(model, batch(6, 4)) - expected).abs().max() > 1e-3
+    model.delete_adapter("default")
+    assert sorted(model.state_dict()) == before
+    assert torch.equal(logits(model, batch(6, 4)), expected)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "deepcopy of the base", "pickle of the base"])
+@pytest.mark.parametrize("after", ["nothing", "generate", "labelled"])
+def test_a_copy_of_a_model_computes_the_same_and_is_a_model_of_its_own(after, how):
+    model = reft_model(tiny_model("llama", eos_token_id=None), **CONFIG)
+    inputs = batch(6, 4, side="left")
+    if after == "generate":
+        model.generate(**inputs, max_new_tokens=2)
+    elif after == "labelled":
+        logits(model, inputs, labels=inputs["input_ids"])
+    original = model.get_base_model() if how.endswith("base") else model
+    copied = pickle.loads(pickle.dumps(original)) if how.startswith("pickle") else copy.deepcopy(original)
+    expected = logits(original, inputs)
+    tokens = original.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert torch.equal(logits(copied, inputs), expected)
+    assert torch.equal(copied.generate(**inputs, max_new_tokens=3, do_sample=False), tokens)
+    randomize(copied, seed=77)
+    assert (logits(copied, inputs) - expected).abs().max() > 1e-3
+    assert torch.equal(logits(original, inputs), expected)
+    named = labelled(batch(6, 6)["input_ids"])
+    assert edited_columns(copied, tiny_model("llama", eos_token_id=None), **named) == [[0, 2]] * 2
+    del original, model
+    gc.collect()  # the copy needs nothing of the model that it was made from
+    logits(copied, inputs)
+
+
+@pytest.mark.parametrize("positions", ["f1+l1", "all"])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_global_hook_that_keeps_outputs_keeps_what_they_were(warm, grad, positions):
+    """The edit is not written into a tensor that others hold."""
+    model = reft_model(tiny_model("llama"), **{**CONFIG, "positions": positions})
+    inputs = batch(6, 6)
+    if warm:
+        logits(model, inputs)
+    kept = []
+    handle = register_module_forward_hook(
+        lambda module, args, output: kept.append((output, output.clone())) if isinstance(output, torch.Tensor) else None
+    )
+    try:
+        with torch.set_grad_enabled(grad):
+            model(**inputs)
+    finally:
+        handle.remove()
+    assert len(kept) > 10
+    for output, then in kept:
+        assert torch.equal(output, then)
+
+
+def test_hooks_of_a_users_own_see_each_block_once_and_its_output_stays():
+    model = reft_model(tiny_model("llama"), **CONFIG)
+    seen = []
+    for layer in model.get_base_model().model.layers:
+        layer.register_forward_hook(lambda module, args, output: seen.append((output, output.clone())))
+    with torch.no_grad():
+        states = model(**batch(6, 6), output_hidden_states=True).hidden_states
+    assert len(seen) == 3
+    for output, then in seen:
+        assert torch.equal(output, then)
+    for (output, _), state in zip(seen[:2], states[1:]):
+        assert torch.equal(output, state)
+    assert len(get_interventions(model)) == 3
