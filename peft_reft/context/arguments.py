@@ -188,11 +188,10 @@ def has_state(arguments: Mapping[str, Any]) -> bool:
             continue
         if hasattr(cache, "seqlen_offset"):
             return bool(cache.seqlen_offset)
-        if hasattr(cache, "has_previous_state"):
-            try:
-                return bool(cache.has_previous_state())
-            except ValueError:  # a cache of attention layers only, which counts its columns
-                continue
+        for layer in getattr(cache, "layers", ()):
+            states = getattr(layer, "has_previous_state", None)  # of a linear-attention layer, by state
+            if states and any(states.values() if isinstance(states, dict) else [states]):
+                return True
     return False
 
 

@@ -45,7 +45,7 @@ class ForwardEntry:
         state: shared by all entries of a model.
         role: "encoder" or "decoder" in an encoder-decoder model, "router" for the module above both, else "".
         depth: how many modules it lies in: a call of a module at the same or a smaller depth is another call.
-        causal: the module is a causal language model by itself, whatever the whole model is.
+        causal: the module is a causal language model by itself, or within one, whatever the whole model is.
         blocks: names of the blocks below it.
         layers: the layers next to them.
     """
@@ -170,7 +170,9 @@ class ForwardEntry:
         """Whether this is the module whose labels show where prompts end; says so if there are none to use."""
         if given.used or not (self.causal or (is_outermost and self.state.causal)):
             return False
-        if given.step is not None or given.locations is not None or shape is None:
+        if shape is None:
+            return False  # a module whose tokens, and labels if any, are in arguments of its own making
+        if given.step is not None or given.locations is not None:
             return True
         if arguments.get("cache") is not None and "logits_indices" in arguments:
             return True

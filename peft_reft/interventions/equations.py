@@ -148,13 +148,6 @@ class Intervention(nn.Module):
         """b, the part of the learned value that does not depend on h: [r]."""
         return self.weight if self.bias is None else self.bias
 
-    def requires_grad_(self, requires_grad: bool = True) -> Intervention:
-        """As for every module, but for a bias that is not to be trained."""
-        super().requires_grad_(requires_grad)
-        if not self.train_bias:
-            self.constant.requires_grad_(False)
-        return self
-
     def reset_parameters(self, identity: bool) -> None:
         """Draw fresh weights; with `identity` so that the edit is zero wherever the equation allows it."""
         if self.basis.is_meta:  # low_cpu_mem_usage: the values come from a checkpoint

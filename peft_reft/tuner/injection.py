@@ -62,12 +62,21 @@ def attach_entries(model: nn.Module, state: ModelState) -> None:
             state,
             role,
             depth=len(path.split(".")) if path else 0,
-            causal=bool(path) and role == "" and predicts_tokens(module),
+            causal=role == "" and any(predicts_tokens(model.get_submodule(part)) for part in _prefixes(path)),
             blocks=[name[len(path) + 1 :] if path else name for name in below],
             layers=list(below.values()),
         ).attach()
         if takes_tokens or not path:
             _stand_in_for_methods(module, state)
+
+
+def _prefixes(path: str) -> list[str]:
+    """
+    >>> _prefixes("lm.model.layers")
+    ['lm', 'lm.model', 'lm.model.layers']
+    """
+    parts = path.split(".") if path else []
+    return [".".join(parts[: depth + 1]) for depth in range(len(parts))]
 
 
 def _stand_in_for_methods(module: nn.Module, state: ModelState) -> None:

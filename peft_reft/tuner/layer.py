@@ -30,16 +30,6 @@ cached_spec = lru_cache(parse_positions)  # one object for all blocks and adapte
 SHOWN = ("active_adapters", "adapter_layer_names", "other_param_names", "reft_interventions")
 
 
-class Groups(nn.ModuleList):
-    """The interventions of one block and adapter, one per position group."""
-
-    def requires_grad_(self, requires_grad: bool = True) -> Groups:
-        """As for every module, but each intervention decides what of it is trained (`train_bias`)."""
-        for intervention in self:
-            intervention.requires_grad_(requires_grad)
-        return self
-
-
 class ReftLayer(nn.Module, BaseTunerLayer):
     """The interventions next to one block.
 
@@ -62,7 +52,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.layout = layout
         self.number = 0  # among the model's layers
         self.in_features = self.out_features = width  # PEFT's name for it, which every tuner layer has
-        self.reft_interventions = nn.ModuleDict()  # adapter name -> Groups, one intervention per position group
+        self.reft_interventions = nn.ModuleDict()  # adapter -> an intervention per position group
         self.position_specs: dict[str, PositionSpec] = {}
         self.share_weights: dict[str, bool | str] = {}
         self.scaling: dict[str, float] = {}  # strength of the edits: 0 none, 1 as trained
@@ -89,7 +79,9 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         """
         spec = cached_spec(config.positions, config.turns, tuple(prompt_end))
         if shared is None:
-            interventions: nn.Module = Groups(self._fresh(config, r, spec.num_interventions(config.share_weights)))
+            interventions: nn.Module = nn.ModuleList(
+                self._fresh(config, r, spec.num_interventions(config.share_weights))
+            )
         else:
             interventions = shared.reft_interventions[name]
         self.reft_interventions[name] = interventions
@@ -158,8 +150,24 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         """The identity: containers such as nn.Sequential run all their children, but the block's hook does the edit."""
         return h
 
+    def hold_biases(self) -> None:
+        """Take back what was switched on of biases that are not to be trained."""
+        for groups in self.reft_interventions.values():
+            for intervention in groups:  # type: ignore[attr-defined]
+                if isinstance(intervention, Intervention) and not intervention.train_bias:
+                    intervention.constant.requires_grad_(False)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        self.hold_biases()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        self.hold_biases()
+
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode)
+        self.hold_biases()
         for name in SHOWN:
             if not hasattr(type(self.block), name):
                 self.block.__dict__[name] = () if name == "other_param_names" else getattr(self, name)

