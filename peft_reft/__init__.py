@@ -3,6 +3,7 @@
 Importing the package makes REFT known to PEFT: pass a `ReftConfig` wherever you pass a `LoraConfig`.
 """
 
+from peft_reft import integrations as _integrations
 from peft_reft.integrations.collator import ReftDataCollator
 from peft_reft.interventions.equations import Intervention, register_intervention
 from peft_reft.tuner import register as _register  # first: the classes below need the peft type
@@ -21,3 +22,4 @@ __all__ = [
 ]
 
 _register.register()
+_integrations.register()

@@ -1,4 +1,4 @@
-"""The public name of integrations/lm_eval.py: `import peft_reft.lm_eval` registers the model class `reft` with lm-eval."""
+"""The public name of integrations/lm_eval.py; importing it registers the model class `reft` with lm-eval."""
 
 from peft_reft.integrations.lm_eval import ReftLM, positions_of, scoring_locations
 

@@ -23,8 +23,8 @@ from peft_reft.context.arguments import (
     window_of,
 )
 from peft_reft.context.frame import Call, Frame, current_frame, frame_of_block, innermost_generation, state
+from peft_reft.context.notices import note_forward
 from peft_reft.context.root import BASE, Root
-from peft_reft.context.scoring import warn_if_scored_blindly
 from peft_reft.integrations.continuous_batching import paged_prompts
 from peft_reft.positions.notation import PositionSpec
 from peft_reft.positions.prompts import Prompts, Tokens, align_shift_labels, document_starts
@@ -161,11 +161,12 @@ class Host:
         if isinstance(labels, Tensor) and isinstance(ids, Tensor) and not torch.compiler.is_compiling():
             state.labelled = (self.root, weakref.ref(ids), labels)
         labelled = any(arguments.get(name) is not None for name in ("labels", "shift_labels"))
-        if self.root.causal and generation is None and locations is None and not labelled:
-            if module.training and torch.is_grad_enabled():
-                self.root.warn_once(UNLABELLED_TRAINING)
-            elif not torch.compiler.is_compiling():
-                warn_if_scored_blindly(self.root)
+        unlabelled = self.root.causal and generation is None and locations is None and not labelled
+        in_training = module.training and torch.is_grad_enabled()
+        if unlabelled and in_training:
+            self.root.warn_once(UNLABELLED_TRAINING)
+        if not torch.compiler.is_compiling():
+            note_forward(module, unlabelled and not in_training)
         return Call(self, labels, arguments.get("shift_labels"), locations, names, generation, torch.is_grad_enabled())
 
     def _remembered_labels(self, module: nn.Module, arguments: dict[str, Any]) -> Tensor | None:

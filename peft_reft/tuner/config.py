@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 
 from peft_reft.interventions.equations import intervention_names
 from peft_reft.positions.notation import parse_positions
+from peft_reft.tuner.neighbours import AFTER_SAVING
 
 
 @dataclass
@@ -110,19 +111,19 @@ class ReftConfig(PeftConfig):
         self._validate()
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json, and a section of the README.md if the adapter's weights are there too.
+        """Write adapter_config.json, then let others add theirs to the directory, such as a section of its README.md.
 
-        PEFT calls this last when it saves an adapter (see card.py).
+        PEFT calls this last when it saves an adapter.
         """
         super().save_pretrained(save_directory, **kwargs)
-        try:
-            from peft_reft.integrations.model_card import describe_saved
-
-            describe_saved(save_directory)
-        except Exception as error:  # never at the cost of what is being saved
-            warnings.warn(
-                f"The adapter is saved in {str(save_directory)!r}, but its README.md lacks ReFT's section: {error!r}"
-            )
+        for finish in AFTER_SAVING:
+            try:
+                finish(save_directory)
+            except Exception as error:  # never at the cost of what is being saved
+                warnings.warn(
+                    f"The adapter is saved in {str(save_directory)!r}, but its README.md may lack ReFT's section: "
+                    f"{error!r}"
+                )
 
     def _validate(self) -> None:
         def is_int(value: Any) -> bool:

@@ -30,6 +30,7 @@ from peft_reft.tuner.checkpoint import (
 from peft_reft.tuner.config import ReftConfig, prompt_end_ids
 from peft_reft.tuner.layer import CHILD, ReftLayer, attach_layer
 from peft_reft.tuner.native import CheckedLoading, call_of
+from peft_reft.tuner.neighbours import ON_INJECTION
 from peft_reft.tuner.targets import check_shapes, check_trained_tokens, choose_targets, own_name, rank_of
 
 INTERVENTIONS = f".{CHILD}.reft_interventions."  # what stands between a block's name and the adapter's in a key
@@ -86,6 +87,8 @@ class ReftModel(BaseTuner):
                 self.peft_config.pop(adapter_name)
             raise
         attach_hosts(model, is_causal_lm(model, self.peft_config[adapter_name]), self._survey)
+        for notify in ON_INJECTION:
+            notify(model)
         if loading is not None:
             loading.expect(self.peft_config[adapter_name])
 
