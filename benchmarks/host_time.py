@@ -137,8 +137,6 @@ def compared(base: nn.Module, inputs: dict[str, Tensor], training: bool) -> dict
     }
     for model in models.values():
         model.train(training)
-        if not training:
-            model.requires_grad_(False)
     with torch.no_grad():
         reference, hooks, reft = (models[name](**inputs).logits for name in ("reference", "hooks", "reft"))
     if (reft - hooks).abs().max() > 1e-3 * (reft - reference).abs().max():
@@ -150,13 +148,21 @@ def compared(base: nn.Module, inputs: dict[str, Tensor], training: bool) -> dict
 
 
 def forward(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], Any]:
-    return torch.no_grad()(lambda: model(**inputs))
+    """Without gradients. The mode is set each time, as by transformers' Trainer: its own cost grows with the modules."""
+
+    @torch.no_grad()
+    def run() -> None:
+        model.eval()
+        model(**inputs)
+
+    return run
 
 
 def training_step(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], Any]:
     """Forward and backward; the optimizer's own time depends on how many tensors there are, not on the method."""
 
     def run() -> None:
+        model.train()
         model(**inputs).loss.backward()
         for parameter in trained:
             parameter.grad = None
@@ -194,7 +200,7 @@ def figure(name: str, value: Any, goal: float, methods: dict[str, Any] | None = 
 
 
 def forward_part(work: Work) -> list[Figure]:
-    """A forward without gradients, frozen weights."""
+    """A forward without gradients, of an adapter in training: its weights are not frozen."""
     times = time_methods(work.base, work.unlabelled(), False, work.rounds)
     return [
         figure("forward / plain hooks", ratio(times, "reft", "hooks"), 1.06, by_method(times)),
