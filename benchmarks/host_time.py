@@ -148,7 +148,7 @@ def compared(base: nn.Module, inputs: dict[str, Tensor], training: bool) -> dict
 
 
 def forward(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], Any]:
-    """Without gradients. The mode is set each time, as by transformers' Trainer: its own cost grows with the modules."""
+    """Without gradients. The mode is set each time, as a trainer does; what that costs grows with the modules."""
 
     @torch.no_grad()
     def run() -> None:

