@@ -1,6 +1,6 @@
 """What the benchmarks share: the models they compare, interleaved timing, counting of operations, the machine's record.
 
-Imported by overhead.py, full_scale.py and learning.py; nothing to run here.
+Imported by the other programs of this folder; nothing to run here.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import copy
 import datetime
 import gc
 import importlib.metadata
+import json
 import os
 import platform
 import re
 import statistics
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -174,6 +176,21 @@ def interleaved(functions: dict[str, Callable[[], Any]], rounds: int, warmup: in
     return times
 
 
+def import_milliseconds(runs: int) -> dict[str, dict[str, float]]:
+    """How long `import peft_reft` takes after `import peft`, each time in a fresh process: spreads by clock."""
+    code = (
+        "import time, peft; wall, cpu = time.perf_counter(), time.process_time(); import peft_reft; "
+        "print(time.perf_counter() - wall, time.process_time() - cpu)"
+    )
+    found = []
+    for _ in range(runs):
+        output = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+        )
+        found.append([1e3 * float(value) for value in output.stdout.split()])
+    return {clock: spread([run[i] for run in found]) for i, clock in enumerate(("wall", "cpu"))}
+
+
 # Operations.
 
 # Views by another name: they only rename dimensions of a fresh result.
@@ -210,6 +227,34 @@ def operations(function: Callable[[], Any]) -> Counter[str]:
 def difference(counts: Counter[str], reference: Counter[str]) -> dict[str, int]:
     """What `counts` has more (or, negative, less) of."""
     return {n: counts[n] - reference[n] for n in sorted({*counts, *reference}) if counts[n] != reference[n]}
+
+
+def added_operations(inputs: dict[str, Tensor], vocab: int, training: bool) -> dict[int, dict[str, int]]:
+    """What ReFT adds to a forward of models of 2 and of 6 blocks: blocks -> operation -> count.
+
+    Counted on the fifth forward: the first ones hold checks, and the first one of inference fills a cache.
+    """
+    added = {}
+    for blocks in (2, 6):
+        counts = {}
+        base = llama(hidden=64, blocks=blocks, intermediate=64, vocab=vocab)
+        for name, model in variants(base, ("base", "reft")).items():
+            model.train(training)
+            if not training:
+                model.requires_grad_(False)
+            with torch.set_grad_enabled(training):
+                for _ in range(4):
+                    model(**inputs)
+                counts[name] = operations(lambda m=model: m(**inputs))
+        added[blocks] = difference(counts["reft"], counts["base"])
+    return added
+
+
+def per_block_and_once(added: dict[int, dict[str, int]]) -> tuple[float, float]:
+    """How many operations each block adds, and how many are left at zero blocks."""
+    totals = {blocks: sum(counts.values()) for blocks, counts in added.items()}
+    per_block = (totals[6] - totals[2]) / 4
+    return per_block, totals[2] - 2 * per_block
 
 
 # What makes the host wait for a device. `aten.equal` would, too; the package calls it for weights on the CPU only.
@@ -309,3 +354,46 @@ def heading(record: dict[str, Any]) -> str:
         f"{record['hardware']}; {record['threads']} threads, load {record['load'][0]} at the start; Python "
         f"{record['python']}, {versions}; commit {record['commit']}; {record['date']}."
     )
+
+
+def show(value: Any) -> str:
+    """A number of a table; of a spread the median, with the quartiles in brackets."""
+    if value is None:
+        return "-"
+    if isinstance(value, dict):
+        digits = 3 if value["median"] < 10 else 1
+        return f"{value['median']:.{digits}f} ({value['low']:.{digits}f}-{value['high']:.{digits}f})"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    header = list(header)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
+
+
+def met_or_not(met: bool | None) -> str:
+    return {True: "yes", False: "**no**", None: ""}[met]
+
+
+def keep(path: Path, name: str, part: dict[str, Any], order: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Write one part of a benchmark into its JSON file, beside the parts that were measured earlier the same day.
+
+    Args:
+        part: {"run": `environment()` and the command, "seconds", "rows"}.
+        order: the names of all parts.
+
+    Returns:
+        All parts of the file, in that order.
+    """
+    parts = json.loads(path.read_text())["parts"] if path.exists() else {}
+    parts[name] = part
+    path.write_text(json.dumps({"parts": parts}, indent=1) + "\n")
+    return {key: parts[key] for key in order if key in parts}
+
+
+def origins(parts: dict[str, dict[str, Any]]) -> str:
+    """Which run each part comes from, as a list in Markdown."""
+    runs: dict[str, list[str]] = {}
+    for name, part in parts.items():
+        runs.setdefault(f"`{part['run']['command']}`: {heading(part['run'])}", []).append(name)
+    return "\n".join(f"- {', '.join(names)}: {run}" for run, names in runs.items())

@@ -22,14 +22,25 @@ import tempfile
 import time
 import tracemalloc
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import common
 import torch
-from common import Q_V, interleaved, llama, lora_config, operations, reft_config, spread, variants
+from common import (
+    Q_V,
+    interleaved,
+    llama,
+    lora_config,
+    markdown_table,
+    met_or_not,
+    operations,
+    reft_config,
+    show,
+    spread,
+    variants,
+)
 from peft import get_peft_model
 from torch import nn
 from transformers import StoppingCriteria, StoppingCriteriaList
@@ -298,27 +309,13 @@ def ops(work: Work) -> list[Row]:
     """Tensor operations that ReFT adds to a forward: per block, and once per forward. Counted on 2 and 6 blocks."""
     rows = []
     for mode in ("inference", "training"):
-        per_block, once, syncs, detail = [], [], [], Counter()
+        per_block, once, syncs, detail = [], [], [], {}
         for rows_, columns in ((4, 128), (1, 16), (9, 40)):
-            inputs = work.batch(rows_, columns)
-            added = {}
-            for blocks in (2, 6):
-                counts = {}
-                for name, model in variants(llama(blocks=blocks, vocab=work.vocab), ("base", "reft")).items():
-                    model.train(mode == "training")
-                    if mode == "inference":
-                        model.requires_grad_(False)
-                    with torch.set_grad_enabled(mode == "training"):
-                        for _ in range(
-                            4
-                        ):  # the first training forwards hold a check, the first of inference fills a cache
-                            model(**inputs)
-                        counts[name] = operations(lambda m=model, i=inputs: m(**i))
-                added[blocks] = common.difference(counts["reft"], counts["base"])
+            added = common.added_operations(work.batch(rows_, columns), work.vocab, mode == "training")
+            in_block, outside = common.per_block_and_once(added)
+            per_block.append(in_block)
+            once.append(outside)
             syncs.append(common.synchronizing(added[6]))
-            totals = {blocks: sum(counts.values()) for blocks, counts in added.items()}
-            per_block.append((totals[6] - totals[2]) / 4)
-            once.append(totals[2] - 2 * per_block[-1])
             detail = {n: (added[6][n] - added[2].get(n, 0)) / 4 for n in added[6] if added[6][n] != added[2].get(n, 0)}
         goal = TENSOR_OPERATIONS_GOAL[mode]
         listed = ", ".join(f"{name.split('.')[1]} {count:g}" for name, count in detail.items())
@@ -344,17 +341,7 @@ def ops(work: Work) -> list[Row]:
 
 def imports(work: Work) -> list[Row]:
     """Import time on top of peft, each in a fresh process."""
-    code = (
-        "import time, peft; wall, cpu = time.perf_counter(), time.process_time(); import peft_reft; "
-        "print(time.perf_counter() - wall, time.process_time() - cpu)"
-    )
-    runs = []
-    for _ in range(work.rounds):
-        output = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
-        )
-        runs.append([1e3 * float(value) for value in output.stdout.split()])
-    wall, cpu = (spread([run[i] for run in runs]) for i in (0, 1))
+    wall, cpu = common.import_milliseconds(work.rounds).values()
     note = f"CPU time {cpu['median']:.0f} ms"
     return [Row("import peft_reft on top of peft, ms", {"reft": wall}, "≤ 50 ms", wall["median"] <= 50, note)]
 
@@ -521,26 +508,13 @@ PARTS: dict[str, Callable[[Work], list[Row]]] = {
 # The results.
 
 
-def show(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, dict):
-        digits = 3 if value["median"] < 10 else 1
-        return f"{value['median']:.{digits}f} ({value['low']:.{digits}f}-{value['high']:.{digits}f})"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
 def table(rows: list[Row]) -> str:
     """The rows as Markdown."""
-    lines = [
-        "| figure | LoReFT | LoRA r=8 q,v | LoRA r=8 all linear | goal | met | note |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        cells = [show(row.values.get(name)) for name in LABELS]
-        met = {True: "yes", False: "**no**", None: ""}[row.met]
-        lines.append(f"| {row.figure} | {' | '.join(cells)} | {row.goal} | {met} | {row.note} |")
-    return "\n".join(lines)
+    cells = (
+        [row.figure, *(show(row.values.get(name)) for name in LABELS), row.goal, met_or_not(row.met), row.note]
+        for row in rows
+    )
+    return markdown_table(["figure", *LABELS.values(), "goal", "met", "note"], cells)
 
 
 def draw(rows: list[Row], path: Path, title: str) -> None:
@@ -601,24 +575,12 @@ def main() -> None:
         print(f"{table(rows)}\n[{name}: {seconds} s]\n", flush=True)
         part = {"run": environment, "seconds": seconds, "rows": [row._asdict() for row in rows]}
         if not arguments.no_write:
-            # Parts that were measured earlier the same day stay in the table, each with the run it comes from.
-            earlier = json.loads(path.read_text())["parts"] if path.exists() else {}
-            write({"parts": {**earlier, name: part}}, path)
+            parts = common.keep(path, name, part, PARTS)
+            kept = [Row(**row) for part in parts.values() for row in part["rows"]]
+            path.with_suffix(".md").write_text(f"# What ReFT costs\n\n{table(kept)}\n\n{common.origins(parts)}\n")
+            draw(kept, path.with_suffix(".png"), f"{environment['command']}: {common.heading(environment)}")
     if not arguments.no_write:
         print(path.with_suffix(".md").read_text())
-
-
-def write(record: dict[str, Any], path: Path) -> None:
-    """The results so far as JSON, as a table, and as a picture."""
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    parts = {name: record["parts"][name] for name in PARTS if name in record["parts"]}
-    rows = [Row(**row) for part in parts.values() for row in part["rows"]]
-    runs: dict[str, list[str]] = {}
-    for name, part in parts.items():
-        runs.setdefault(f"`{part['run']['command']}`: {common.heading(part['run'])}", []).append(name)
-    origin = "\n".join(f"- {', '.join(names)}: {run}" for run, names in runs.items())
-    path.with_suffix(".md").write_text(f"# What ReFT costs\n\n{table(rows)}\n\n{origin}\n")
-    draw(rows, path.with_suffix(".png"), next(iter(runs)))
 
 
 if __name__ == "__main__":

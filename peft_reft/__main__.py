@@ -20,6 +20,7 @@ python -m peft_reft COMMAND ...          one of the commands below; COMMAND --he
 python -m peft_reft SCRIPT ...           run a Python script with ReFT adapters known to PEFT
 python -m peft_reft -m MODULE ...        the same for a module, as in: -m lm_eval --model reft --model_args ...
 python -m peft_reft PROGRAM ...          the same for a command of an installed package, as in: transformers serve
+LAUNCHER -m peft_reft SCRIPT ...         the same in many processes; LAUNCHER: accelerate launch, or torchrun
 
 Commands:
 """ + "".join(f"  {name:<10}{help}\n" for name, help in COMMANDS.items())
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> Any:
 
     try:
         return runner.run(argv)
-    except runner.NoSuchProgram as error:
+    except runner.CannotRun as error:
         print(f"python -m peft_reft: {error}", file=sys.stderr)
         return error.status
 

@@ -11,7 +11,6 @@ import torch
 import transformers
 from conftest import EOS, PAD, randomize, reft_model, tiny_model
 from peft import LoraConfig, get_peft_model
-from peft_reft.context.scoring import SCORED_BLINDLY
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from peft_reft import ReftConfig
@@ -25,6 +24,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from peft_reft.integrations.lm_eval import ReftLM, scoring_locations
+from peft_reft.integrations.lm_eval_notice import SCORED_BLINDLY
 
 CHAT = (
     "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
@@ -252,6 +252,14 @@ def test_positions_that_the_tokens_tell_need_no_warning(settings, llama):
         warnings.simplefilter("error", UserWarning)
         own_class = scores(evaluated(HFLM, model), requests)
     torch.testing.assert_close(own_class, scores(evaluated(ReftLM, model), requests), rtol=0, atol=1e-4)
+
+
+def test_a_disabled_adapter_is_scored_as_the_base_model_without_a_warning(llama):
+    model = reft_model(llama, task_type="CAUSAL_LM", positions="f1+l2")
+    with warnings.catch_warnings(), model.disable_adapter():
+        warnings.simplefilter("error", UserWarning)
+        base = scores(evaluated(HFLM, model))
+    torch.testing.assert_close(base, scores(evaluated(HFLM, tiny_model("llama"))), rtol=0, atol=1e-4)
 
 
 def test_other_forwards_than_lm_evals_do_not_warn(llama):

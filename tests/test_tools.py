@@ -17,9 +17,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
 from peft_reft import __main__ as command_line
-from peft_reft import children
 from peft_reft.integrations import runner
-from peft_reft.integrations.runner import NoSuchProgram
+from peft_reft.integrations.runner import CannotRun
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 PROBE = """
@@ -40,10 +39,9 @@ def programs(tmp_path, monkeypatch):
         (tmp_path / path).write_text(PROBE)
     (tmp_path / "package" / "__init__.py").write_text("")
     monkeypatch.chdir(tmp_path)
-    for name, value in (("argv", ["unset"]), ("path", [str(tmp_path), *sys.path]), ("meta_path", [*sys.meta_path])):
+    for name, value in (("argv", ["unset"]), ("path", [str(tmp_path), *sys.path])):
         monkeypatch.setattr(sys, name, value)
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
-    monkeypatch.setenv("PYTHONPATH", "")
     return tmp_path
 
 
@@ -91,7 +89,7 @@ def test_errors_and_exit_statuses_are_the_programs_own(programs):
         runner.run(["-m", "needs"])
     with pytest.raises(SystemExit, match="7"):
         runner.run(["ends.py"])
-    with pytest.raises(NoSuchProgram, match="no file"):
+    with pytest.raises(CannotRun, match="no file"):
         runner.run([str(programs / "sub")])  # a folder, but without __main__.py
 
 
@@ -108,55 +106,17 @@ def test_commands_are_listed_and_called(capsys, monkeypatch):
     assert "needs 'trl', which is not installed" in capsys.readouterr().err
 
 
-# Processes that a program starts: with stand-ins for PEFT and this package, which say that they were imported.
-
-LATER = "import sys; print('start', 'peft_reft' in sys.modules); import peft; print('end', 'peft_reft' in sys.modules)"
-
-
-def child(folder, code, path, **files):
-    for name, text in files.items():
-        (folder / f"{name}.py").write_text(text)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split(), done.stderr
-
-
-CHILDREN = children.__path__[0]
-
-
-@pytest.mark.parametrize("through", ["child", "grandchild"])
-def test_a_process_that_imports_peft_gets_to_know_reft(through, tmp_path):
-    code = LATER
-    if through == "grandchild":
-        code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {LATER!r}], check=True)"
-    files = {"peft": "print('peft')", "peft_reft": "import peft; print('reft')"}
-    out, _ = child(tmp_path, code, [CHILDREN, str(tmp_path)], **files)
-    assert out == ["start", "False", "peft", "reft", "end", "True"]
-    without, _ = child(tmp_path, code, [str(tmp_path)])
-    assert without == ["start", "False", "peft", "end", "False"]
-
-
-def test_a_process_of_another_environment_is_left_alone(tmp_path):
-    out, errors = child(tmp_path, f"import sys; sys.modules['peft_reft'] = None\n{LATER}", [CHILDREN], peft="")
-    assert out == ["start", "True", "end", "True"] and not errors
-    broken = "raise ImportError('peft 0.1 is not supported')"
-    out, errors = child(tmp_path, LATER, [CHILDREN, str(tmp_path)], peft="", peft_reft=broken)
-    assert out == ["start", "False", "end", "False"]
-    assert "ReFT is not known in this process: peft 0.1 is not supported" in errors
-
-
-def test_a_sitecustomize_of_the_machine_still_runs(tmp_path):
-    code = "import sys, sitecustomize; print(sitecustomize.__file__, any('children' in entry for entry in sys.path))"
-    out, _ = child(tmp_path, code, [CHILDREN, str(tmp_path)], sitecustomize="print('machine')")
-    assert out == ["machine", str(tmp_path / "sitecustomize.py"), "False"]
-
-
-def test_a_running_process_lets_its_children_know_and_keeps_what_pythonpath_held(programs, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", "/mine")
-    runner.tell_children()
-    runner.tell_children()
-    assert os.environ["PYTHONPATH"].split(os.pathsep) == [CHILDREN, "/mine"]
+@pytest.mark.parametrize(
+    ("how", "instead"),
+    [
+        (["accelerate", "launch", "script.py"], "accelerate launch -m peft_reft SCRIPT"),
+        (["-m", "torch.distributed.run", "script.py"], "torchrun -m peft_reft SCRIPT"),
+    ],
+    ids=["accelerate", "torchrun"],
+)
+def test_a_launcher_is_refused_with_the_way_to_start_it(how, instead, programs, capsys):
+    assert command_line.main(how) == 2
+    assert instead in capsys.readouterr().err
 
 
 # What loads a folder.
@@ -259,17 +219,34 @@ def test_transformers_serve_answers_with_the_adapter(folder, tmp_path):
         server.wait(30)
 
 
-def test_a_program_and_its_children_load_an_adapter(folder, tmp_path):
-    """For real, once: the script, a process that it starts, and its exit status."""
-    (tmp_path / "script.py").write_text(
-        "import subprocess, sys\n"
-        "from peft import PeftConfig\n"
-        "print(PeftConfig.from_pretrained(sys.argv[1]).positions)\n"
-        "if 'child' not in sys.argv:\n"
-        "    sys.exit(3 + subprocess.call([sys.executable, __file__, sys.argv[1], 'child']))\n"
-    )
-    program = ["script.py", str(folder / "adapter")]
-    done = subprocess.run(
-        [sys.executable, "-m", "peft_reft", *program], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout.split()) == (3, ["f1+l2", "f1+l2"]), done.stderr
+LOADS = """
+import os, sys
+from peft import PeftConfig
+with open(f"seen by {os.environ.get('RANK', '0')}", "w") as file:
+    print(PeftConfig.from_pretrained(sys.argv[1]).positions, __name__, sys.argv[2:], file=file)
+"""
+
+
+def test_a_program_loads_an_adapter_and_ends_with_its_own_status(folder, tmp_path):
+    """For real, once."""
+    (tmp_path / "script.py").write_text(f"{LOADS}\nsys.exit(3)")
+    command = [sys.executable, "-m", "peft_reft", "script.py", str(folder / "adapter"), "--flag"]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
+    assert (tmp_path / "seen by 0").read_text() == "f1+l2 __main__ ['--flag']\n"
+
+
+@pytest.mark.parametrize("program", [["script.py"], ["-m", "script"]], ids=["script", "module"])
+def test_processes_of_a_launcher_know_reft(program, folder, tmp_path):
+    (tmp_path / "script.py").write_text(LOADS)
+    launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(20000 + os.getpid() % 20000)]
+    if program == ["script.py"]:
+        launcher = ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+    command = [sys.executable, "-m", *launcher, "-m", "peft_reft", *program, str(folder / "adapter"), "--flag"]
+    environment = {**ENVIRONMENT, "HF_HOME": str(tmp_path)}  # a configuration of accelerate's that somebody made
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ranks = [0, 1] if launcher[0] == "torch.distributed.run" else [0]
+    assert [(tmp_path / f"seen by {rank}").read_text() for rank in ranks] == [
+        "f1+l2 __main__ ['--flag']\n" for _ in ranks
+    ]

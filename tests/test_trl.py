@@ -13,8 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from trl import SFTConfig, SFTTrainer
 
 from peft_reft import ReftConfig, ReftDataCollator, get_interventions
-from peft_reft.context.host import UNLABELLED_TRAINING
-from peft_reft.context.root import NOTHING_EDITED
+from peft_reft.context.notices import NOTHING_EDITED, UNLABELLED_TRAINING
 
 CHAT = (
     "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"

@@ -1,25 +1,49 @@
-"""The neighbours: trainers, lm-eval, model cards, hotswap, continuous batching. One file each; the tuner imports none.
+"""The neighbours, one file each: collators, trainers, lm-eval, model cards, hotswap, continuous batching.
 
-What the tuner offers them is in tuner/neighbours.py; `register` takes it up when the package is imported.
+Each imports the tuner, which imports none of them: what they do when an adapter is made or saved is registered here
+with the tuner's lists. A library that is not loaded is not imported for it.
 """
 
 from __future__ import annotations
 
 import os
+import sys
+
+from torch import nn
 
 from peft_reft.integrations import continuous_batching, hotswap
-from peft_reft.tuner.neighbours import AFTER_SAVING
+from peft_reft.tuner.neighbours import AFTER_SAVING, ON_INJECTION
 
 
 def register() -> None:
-    """Make the integrations known to the tuner. Each does its own imports when it is needed."""
+    """Enter the functions below into the tuner's lists, once."""
     hotswap.register()
     continuous_batching.register()
-    AFTER_SAVING[:] = [describe_saved]
+    for watch in (watch_trainers, watch_lm_eval):
+        if watch not in ON_INJECTION:
+            ON_INJECTION.append(watch)
+    if add_card not in AFTER_SAVING:
+        AFTER_SAVING.append(add_card)
 
 
-def describe_saved(directory: str | os.PathLike[str]) -> None:
-    """Write ReFT's section into the README.md of an adapter that was just saved."""
+def watch_trainers(model: nn.Module) -> None:
+    """Let transformers' trainers give the notices of trainer.py, if the program uses them."""
+    if "transformers.trainer" in sys.modules:
+        from peft_reft.integrations.trainer import add_to_default_callbacks
+
+        add_to_default_callbacks()
+
+
+def watch_lm_eval(model: nn.Module) -> None:
+    """Let lm-eval's own model class give the notice of lm_eval_notice.py, if the program uses it."""
+    if "lm_eval.models.huggingface" in sys.modules:
+        from peft_reft.integrations.lm_eval_notice import watch_scoring
+
+        watch_scoring()
+
+
+def add_card(directory: str | os.PathLike[str]) -> None:
+    """Write ReFT's section into the model card of a saved adapter."""
     from peft_reft.integrations.model_card import describe_saved
 
     describe_saved(directory)

@@ -2,7 +2,7 @@
 
 lm-eval's own class, `hf`, scores a continuation in one padded row with its context and does not tell the model where
 the context ends. The class here, `reft`, says so with `intervention_locations`; all else is lm-eval's. Importing this
-file registers it. Programs run by `python -m peft_reft` need not import it.
+file registers it; `python -m peft_reft -m lm_eval` has done so.
 
 Shape letters: B rows, S columns, G position groups, P positions per group, V vocabulary.
 """

@@ -3,28 +3,25 @@
 PEFT writes a model card when it saves, TRL's trainers write one of their own, and neither asks a tuner for a word. Both
 end a save with the config, though: `PeftModel.save_pretrained` writes the card, then the tensors, and calls
 `config.save_pretrained(directory)` last, once for every adapter's own directory and on the main process only. So
-`ReftConfig.save_pretrained` calls `describe_saved` here, and nothing of PEFT or TRL is patched.
+`ReftConfig.save_pretrained` has `describe_saved` called, and nothing of PEFT or TRL is patched.
 
 The section stands between two comments. Saving again replaces what is between them and touches nothing else.
 
-`model.push_to_hub` saves to a temporary directory, and then puts the card that the hub has (or a new one) over the
-README.md there. That card is given the section, too (see `card_being_pushed`). A trainer's own `push_to_hub` writes the
-trainer's card after everything else, without the section: `trainer.model.push_to_hub(repository)` then adds it.
+`model.push_to_hub` saves to a temporary directory and then writes a card of its own over the one there, without the
+section, as a trainer's `push_to_hub` does. To push the section, save the adapter and upload the directory:
+`model.save_pretrained(directory)`, then `huggingface_hub.upload_folder(repo_id=..., folder_path=directory)`.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from transformers.utils.hub import PushToHubMixin
 
 from peft_reft.info import AdapterInfo, adapter_info
 from peft_reft.info.reading import AUTO_CLASSES
@@ -48,11 +45,7 @@ def describe_saved(directory: str | os.PathLike[str]) -> None:
     directory = Path(directory)
     if not any((directory / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
         return
-    section = section_of(adapter_info(directory, look_at_weights=False))
-    write_section(directory / "README.md", section)
-    card = card_being_pushed(directory)
-    if card is not None:
-        card.text = with_section(card.text, section)
+    write_section(directory / "README.md", section_of(adapter_info(directory, look_at_weights=False)))
 
 
 def write_section(path: Path, section: str) -> None:
@@ -148,17 +141,3 @@ model = PeftModel.from_pretrained(base, "path/to/this/directory")
 def cell(text: str) -> str:
     """Text for a cell of a Markdown table."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
-
-
-def card_being_pushed(directory: Path) -> Any:
-    """The card that `push_to_hub` will put over the README.md in `directory`; None if nothing is being pushed.
-
-    It is a local variable of the caller that waits for the save to end; nothing but its text is touched.
-    """
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not PushToHubMixin.push_to_hub.__code__:
-        frame = frame.f_back
-    if frame is None or Path(frame.f_locals.get("tmp_dir", "")) != directory:
-        return None
-    card = frame.f_locals.get("model_card")
-    return card if isinstance(card, ModelCard) else None

@@ -1,11 +1,13 @@
 """Runs another Python program with REFT registered, so that tools which only know PEFT can load an adapter.
 
 The program sees what it would see under `python PROGRAM`: `sys.argv`, `sys.path[0]` and `__main__`, and its exit
-status is that of this process. Processes that it starts get to know ReFT by children/sitecustomize.py.
+status is that of this process. Other processes that it starts are not told: a launcher takes this command as the
+program to start, as in `accelerate launch -m peft_reft SCRIPT`.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import io
 import os
@@ -19,11 +21,19 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
-from peft_reft.children import sitecustomize as children
+LAUNCHERS = {
+    "accelerate": "accelerate launch",
+    "accelerate-launch": "accelerate launch",
+    "accelerate.commands.launch": "accelerate launch",
+    "torchrun": "torchrun",
+    "torch.distributed.run": "torchrun",
+    "torch.distributed.launch": "torchrun",
+}
+LM_EVAL = {"lm_eval", "lm-eval"}  # its module, its command
 
 
-class NoSuchProgram(Exception):
-    """What was to be run does not exist.
+class CannotRun(Exception):
+    """What was to be run does not exist, or cannot be run so.
 
     Attributes:
         status: the exit status that Python has in this case.
@@ -45,9 +55,9 @@ def run(argv: list[str]) -> Any:
         What the function of a command returned, None for a script or module: in both cases the argument of `sys.exit`.
 
     Raises:
-        NoSuchProgram: before anything is run.
+        CannotRun: before anything is run.
     """
-    tell_children()
+    prepare_for(argv[1:] if argv[0] == "-m" else argv)
     if argv[0] == "-m":
         return run_module(argv[1:])
     if Path(argv[0]).is_file():
@@ -57,23 +67,27 @@ def run(argv: list[str]) -> Any:
     return run_command(argv)
 
 
-def tell_children() -> None:
-    """Make REFT known to the Python processes that this one starts, and to lm-eval in all of them and this one."""
-    folder = str(Path(children.__file__).parent)
-    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    os.environ["PYTHONPATH"] = os.pathsep.join([folder, *(entry for entry in inherited if entry not in ("", folder))])
-    children.install()
+def prepare_for(argv: list[str]) -> None:
+    """Refuse a launcher, whose processes would not know REFT, and let lm-eval know the model class `reft`."""
+    name = argv[0] if argv else ""
+    if name in LAUNCHERS:
+        raise CannotRun(
+            f"{name} starts other processes, which would not know ReFT. Let it start this command in each: "
+            f"{LAUNCHERS[name]} -m peft_reft SCRIPT ..."
+        )
+    if name in LM_EVAL and importlib.util.find_spec("lm_eval") is not None:
+        importlib.import_module("peft_reft.integrations.lm_eval")
 
 
 def run_module(argv: list[str]) -> None:
     """As `python -m argv[0] argv[1:]`."""
     if not argv:
-        raise NoSuchProgram("-m needs the name of a module, as in: python -m peft_reft -m lm_eval")
+        raise CannotRun("-m needs the name of a module, as in: python -m peft_reft -m lm_eval")
     spec = main_spec(argv[0])
     loader: Any = spec.loader
     code = loader.get_code(spec.name) if hasattr(loader, "get_code") else None
     if code is None:
-        raise NoSuchProgram(f"{argv[0]!r} has no code of its own and cannot be run.", 1)
+        raise CannotRun(f"{argv[0]!r} has no code of its own and cannot be run.", 1)
     sys.argv = [spec.origin or argv[0], *argv[1:]]
     run_as_main(code, spec.origin, spec)
 
@@ -87,13 +101,13 @@ def main_spec(name: str) -> ModuleSpec:
             raise  # a package above it exists, and needs something that does not
         spec = None
     except ValueError as error:  # a module that is running has no spec
-        raise NoSuchProgram(f"{name!r} cannot be run: {error}", 1) from error
+        raise CannotRun(f"{name!r} cannot be run: {error}", 1) from error
     if spec is None:
-        raise NoSuchProgram(f"No module named {name}", 1)
+        raise CannotRun(f"No module named {name}", 1)
     if spec.submodule_search_locations is None:
         return spec
     if name.endswith("__main__"):
-        raise NoSuchProgram("Cannot use package as __main__ module", 1)
+        raise CannotRun("Cannot use package as __main__ module", 1)
     return main_spec(f"{name}.__main__")
 
 
@@ -117,7 +131,7 @@ def run_folder(argv: list[str]) -> None:
     path = os.path.abspath(argv[0])
     spec = PathFinder.find_spec("__main__", [path])
     if spec is None or spec.loader is None:
-        raise NoSuchProgram(f"can't find '__main__' module in {argv[0]!r}", 1)
+        raise CannotRun(f"can't find '__main__' module in {argv[0]!r}", 1)
     loader: Any = spec.loader
     sys.argv = argv[:]
     lead_path_with(path)
@@ -129,7 +143,7 @@ def run_command(argv: list[str]) -> Any:
     name = argv[0]
     found = list(entry_points(group="console_scripts", name=name))
     if not found:
-        raise NoSuchProgram(
+        raise CannotRun(
             f"{name!r} is no file, and no installed package has a command of that name. A module is run with "
             "-m: python -m peft_reft -m MODULE ..."
         )
