@@ -16,7 +16,8 @@ from peft_reft.context.generation import GenerateEntry
 from peft_reft.context.host import Host, Stage
 from peft_reft.context.root import Root
 from peft_reft.integrations.continuous_batching import BatchingEntry
-from peft_reft.tuner.layer import CHILD, ReftLayer, detach_layer
+from peft_reft.tuner.keys import CHILD
+from peft_reft.tuner.layer import ReftLayer, detach_layer
 
 TOKENS = {"input_ids", "inputs_embeds", "decoder_input_ids"}  # parameters by which a module takes tokens
 

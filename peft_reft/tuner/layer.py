@@ -25,11 +25,11 @@ from peft_reft.interventions.equations import Factors, build_intervention, edit_
 from peft_reft.positions.notation import PositionSpec, parse_positions
 from peft_reft.positions.places import Sites, add_edit
 from peft_reft.tuner.config import ReftConfig
+from peft_reft.tuner.keys import CHILD, COLLECTION
 from peft_reft.tuner.ownership import nobody_elses
 
-SHOWN = ("active_adapters", "adapter_layer_names", "other_param_names", "reft_interventions")  # on the block, too
+SHOWN = ("active_adapters", "adapter_layer_names", "other_param_names", COLLECTION)  # on the block, too
 cached_spec = lru_cache(parse_positions)  # one object for all blocks and adapters with the same notation
-CHILD = "reft"  # the layer's name below its block; must not hold the prefix "reft_", by which PEFT skips modules
 
 
 class Groups(nn.ModuleList):
@@ -59,7 +59,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         layout: where in that output they stand.
     """
 
-    adapter_layer_names = ("reft_interventions",)
+    adapter_layer_names = (COLLECTION,)
     other_param_names = ("position_specs", "share_weights", "scaling", "being_loaded")
 
     if TYPE_CHECKING:  # properties of BaseTunerLayer

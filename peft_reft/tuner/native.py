@@ -20,6 +20,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from peft_reft.tuner.attach import tidy_up
 from peft_reft.tuner.checkpoint import does_not_fit, intervention_shapes, mismatch
+from peft_reft.tuner.keys import is_intervention, without_adapter
 
 LOADER = "_load_pretrained_model"  # the method of transformers' models that reads a checkpoint into one
 
@@ -71,19 +72,20 @@ class CheckedLoading:
 
     def _mismatch(self, report: Any) -> str | None:
         """What keeps the loaded tensors from fitting, from transformers' report."""
-        middle = f".reft.reft_interventions.{self.adapter_name}."
 
         def anonymous(key: str) -> str:
-            return key.replace(middle, ".reft.reft_interventions.")
+            return without_adapter(key, self.adapter_name)
 
-        parameters = {anonymous(name): p for name, p in self.model.named_parameters() if middle in name}
+        parameters = {
+            anonymous(name): p for name, p in self.model.named_parameters() if is_intervention(name, self.adapter_name)
+        }
         wanted = intervention_shapes(parameters)
         saved = dict(wanted)
         for key in report.missing_keys:
             saved.pop(anonymous(key), None)
         for key, shape, _ in report.mismatched_keys:
             saved[anonymous(key)] = tuple(shape)
-        saved |= {anonymous(key): () for key in report.unexpected_keys if ".reft.reft_interventions." in key}
+        saved |= {anonymous(key): () for key in report.unexpected_keys if is_intervention(key)}
         return mismatch(saved, wanted)
 
     def _remove(self) -> None:

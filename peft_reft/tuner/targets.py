@@ -13,7 +13,7 @@ from peft_reft.blocks.numbering import group_by_stack, pick_layers
 from peft_reft.blocks.survey import Remembered
 from peft_reft.tuner.attach import reft_layers
 from peft_reft.tuner.config import ReftConfig
-from peft_reft.tuner.layer import CHILD
+from peft_reft.tuner.keys import CHILD
 
 
 def choose_targets(config: ReftConfig, model: nn.Module, survey: Remembered) -> tuple[set[str], set[str]]:
