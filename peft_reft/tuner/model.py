@@ -20,19 +20,21 @@ from peft_reft.context.frame import adapter_names_scope
 from peft_reft.context.host import Host
 from peft_reft.tuner.attach import attach_hosts, is_causal_lm, reft_layers, remove_reft, tidy_up
 from peft_reft.tuner.checkpoint import (
-    blocks_of,
     cannot_replace,
+    check_tensors,
     does_not_fit,
     intervention_shapes,
     mismatch,
     other_meaning,
+    own_tensors,
+    warn_of_ignored,
 )
 from peft_reft.tuner.config import ReftConfig, prompt_end_ids
-from peft_reft.tuner.layer import CHILD, ReftLayer, attach_layer
+from peft_reft.tuner.keys import INTERVENTIONS, PREFIX, blocks_of, is_intervention, without_adapter, without_child
+from peft_reft.tuner.layer import ReftLayer, attach_layer
 from peft_reft.tuner.native import CheckedLoading, call_of
+from peft_reft.tuner.sizes import check_sizes
 from peft_reft.tuner.targets import check_shapes, check_trained_tokens, choose_targets, own_name, rank_of
-
-INTERVENTIONS = f".{CHILD}.reft_interventions."  # what stands between a block's name and the adapter's in a key
 
 
 class ReftModel(BaseTuner):
@@ -42,7 +44,7 @@ class ReftModel(BaseTuner):
     around the blocks get hooks that find each row's prompt. `unload()` removes all of it.
     """
 
-    prefix = "reft_"
+    prefix = PREFIX
     tuner_layer_cls = ReftLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # no table of architectures: see blocks.py
 
@@ -73,11 +75,10 @@ class ReftModel(BaseTuner):
         self._named_by_state_dict: set[str] = set()
         if kwargs.get("state_dict") is not None:
             # PEFT reads a target's name off each key, as what stands before ".reft_"; there is CHILD in between.
-            middle = f".{CHILD}.{self.prefix}"
             self._named_by_state_dict = {
-                own_name(key.split(middle)[0]) for key in kwargs["state_dict"] if middle in key
+                own_name(block) for block in blocks_of(filter(is_intervention, kwargs["state_dict"]))
             }
-            kwargs["state_dict"] = {k.replace(middle, f".{self.prefix}"): v for k, v in kwargs["state_dict"].items()}
+            kwargs["state_dict"] = {without_child(key): tensor for key, tensor in kwargs["state_dict"].items()}
         loading = CheckedLoading.begun(model, adapter_name)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -107,6 +108,7 @@ class ReftModel(BaseTuner):
         self._layouts = {name: layout for name, (_, layout) in shapes.items()}
         self._targets = {name: (width, rank_of(peft_config, name)) for name, (width, _) in shapes.items()}
         check_shapes(peft_config, self._targets)  # before anything is changed
+        check_sizes(peft_config, model, self._targets)
         check_trained_tokens(peft_config, model, {*self._targets, *reft_layers(model)})
         self._prompt_end = prompt_end_ids(
             peft_config, None, getattr(getattr(model, "config", None), "_name_or_path", None)
@@ -150,7 +152,7 @@ class ReftModel(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """`...reft_interventions.<adapter>.0.basis` -> `...reft_interventions.0.basis`."""
-        return key.replace(f"{INTERVENTIONS}{adapter_name}.", INTERVENTIONS)
+        return without_adapter(key, adapter_name)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -162,7 +164,7 @@ class ReftModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        own = [name for name in state_dict if f"{INTERVENTIONS}{adapter_name}." in name]
+        own = [name for name in state_dict if is_intervention(name, adapter_name)]
         # PEFT looks for the names of modules, which are others than in the state dict where FSDP1 has wrapped blocks.
         selected.update({name: state_dict[name] for name in own})
         if config.share_layers:
@@ -177,12 +179,15 @@ class ReftModel(BaseTuner):
         """PEFT's remapping of names, after a check that the adapter fits the model as a whole.
 
         Raises:
-            ValueError: naming the mismatch. An adapter that was only created to be loaded into is removed again.
+            ValueError: naming the mismatch, or a tensor without finite numbers. An adapter that was only created to be
+                loaded into is removed again.
         """
+        current = model.state_dict()
+        state_dict, ignored = own_tensors(state_dict, model, adapter_name)
         wanted = {
             cls._remove_adapter_name_from_key(name, adapter_name): tensor
-            for name, tensor in model.state_dict().items()
-            if f"{INTERVENTIONS}{adapter_name}." in name
+            for name, tensor in current.items()
+            if is_intervention(name, adapter_name)
         }
         if config.share_layers and wanted and state_dict:  # stored once, for the first of the blocks
             first = blocks_of(wanted)[0]
@@ -191,10 +196,15 @@ class ReftModel(BaseTuner):
                 repeated = {name.replace(first, block, 1): tensor for name, tensor in stored.items()}
                 state_dict = {**repeated, **state_dict}
         reason = mismatch(intervention_shapes(state_dict), intervention_shapes(wanted))
-        if reason is not None:
+        try:
+            if reason is not None:
+                base = model.get_base_model() if isinstance(model, PeftModel) else model
+                raise ValueError(does_not_fit(base, reason, config))
+            check_tensors(state_dict, current)
+        except ValueError:
             remove_if_being_loaded(model, adapter_name)
-            base = model.get_base_model() if isinstance(model, PeftModel) else model
-            raise ValueError(does_not_fit(base, reason, config))
+            raise
+        warn_of_ignored(ignored, current, adapter_name)
         fresh = [layer.being_loaded.pop(adapter_name, False) for layer in reft_layers(model).values()]
         if not any(fresh):
             refuse_another_meaning(adapter_name, config)
