@@ -18,18 +18,17 @@ import inspect
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers.utils.hub import PushToHubMixin
 
 from peft_reft.info import AdapterInfo, adapter_info
 from peft_reft.info.reading import AUTO_CLASSES
 from peft_reft.info.words import in_bytes
 from peft_reft.interventions.equations import BUILT_IN
+from peft_reft.tuner.files import CARD_NAME, has_weights, write_text
 
 BEGIN = "<!-- peft_reft: this section is written anew whenever the adapter is saved; write above or below it -->"
 END = "<!-- peft_reft: end of the section -->"
@@ -46,10 +45,10 @@ def describe_saved(directory: str | os.PathLike[str]) -> None:
             makes a warning of it, since the adapter itself is on disk by then.
     """
     directory = Path(directory)
-    if not any((directory / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+    if not has_weights(directory):
         return
     section = section_of(adapter_info(directory, look_at_weights=False))
-    write_section(directory / "README.md", section)
+    write_section(directory / CARD_NAME, section)
     card = card_being_pushed(directory)
     if card is not None:
         card.text = with_section(card.text, section)
@@ -57,24 +56,14 @@ def describe_saved(directory: str | os.PathLike[str]) -> None:
 
 def write_section(path: Path, section: str) -> None:
     """Put a section into the card at `path`, which is made if there is none; the file is replaced as a whole."""
-    path = Path(os.path.realpath(path))  # a link stays one
     if path.exists():
         with open(path, encoding="utf-8", newline="") as file:  # line ends stay what they are
             text = file.read()
     else:
         text = f"---\n{ModelCardData(library_name='peft').to_yaml()}\n---\n\n# A ReFT adapter\n"
     changed = with_section(text, section)
-    if changed == text:
-        return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            file.write(changed)
-        if path.exists():
-            shutil.copymode(path, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    if changed != text:
+        write_text(path, changed)
 
 
 def with_section(text: str, section: str) -> str:
@@ -158,7 +147,8 @@ def card_being_pushed(directory: Path) -> Any:
     frame = inspect.currentframe()
     while frame is not None and frame.f_code is not PushToHubMixin.push_to_hub.__code__:
         frame = frame.f_back
-    if frame is None or Path(frame.f_locals.get("tmp_dir", "")) != directory:
+    # The save goes to a directory inside of that one (see tuner/saving.py).
+    if frame is None or Path(frame.f_locals.get("tmp_dir", "")) not in (directory, directory.parent):
         return None
     card = frame.f_locals.get("model_card")
     return card if isinstance(card, ModelCard) else None

@@ -67,6 +67,7 @@ def register() -> None:
 
     from peft_reft.tuner.config import ReftConfig
     from peft_reft.tuner.model import ReftModel
+    from peft_reft.tuner.saving import save_whole_files
 
     tables: tuple[dict, ...] = (
         PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -78,6 +79,7 @@ def register() -> None:
         table.pop(peft_types.PeftType[NAME], None)
     peft_types.register_peft_method(name=NAME.lower(), config_cls=ReftConfig, model_cls=ReftModel)
     allow_hotswap()
+    save_whole_files()
 
 
 def allow_hotswap() -> None:
