@@ -59,9 +59,10 @@ def check_config_sizes(config: ReftConfig) -> None:
         value = getattr(config, name)
         if hasattr(value, "__len__") and len(value) > MOST_NAMES:
             raise ValueError(f"{name} has {len(value)} entries; the most that it may have is {MOST_NAMES}.")
-    if hasattr(config.prompt_end, "__len__") and len(config.prompt_end) > MOST_MARKER:
+    marker = config.prompt_end
+    if isinstance(marker, (str, list, tuple)) and len(marker) > MOST_MARKER:
         raise ValueError(
-            f"prompt_end has a length of {len(config.prompt_end)}, which is more than a marker has: at most "
+            f"prompt_end has a length of {len(marker)}, which is more than a marker has: at most "
             f"{MOST_MARKER}. Pass the few tokens that stand before every answer."
         )
     if isinstance(config.positions, str) and len(config.positions) > MOST_NAMES:
