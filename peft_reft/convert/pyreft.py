@@ -200,8 +200,10 @@ def edit_from(tensors: Mapping[str, Tensor], kind: str, act_fn: str | None, file
         )
     made = Edit(basis, bias, source)
     if not made.fits or (width is not None and int(width) != made.shape[1]):
-        to = f" to rank {basis.shape[0]} and width {basis.shape[1]}" if basis.dim() == 2 else ""
-        raise ConversionError(f"{file}: the shapes of {', '.join(sorted(tensors))} do not fit together{to}.")
+        r, d = made.shape if basis.dim() == 2 else (0, 0)
+        raise ConversionError(
+            f"{file}: the shapes of {', '.join(sorted(tensors))} do not fit together to rank {r} and width {d}."
+        )
     if is_rotated and not is_orthonormal(basis, 1e-4 if basis.dtype in (torch.float32, torch.float64) else 3e-2):
         raise ConversionError(
             f"{file}: rotate_layer has no orthonormal columns, so that it is not the R of {kind!r} and would be "

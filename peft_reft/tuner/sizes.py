@@ -66,7 +66,9 @@ def check_config_sizes(config: ReftConfig) -> None:
             f"{MOST_MARKER}. Pass the few tokens that stand before every answer."
         )
     if isinstance(config.positions, str) and len(config.positions) > MOST_NAMES:
-        raise ValueError(f"positions={shown(config.positions)} is not a position spec.")
+        raise ValueError(
+            f"positions={shown(config.positions)} is not a position spec: it has {len(config.positions)} characters."
+        )
     spec = parse_positions(config.positions)
     for term in spec.terms:
         if term.count > MOST_TOKENS:
