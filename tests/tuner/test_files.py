@@ -53,7 +53,9 @@ def in_a_child(work):
 
 
 def saves_until(model, directory, stop):
-    while time.monotonic() < stop:
+    """Save again and again until there is a file `stop`, a minute at most."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end and not stop.exists():
         model.save_pretrained(directory)
 
 
@@ -68,7 +70,7 @@ def test_every_file_is_whole_after_each_of_forty_kills(tmp_path):
     sizes = {name: (tmp_path / name).stat().st_size for name in FILES}
     interrupted = 0
     for _ in range(40):
-        pid = in_a_child(lambda: saves_until(model, tmp_path, time.monotonic() + 20))
+        pid = in_a_child(lambda: saves_until(model, tmp_path, tmp_path / "never"))
         time.sleep(0.02 + 0.1 * chance.random())
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -87,16 +89,17 @@ def test_a_reader_beside_two_writers_finds_one_adapter_or_the_other(tmp_path):
         model.save_pretrained(tmp_path)
         wanted.append(sums(tmp_path))
     assert wanted[0] != wanted[1]
-    stop = time.monotonic() + 2
+    stop, end = tmp_path / "stop", time.monotonic() + 30
     writers = [in_a_child(lambda model=model: saves_until(model, tmp_path, stop)) for model in models]
     seen = []
-    while time.monotonic() < stop:
+    while time.monotonic() < end and (len(seen) < 300 or set(seen) != {0, 1}):
         seen.append(wanted.index(sums(tmp_path)))
         ReftConfig.from_pretrained(str(tmp_path))
         assert "## Representation finetuning" in (tmp_path / "README.md").read_text()
+    stop.touch()
     assert [os.waitpid(pid, 0)[1] for pid in writers] == [0, 0]
     assert set(seen) == {0, 1}
-    assert sorted(contents(tmp_path)) == sorted(FILES)
+    assert sorted(contents(tmp_path)) == sorted([*FILES, "stop"])
 
 
 @pytest.mark.parametrize(
