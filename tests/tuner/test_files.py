@@ -107,6 +107,7 @@ def test_a_reader_beside_two_writers_finds_one_adapter_or_the_other(tmp_path):
 )
 def test_a_save_that_fails_changes_no_file(fails, tmp_path, monkeypatch):
     reft_model(tiny_model("llama")).save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("# Mine\n")  # to which PEFT would add
     before = contents(tmp_path)
 
     def fail(*args, **kwargs):
