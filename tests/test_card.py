@@ -168,7 +168,7 @@ def test_a_write_that_fails_leaves_the_card_as_it_was(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(os, "replace", fail)
+    monkeypatch.setattr(peft_reft.integrations.model_card, "write_text", fail)
     with pytest.warns(UserWarning, match="disk full"):
         reft_model(tiny_model("llama"), positions="l2").save_pretrained(tmp_path)
     assert section(tmp_path) == before

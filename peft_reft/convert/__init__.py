@@ -7,17 +7,21 @@ checkpoint is executed, and a destination is written as a whole or not at all. N
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from peft.utils import CONFIG_NAME
 
 from peft_reft.convert.adapterhub import is_adapterhub, read_adapterhub
 from peft_reft.convert.conversion import Conversion, ConversionError, Edit
-from peft_reft.convert.export import is_ours, read_adapter, write_pyreft
+from peft_reft.convert.export import read_adapter, write_pyreft
 from peft_reft.convert.locations import adapterhub_locations, pyreft_locations
 from peft_reft.convert.pyreft import find_checkpoint, read_pyreft
 from peft_reft.convert.structure import ModelLike, Structure
 from peft_reft.convert.writing import write_adapter
-from peft_reft.reading import read_json
 from peft_reft.tuner import register as _register  # noqa: F401  (ReftConfig needs the peft type)
+from peft_reft.tuner.files import one_line, read_json
 
 __all__ = [
     "Conversion",
@@ -67,25 +71,27 @@ def from_pyreft(
 
     Raises:
         ConversionError: a ValueError that says why the checkpoint cannot be converted, and what to do.
-        ValueError: if a file of it is damaged, or not safe to open.
+        ValueError: if `model` is no model whose blocks can be found.
     """
     source = Path(src)
-    directory = find_checkpoint(source)
-    if directory is None:
-        raise ConversionError(
-            f"{source} holds no checkpoint of pyreft: a config.json with sorted_keys and representations, in it or in "
-            "its directory intervenable_model."
+    structure = None if model is None else Structure(model)
+    with reading(source):
+        directory = find_checkpoint(source)
+        if directory is None:
+            raise ConversionError(
+                f"{source} holds no checkpoint of pyreft: a config.json with sorted_keys and representations, in it or "
+                "in its directory intervenable_model."
+            )
+        made = read_pyreft(
+            directory,
+            positions,
+            structure,
+            kind=kind,
+            act_fn=act_fn,
+            head=head,
+            base_model_name_or_path=base_model_name_or_path,
+            task_type=task_type,
         )
-    made = read_pyreft(
-        directory,
-        positions,
-        None if model is None else Structure(model),
-        kind=kind,
-        act_fn=act_fn,
-        head=head,
-        base_model_name_or_path=base_model_name_or_path,
-        task_type=task_type,
-    )
     if dst is not None:
         write_adapter(made, Path(dst), overwrite, source)
     return made
@@ -118,14 +124,16 @@ def from_adapterhub(
     Returns, Raises: as `from_pyreft`.
     """
     source = Path(src)
-    made = read_adapterhub(
-        source,
-        None if model is None else Structure(model),
-        kind=kind,
-        head=head,
-        base_model_name_or_path=base_model_name_or_path,
-        task_type=task_type,
-    )
+    structure = None if model is None else Structure(model)
+    with reading(source):
+        made = read_adapterhub(
+            source,
+            structure,
+            kind=kind,
+            head=head,
+            base_model_name_or_path=base_model_name_or_path,
+            task_type=task_type,
+        )
     if dst is not None:
         write_adapter(made, Path(dst), overwrite, source)
     return made
@@ -142,7 +150,8 @@ def to_pyreft(src: PathLike, dst: PathLike, *, overwrite: bool = False) -> Conve
     Returns, Raises: as `from_pyreft`. Position, activation and precision are not in pyreft's files; `notes` say what
     to hand to pyreft instead.
     """
-    made = read_adapter(Path(src))
+    with reading(Path(src)):
+        made = read_adapter(Path(src))
     write_pyreft(made, Path(dst), overwrite, Path(src))
     return made
 
@@ -178,9 +187,11 @@ def convert(
         raise ConversionError(f"to={to!r} is no format to convert to; use 'peft' or 'pyreft'.")
     if not source.is_dir():
         raise ConversionError(f"{source} is no directory. A checkpoint on the hub has to be downloaded first.")
-    adapter_config = source / "adapter_config.json"
-    told = read_json(adapter_config) if adapter_config.is_file() else {}
-    if is_ours(source):
+    with reading(source):
+        adapter_config = source / CONFIG_NAME
+        told = read_json(adapter_config) if adapter_config.is_file() else {}
+        is_pyreft = find_checkpoint(source) is not None
+    if told.get("peft_type") == "REFT":
         if to == "peft":
             raise ConversionError(
                 f"{source} is a ReFT adapter of PEFT already. Use to='pyreft' (--to pyreft) to export it."
@@ -203,7 +214,7 @@ def convert(
     if is_adapterhub(told):
         _refuse({"positions": positions, "act_fn": act_fn}, f"AdapterHub's config in {source} says it itself")
         return from_adapterhub(source, dst, **shared)  # type: ignore[arg-type]
-    if find_checkpoint(source) is not None:
+    if is_pyreft:
         return from_pyreft(source, dst, positions=positions, act_fn=act_fn, **shared)  # type: ignore[arg-type]
     found = (
         f"an adapter of PEFT's type {told['peft_type']}" if "peft_type" in told else "no checkpoint that is known here"
@@ -212,6 +223,21 @@ def convert(
         f"{source} is {found}. Known are pyreft's (config.json with sorted_keys, and intkey_*.bin) and AdapterHub's "
         "(adapter_config.json with model_class, and pytorch_adapter.bin or adapter.safetensors)."
     )
+
+
+@contextmanager
+def reading(source: Path) -> Iterator[None]:
+    """Whatever a broken file leads to while it is read becomes a ConversionError."""
+    try:
+        yield
+    except ConversionError:
+        raise
+    except ValueError as error:  # says itself what is wrong with which file
+        raise ConversionError(str(error)) from error
+    except Exception as error:
+        raise ConversionError(
+            f"{source} cannot be converted: its files do not hold what they should ({one_line(error)})."
+        ) from error
 
 
 def _refuse(given: dict[str, object], reason: str) -> None:

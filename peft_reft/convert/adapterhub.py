@@ -7,7 +7,7 @@ the same on disk.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from peft_reft.convert.conversion import Conversion, ConversionError, Edit, asse
 from peft_reft.convert.pyreft import natural
 from peft_reft.convert.rotation import orthogonal_weight
 from peft_reft.convert.structure import Structure, task_of
-from peft_reft.reading import read_json, read_tensors
+from peft_reft.tuner.checkpoint import check_tensors
+from peft_reft.tuner.files import read_json, read_tensors
 
 KEY = re.compile(r"(?P<block>.+)\.reft_layer\.refts\.(?P<adapter>[^.]+)\.units\.(?P<unit>[01])\.(?P<tensor>.+)")
 ROTATION = "projection.parametrizations.weight."
@@ -67,7 +68,7 @@ def read_adapterhub(
         edits[name] = [units[block][unit] for unit in used]
     every_block = config.get("layers") == "all" and len({re.sub(r"\.?\d+$", "", block) for block in edits}) == 1
     model_class = str(told.get("model_class"))
-    found, head_notes = read_head(directory, model_class, structure) if head else ({}, [])
+    found, head_notes = read_head(directory, model_class, list(edits), structure) if head else ({}, [])
     made = assemble(
         "AdapterHub",
         kind,
@@ -83,6 +84,11 @@ def read_adapterhub(
         task_type=task_type or (structure.task_type if structure else None) or task_of(model_class),
     )
     made.notes += head_notes
+    if structure is None and is_headless(model_class):
+        made.notes.append(
+            f"The blocks are named as in {model_class} ({next(iter(edits))}). For a model with a head, where their "
+            "names are longer, convert the checkpoint with that model: model='...' (--model ...)."
+        )
     if made.config.task_type in ("CAUSAL_LM", None) and last:
         made.notes.append(
             f"AdapterHub counted l{last} from the end of the whole row, in training behind the answer: its suffix "
@@ -98,6 +104,11 @@ def read_adapterhub(
     if not tied and len(used) == 1:
         made.notes.append(f"Unit {1 - used[0]} of each block was left out: {positions!r} never used it.")
     return made
+
+
+def is_headless(model_class: str) -> bool:
+    """Whether a class of transformers is a model without a head, such as LlamaModel."""
+    return model_class.endswith("Model") and task_of(model_class) is None
 
 
 def refuse_other_methods(config: Mapping[str, Any], directory: Path) -> None:
@@ -174,17 +185,24 @@ def edit_from(tensors: Mapping[str, Tensor], kind: str, where: str) -> Edit:
         raise ConversionError(
             f"{where}: {', '.join(sorted(tensors))} are not the tensors of {kind!r}, {', '.join(wanted)}."
         )
+    check_tensors(tensors)
     source, bias = tensors["learned_source.weight"], tensors["learned_source.bias"]
     shape = tensors[basis[0]].shape
-    fits = len(shape) == 2 and shape[0] <= shape[1] and source.shape == shape and bias.shape == shape[:1]
+    fits = len(shape) == 2 and 1 <= shape[0] <= shape[1] and source.shape == shape and bias.shape == shape[:1]
     if not fits or (kind == "loreft" and tensors[basis[1]].shape != (shape[1], shape[1])):
         raise ConversionError(f"{where}: the shapes of {', '.join(sorted(tensors))} do not fit together.")
     rows = tensors[basis[0]] if kind != "loreft" else orthogonal_weight(tensors[basis[0]], tensors[basis[1]])
     return Edit(rows, bias, source)
 
 
-def read_head(directory: Path, model_class: str, structure: Structure | None) -> tuple[dict[str, Tensor], list[str]]:
-    """The head that was trained with the adapter, and notes about it."""
+def read_head(
+    directory: Path, model_class: str, blocks: Iterable[str], structure: Structure | None
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The head that was trained with the adapter, and notes about it.
+
+    Args:
+        blocks: names of the edited blocks; what lies in the same part of the model as they do is no head.
+    """
     file = find(directory, "model_head.safetensors", "pytorch_model_head.bin")
     if not file.is_file():
         return {}, []
@@ -195,6 +213,14 @@ def read_head(directory: Path, model_class: str, structure: Structure | None) ->
         ]
     flexible = [name for name in tensors if name.startswith("heads.")]
     unknown = [name for name in tensors if structure is not None and not structure.has_module(name.split(".")[0])]
+    bodies = {block.split(".")[0] for block in blocks}
+    inside = [name for name in tensors if name.split(".")[0] in bodies or "." not in name]
+    if inside:
+        raise ConversionError(
+            f"{file} holds {inside[0]}, which is no part of a head. Convert the adapter without its head: head=False "
+            "(--without-head)."
+        )
+    check_tensors(tensors)
     if flexible or unknown:
         raise ConversionError(
             f"{file} holds {(flexible or unknown)[0]}, a head that the model of transformers does not have. Save the "

@@ -18,9 +18,9 @@ from peft_reft.blocks.numbering import block_number, group_by_stack
 from peft_reft.convert.structure import Structure
 from peft_reft.positions import parse_positions
 from peft_reft.tuner.config import ReftConfig
+from peft_reft.tuner.keys import PEFT_PREFIX, FileKey
 
 WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # task types whose head PEFT trains and saves in any case
-PREFIX = "base_model.model."  # of every key in a PEFT checkpoint
 SPLIT = (
     "Convert it as two adapters, from copies of the directory whose config.json lists a part of the interventions each "
     "(in sorted_keys, representations and intervention_types), and activate both."
@@ -49,6 +49,13 @@ class Edit:
     def shape(self) -> tuple[int, int]:
         """(r, d)."""
         return self.basis.shape[0], self.basis.shape[1]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the shapes belong to one another."""
+        if self.basis.dim() != 2 or not 1 <= self.basis.shape[0] <= self.basis.shape[1]:
+            return False
+        return self.bias.shape == self.shape[:1] and (self.source is None or self.source.shape == self.shape)
 
     def tensors(self) -> dict[str, Tensor]:
         """By the names that an intervention's parameters have in this package."""
@@ -80,12 +87,14 @@ class Conversion:
     def tensors(self) -> dict[str, Tensor]:
         """The state dict of the adapter, as PEFT saves it."""
         own = {
-            f"{PREFIX}{block}.reft.reft_interventions.{group}.{name}": tensor.detach().clone().contiguous()
+            str(FileKey(block, group, name)): tensor.detach().clone().contiguous()
             for block, edits in self.edits.items()
             for group, edit in enumerate(edits)
             for name, tensor in edit.tensors().items()
         }
-        return own | {f"{PREFIX}{name}": tensor.detach().clone().contiguous() for name, tensor in self.head.items()}
+        return own | {
+            f"{PEFT_PREFIX}{name}": tensor.detach().clone().contiguous() for name, tensor in self.head.items()
+        }
 
     def __str__(self) -> str:
         config = self.config

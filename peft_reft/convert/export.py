@@ -7,19 +7,19 @@ import re
 from pathlib import Path
 
 import torch
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import Tensor
 
-from peft_reft.convert.conversion import PREFIX, Conversion, ConversionError, Edit, is_orthonormal
+from peft_reft.convert.conversion import Conversion, ConversionError, Edit, is_orthonormal
 from peft_reft.convert.pyreft import KINDS, ROTATION, WITH_BASIS_ROTATED, natural
 from peft_reft.convert.rotation import orthogonal_parameters
-from peft_reft.convert.writing import new_directory
+from peft_reft.convert.writing import PYREFT_CONFIG, PYREFT_HEAD, new_directory
 from peft_reft.interventions.orthonormal import orthonormal_rows
-from peft_reft.reading import read_json, read_tensors
+from peft_reft.tuner.checkpoint import check_tensors
 from peft_reft.tuner.config import ReftConfig
+from peft_reft.tuner.files import read_adapter as read_adapter_files
+from peft_reft.tuner.keys import PEFT_PREFIX, parse_file_key
 
 CLASSES = {kind: name for name, kind in reversed(KINDS.items())}
-KEY = re.compile(re.escape(PREFIX) + r"(?P<block>.+)\.reft\.reft_interventions\.(?P<group>\d+)\.(?P<tensor>.+)")
 
 
 def read_adapter(directory: Path) -> Conversion:
@@ -38,31 +38,36 @@ def read_adapter(directory: Path) -> Conversion:
     for name, is_refused in refused.items():
         if is_refused:
             raise ConversionError(f"{directory}: pyreft has no counterpart of {name}, so that it cannot be exported.")
-    file = directory / SAFETENSORS_WEIGHTS_NAME
+    saved = read_adapter_files(directory)
+    check_tensors(saved.tensors)
     parts: dict[str, dict[int, dict[str, Tensor]]] = {}
     head = {}
-    for name, tensor in read_tensors(file if file.is_file() else directory / WEIGHTS_NAME).items():
-        match = KEY.fullmatch(name)
-        if match is None:
-            head[name.removeprefix(PREFIX)] = tensor
+    for name, tensor in saved.tensors.items():
+        key = parse_file_key(name)
+        if key is None:
+            head[name.removeprefix(PEFT_PREFIX)] = tensor
             continue
-        parts.setdefault(match["block"], {}).setdefault(int(match["group"]), {})[match["tensor"]] = tensor
+        parts.setdefault(key.block, {}).setdefault(key.group, {})[key.parameter] = tensor
     edits = {
-        block: [edit_from(groups[group], f"{file}, {block}") for group in sorted(groups)]
+        block: [edit_from(groups[group], f"{saved.file}, {block}") for group in sorted(groups)]
         for block, groups in sorted(parts.items(), key=lambda item: natural(item[0]))
     }
     if not edits:
-        raise ConversionError(f"{file} holds no interventions.")
+        raise ConversionError(f"{saved.file} holds no interventions.")
     return Conversion("PEFT", config, edits, head)
 
 
 def edit_from(tensors: dict[str, Tensor], where: str) -> Edit:
     """One intervention, from its parameters."""
     if set(tensors) == {"basis", "weight", "bias"}:
-        return Edit(tensors["basis"], tensors["bias"], tensors["weight"])
-    if set(tensors) == {"basis", "weight"} and tensors["weight"].dim() == 1:
-        return Edit(tensors["basis"], tensors["weight"])
-    raise ConversionError(f"{where}: {', '.join(sorted(tensors))} are not the parameters of an intervention.")
+        made = Edit(tensors["basis"], tensors["bias"], tensors["weight"])
+    elif set(tensors) == {"basis", "weight"} and tensors["weight"].dim() == 1:
+        made = Edit(tensors["basis"], tensors["weight"])
+    else:
+        raise ConversionError(f"{where}: {', '.join(sorted(tensors))} are not the parameters of an intervention.")
+    if not made.fits:
+        raise ConversionError(f"{where}: the shapes of {', '.join(sorted(tensors))} do not fit together.")
+    return made
 
 
 def write_pyreft(made: Conversion, dst: Path, overwrite: bool, src: Path) -> None:
@@ -93,12 +98,16 @@ def write_pyreft(made: Conversion, dst: Path, overwrite: bool, src: Path) -> Non
         ],
         "sorted_keys": keys,
     }
-    with new_directory(dst, overwrite, src) as directory:
-        for key, (_, _, edit) in zip(keys, listed):
-            torch.save(pyreft_tensors(edit, kind), directory / f"intkey_{key}.bin")
+    try:
+        tensors = {key: pyreft_tensors(edit, kind) for key, (_, _, edit) in zip(keys, listed)}
+    except ValueError as error:
+        raise ConversionError(f"{src} cannot be exported: {error}") from error
+    with new_directory(dst, overwrite, src, pyreft=True) as directory:
+        for key, stored in tensors.items():
+            torch.save(stored, directory / f"intkey_{key}.bin")
         if made.head:
-            torch.save(made.head, directory / "pytorch_model.bin")
-        (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            torch.save(made.head, directory / PYREFT_HEAD)
+        (directory / PYREFT_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     made.dst = dst
     made.notes += notes(made)
 
@@ -144,9 +153,3 @@ def notes(made: Conversion) -> list[str]:
     if made.head:
         found.append(f"{', '.join(config.modules_to_save or ['The head'])}: load it with include_model=True.")
     return found
-
-
-def is_ours(directory: Path) -> bool:
-    """Whether a directory is a ReFT adapter that PEFT saved."""
-    file = directory / CONFIG_NAME
-    return file.is_file() and read_json(file).get("peft_type") == "REFT"

@@ -17,8 +17,11 @@ from torch import Tensor
 from peft_reft.convert.conversion import SPLIT, Conversion, ConversionError, Edit, assemble, is_orthonormal
 from peft_reft.convert.rotation import orthogonal_weight
 from peft_reft.convert.structure import Structure
+from peft_reft.convert.writing import PYREFT_CONFIG, PYREFT_HEAD, is_pyreft_config
 from peft_reft.positions import PositionSpec, parse_positions
-from peft_reft.reading import read_json, read_tensors
+from peft_reft.tuner.checkpoint import check_tensors
+from peft_reft.tuner.files import read_json, read_tensors
+from peft_reft.tuner.keys import PEFT_PREFIX
 
 KINDS = {  # pyreft's class -> the name here; DiReFT means two different equations
     "LoreftIntervention": "loreft",
@@ -37,10 +40,8 @@ ROTATION = "rotate_layer.parametrizations.weight."
 def find_checkpoint(src: Path) -> Path | None:
     """The directory with pyreft's config: `src`, or where pyreft's trainer puts it; None if there is none."""
     for directory in (src, src / "intervenable_model"):
-        if (directory / "config.json").is_file():
-            config = read_json(directory / "config.json")
-            if "sorted_keys" in config and "representations" in config:
-                return directory
+        if is_pyreft_config(directory / PYREFT_CONFIG):
+            return directory
     return None
 
 
@@ -62,7 +63,7 @@ def read_pyreft(
             "such as positions='f2+l2' (--positions f2+l2) for the first two and last two tokens of the prompt."
         )
     spec = parse_positions(positions)
-    config = read_json(directory / "config.json")
+    config = read_json(directory / PYREFT_CONFIG)
     listed: list[Any] = [config.get(name) for name in ("sorted_keys", "representations", "intervention_types")]
     if not all(isinstance(entry, list) for entry in listed) or len({len(entry) for entry in listed if entry}) != 1:
         raise ConversionError(
@@ -134,7 +135,7 @@ def block_of(representation: Any, structure: Structure | None) -> str:
             "edited here."
         )
     if "." in component:  # a path in the model
-        *path, side = re.sub(r"\[(\d+)\]", r".\1", component.removeprefix("base_model.model.")).split(".")
+        *path, side = re.sub(r"\[(\d+)\]", r".\1", component.removeprefix(PEFT_PREFIX)).split(".")
         if side == "input" and path[-1].isdigit() and int(path[-1]) > 0:
             path[-1] = str(int(path[-1]) - 1)  # what a block is given is what the one before it put out
         elif side != "output":
@@ -168,6 +169,7 @@ def edit_from(tensors: Mapping[str, Tensor], kind: str, act_fn: str | None, file
     left = dict(tensors)
     width = left.pop("embed_dim", None)
     left.pop("interchange_dim", None)
+    check_tensors(left)
     is_constant, is_rotated = kind in CONSTANT, kind in WITH_BASIS_ROTATED
     source = None if is_constant else pop_first(left, "weight", "learned_source.weight")
     bias = pop_first(left, "learned_source") if is_constant else pop_first(left, "bias", "learned_source.bias")
@@ -197,9 +199,8 @@ def edit_from(tensors: Mapping[str, Tensor], kind: str, act_fn: str | None, file
             "needs a class of its own (peft_reft.register_intervention)."
         )
     made = Edit(basis, bias, source)
-    r, d = made.shape
-    shapes_fit = bias.shape == (r,) and (source is None or source.shape == (r, d)) and r <= d
-    if not shapes_fit or (width is not None and int(width) != d):
+    if not made.fits or (width is not None and int(width) != made.shape[1]):
+        r, d = made.shape if basis.dim() == 2 else (0, 0)
         raise ConversionError(
             f"{file}: the shapes of {', '.join(sorted(tensors))} do not fit together to rank {r} and width {d}."
         )
@@ -222,10 +223,10 @@ def read_head(directory: Path, blocks: Mapping[str, Any], structure: Structure |
     Raises:
         ConversionError: for weights inside of the body: LoRA's, or the body's own.
     """
-    file = directory / "pytorch_model.bin"
+    file = directory / PYREFT_HEAD
     if not file.is_file():
         return {}
-    tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in read_tensors(file).items()}
+    tensors = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in read_tensors(file).items()}
     if any("lora_" in name for name in tensors):
         raise ConversionError(
             f"{file} holds LoRA's matrices ({next(name for name in tensors if 'lora_' in name)}, ...): pyreft trained "
@@ -242,6 +243,7 @@ def read_head(directory: Path, blocks: Mapping[str, Any], structure: Structure |
             "Save that model itself and use it as the base model; the interventions are converted without this file "
             "with head=False (--without-head)."
         )
+    check_tensors(tensors)
     return tensors
 
 

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from peft_reft.blocks.survey import Survey
-from peft_reft.reading import one_line
+from peft_reft.tuner.files import one_line
 
 TASK_TYPES = {
     "ForCausalLM": "CAUSAL_LM",

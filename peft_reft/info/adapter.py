@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_reft.info.measuring import BlockInfo, block_info
-from peft_reft.info.reading import read_config, read_interventions, weights_file
+from peft_reft.info.reading import interventions_of
 from peft_reft.info.words import (
     equation_of,
     in_bytes,
@@ -19,6 +19,7 @@ from peft_reft.info.words import (
     weights_in_words,
 )
 from peft_reft.positions import parse_positions
+from peft_reft.tuner.files import read_adapter
 
 
 @dataclass(frozen=True)
@@ -137,11 +138,11 @@ def adapter_info(directory: str | Path, look_at_weights: bool = True) -> Adapter
         ValueError: if there is no ReFT adapter in it, with the reason.
     """
     directory = Path(directory)
-    config = read_config(directory)
+    saved = read_adapter(directory)
+    config = saved.config
     spec = parse_positions(str(config.get("positions")), config.get("turns"))
     kind = str(config.get("intervention"))
-    file = weights_file(directory)
-    stored, others = read_interventions(file)
+    stored, others = interventions_of(saved)
     tensors = [tensor for groups in stored.values() for group in groups.values() for tensor in group.values()]
     return AdapterInfo(
         intervention=kind,
@@ -157,8 +158,8 @@ def adapter_info(directory: str | Path, look_at_weights: bool = True) -> Adapter
         other_parameters=sum(tensor.numel() for tensor in others.values()),
         other_tensors=sorted(others),
         dtypes=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}),
-        file=file.name,
-        size=file.stat().st_size,
+        file=saved.file.name,
+        size=saved.file.stat().st_size,
         finite=all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point()) if look_at_weights else None,
         config=config,
     )

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from peft_reft.info.reading import AUTO_CLASSES, read_config
+from peft_reft.info.reading import AUTO_CLASSES
 from peft_reft.inspect.heatmap import LABELS
 from peft_reft.inspect.run import inspect_adapter
 from peft_reft.inspect.tables import Inspection
+from peft_reft.tuner.files import read_config
 
 
 def main(argv: list[str]) -> int:

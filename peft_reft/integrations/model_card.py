@@ -17,16 +17,15 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from peft_reft.info import AdapterInfo, adapter_info
 from peft_reft.info.reading import AUTO_CLASSES
 from peft_reft.info.words import in_bytes
 from peft_reft.interventions import BUILT_IN
+from peft_reft.tuner.files import CARD_NAME, has_weights, write_text
 
 BEGIN = "<!-- peft_reft: this section is written anew whenever the adapter is saved; write above or below it -->"
 END = "<!-- peft_reft: end of the section -->"
@@ -43,31 +42,21 @@ def describe_saved(directory: str | os.PathLike[str]) -> None:
             makes a warning of it, since the adapter itself is on disk by then.
     """
     directory = Path(directory)
-    if not any((directory / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+    if not has_weights(directory):
         return
-    write_section(directory / "README.md", section_of(adapter_info(directory, look_at_weights=False)))
+    write_section(directory / CARD_NAME, section_of(adapter_info(directory, look_at_weights=False)))
 
 
 def write_section(path: Path, section: str) -> None:
     """Put a section into the card at `path`, which is made if there is none; the file is replaced as a whole."""
-    path = Path(os.path.realpath(path))  # a link stays one
     if path.exists():
         with open(path, encoding="utf-8", newline="") as file:  # line ends stay what they are
             text = file.read()
     else:
         text = f"---\n{ModelCardData(library_name='peft').to_yaml()}\n---\n\n# A ReFT adapter\n"
     changed = with_section(text, section)
-    if changed == text:
-        return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            file.write(changed)
-        if path.exists():
-            shutil.copymode(path, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    if changed != text:
+        write_text(path, changed)
 
 
 def with_section(text: str, section: str) -> str:

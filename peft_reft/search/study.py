@@ -9,7 +9,6 @@ import functools
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from peft_reft.search.attempt import Attempt
 from peft_reft.search.picture import draw_trials
 from peft_reft.search.space import SearchSpace, positions_of
 from peft_reft.tuner.config import ReftConfig
+from peft_reft.tuner.files import staged, write_text
 
 if TYPE_CHECKING:
     import optuna
@@ -143,7 +143,8 @@ def search(
         )
     result = result_of(study, space, config)
     save_best(result, metric, folder)
-    write(folder / PICTURE, lambda path: draw_trials(study, space, metric).savefig(path, format="png"))
+    with staged(folder) as stage:
+        draw_trials(study, space, metric).savefig(stage / PICTURE, format="png")
     return result
 
 
@@ -195,18 +196,8 @@ def save_best(result: SearchResult, metric: str, folder: Path) -> None:
     best.mkdir(exist_ok=True)
     about = {"metric": metric, "value": result.value, "learning_rate": result.learning_rate, "trial": result.trial}
     about |= {"params": result.params, "finished": len(finished(result.study)), "complete": len(scored(result.study))}
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        result.config.save_pretrained(temporary)
-        os.replace(Path(temporary) / "adapter_config.json", best / "adapter_config.json")
-    write(best / "search.json", lambda path: path.write_text(json.dumps(about, indent=2) + "\n"))
-
-
-def write(path: Path, writer: Callable[[Path], Any]) -> None:
-    """Write a file beside its place and put it there."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-        unfinished = Path(temporary) / path.name
-        writer(unfinished)
-        os.replace(unfinished, path)
+    result.config.save_pretrained(str(best))
+    write_text(best / "search.json", json.dumps(about, indent=2) + "\n")
 
 
 def line_about(study: optuna.Study, trial: optuna.trial.FrozenTrial, n_trials: int) -> str:

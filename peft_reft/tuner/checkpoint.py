@@ -6,10 +6,14 @@ some blocks edited and others not. And where it puts new weights in the place of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Mapping
 
 from peft.config import PeftConfig
-from torch import Tensor
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from peft_reft.tuner.keys import PEFT_PREFIX, blocks_of, is_intervention
 
 # Settings that say what weights mean, and that the names and shapes of interventions do not show.
 MEANING = (
@@ -80,14 +84,78 @@ def cannot_replace(adapter_name: str, reason: str) -> str:
     )
 
 
-def blocks_of(names: Iterable[str]) -> list[str]:
-    """Names of the edited blocks, from the names of their interventions' parameters."""
-    return list(dict.fromkeys(name.split(".reft.reft_interventions.")[0] for name in names))
-
-
 def intervention_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors that belong to interventions."""
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items() if ".reft.reft_interventions." in name}
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items() if is_intervention(name)}
+
+
+def own_tensors(
+    state_dict: Mapping[str, Tensor], model: nn.Module, adapter_name: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What of a file belongs to an adapter: its interventions, `modules_to_save` and trained tokens; and the rest.
+
+    PEFT would load the rest too, into whatever module has its name: the base model's own, or another adapter's.
+
+    Args:
+        state_dict: keys as `BaseTuner._remap_adapter_state_dict_for_load` gets them: interventions without the
+            adapter's name, modules that are saved in full with it.
+    """
+    own = set()
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            name = name.removeprefix("_fsdp_wrapped_module.")  # as PEFT does
+            own |= {f"{name}.{key}" for key in module.adapter_state_dict_load_map(adapter_name).values()}
+    own |= {f"{PEFT_PREFIX}{key}" for key in own}
+    kept = {key: tensor for key, tensor in state_dict.items() if key in own or is_intervention(key)}
+    return kept, {key: tensor for key, tensor in state_dict.items() if key not in kept}
+
+
+def warn_of_ignored(ignored: Mapping[str, Tensor], current: Mapping[str, Tensor], adapter_name: str) -> None:
+    """Warn of tensors that are not the adapter's, unless they are what the model has already.
+
+    Args:
+        current: the model's tensors.
+    """
+    names = [name for name, tensor in ignored.items() if not _is_same(tensor, current.get(name))]
+    if names:
+        warnings.warn(
+            f"The file of adapter {adapter_name!r} holds tensors that are not the adapter's, and that are not loaded: "
+            f"{_some(names)}. An adapter brings its interventions, modules_to_save and trained tokens, and never "
+            "changes the base model. Tokens or layers that are trained with it belong in trainable_token_indices or "
+            "modules_to_save; what you trust, such as the embeddings of a grown vocabulary, put into the base model "
+            "yourself with its load_state_dict(..., strict=False)."
+        )
+
+
+def check_tensors(tensors: Mapping[str, Tensor], current: Mapping[str, Tensor] | None = None) -> None:
+    """Refuse tensors that hold no finite floating-point numbers.
+
+    Args:
+        current: the model's tensors; what is of another kind there, such as a counter in a module that is saved in
+            full, may be so in a file.
+
+    Raises:
+        ValueError: naming the first such tensor.
+    """
+    for name, tensor in tensors.items():
+        there = None if current is None else current.get(name)
+        if not tensor.is_floating_point():
+            if there is not None and not there.is_floating_point() and not is_intervention(name):
+                continue
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{name} is of type {kind} in the adapter's file; weights are floating-point numbers.")
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # a part of a distributed tensor
+        if not local.is_meta and not bool(local.float().isfinite().all()):
+            raise ValueError(
+                f"{name} is infinite or not a number (NaN) at some place in the adapter's file: its training diverged, "
+                "or the file is damaged. Train again with a smaller learning rate, or load an earlier checkpoint."
+            )
+
+
+def _is_same(tensor: Tensor, there: Tensor | None) -> bool:
+    if there is None or there.is_meta or there.shape != tensor.shape or there.dtype != tensor.dtype:
+        return False
+    return bool((there.to(tensor.device) == tensor).all())
 
 
 def _some(names: list[str]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +15,9 @@ from transformers.activations import ACT2FN
 
 from peft_reft.interventions import intervention_names
 from peft_reft.positions import parse_positions
+from peft_reft.tuner.files import staged
 from peft_reft.tuner.neighbours import AFTER_SAVING
+from peft_reft.tuner.sizes import check_config_sizes, check_ids, shown
 
 
 @dataclass
@@ -120,7 +124,10 @@ class ReftConfig(PeftConfig):
 
         PEFT calls this last when it saves an adapter.
         """
-        super().save_pretrained(save_directory, **kwargs)
+        if os.path.isfile(save_directory):
+            raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")  # as PEFT's
+        with staged(save_directory) as stage:  # PEFT writes into the file itself, which is empty meanwhile
+            super().save_pretrained(str(stage), **kwargs)
         for tell in AFTER_SAVING:
             try:
                 tell(save_directory)
@@ -134,22 +141,22 @@ class ReftConfig(PeftConfig):
         def is_int(value: Any) -> bool:
             return isinstance(value, int) and not isinstance(value, bool)
 
+        check_config_sizes(self)
+        self._validate_names()
         for name, rank in {
             "r": self.r,
             **{f"rank_pattern[{k!r}]": v for k, v in (self.rank_pattern or {}).items()},
         }.items():
             if not is_int(rank) or rank < 1:
-                raise ValueError(f"{name}={rank!r} is not a rank; it must be an integer of at least 1.")
+                raise ValueError(f"{name}={shown(rank)} is not a rank; it must be an integer of at least 1.")
         if self.intervention not in intervention_names():
             raise ValueError(
-                f"intervention={self.intervention!r} is unknown; use one of {', '.join(intervention_names())}, or call "
-                "peft_reft.register_intervention with your own class first."
+                f"intervention={shown(self.intervention)} is unknown; use one of {', '.join(intervention_names())}, or "
+                "call peft_reft.register_intervention with your own class first."
             )
         spec = parse_positions(self.positions)
-        if self.share_weights not in (True, False, "position") or (
-            isinstance(self.share_weights, int) and not isinstance(self.share_weights, bool)
-        ):
-            raise ValueError(f"share_weights={self.share_weights!r} must be True, False or 'position'.")
+        if not isinstance(self.share_weights, bool) and self.share_weights != "position":
+            raise ValueError(f"share_weights={shown(self.share_weights)} must be True, False or 'position'.")
         if self.share_weights == "position" and any(term.width is None for term in spec.terms):
             raise ValueError(
                 f"share_weights='position' needs a fixed number of positions, which positions={self.positions!r} does "
@@ -161,30 +168,61 @@ class ReftConfig(PeftConfig):
                 f"rank_pattern={self.rank_pattern!r}. Leave one of the two out."
             )
         if self.turns not in (None, "first", "last", "all"):
-            raise ValueError(f"turns={self.turns!r} must be 'first', 'last', 'all' or None.")
+            raise ValueError(f"turns={shown(self.turns)} must be 'first', 'last', 'all' or None.")
         if self.prompt_end is not None:
             ids = [0] if isinstance(self.prompt_end, str) else self.prompt_end
             if not self.prompt_end or not isinstance(ids, (list, tuple)) or not all(is_int(token) for token in ids):
                 raise ValueError(
-                    f"prompt_end={self.prompt_end!r} marks nothing; pass the text that ends a prompt, such as "
+                    f"prompt_end={shown(self.prompt_end)} marks nothing; pass the text that ends a prompt, such as "
                     "'<|assistant|>\\n', or its token ids."
                 )
+            check_ids("prompt_end", ids)
         layers = [self.layers_to_transform] if is_int(self.layers_to_transform) else self.layers_to_transform
         if layers is not None and not (isinstance(layers, (list, tuple)) and layers and all(map(is_int, layers))):
             raise ValueError(
-                f"layers_to_transform={self.layers_to_transform!r} does not name blocks; pass a block number, a list "
-                "of them (negative ones count from the end), or None for every block."
+                f"layers_to_transform={shown(self.layers_to_transform)} does not name blocks; pass a block number, a "
+                "list of them (negative ones count from the end), or None for every block."
             )
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout!r} is not a probability below 1; 0.0 drops nothing.")
+            raise ValueError(f"dropout={shown(self.dropout)} is not a probability below 1; 0.0 drops nothing.")
         if self.act_fn is not None and not (isinstance(self.act_fn, str) and self.act_fn in ACT2FN):
             raise ValueError(
-                f"act_fn={self.act_fn!r} is not an activation of transformers; use one of "
+                f"act_fn={shown(self.act_fn)} is not an activation of transformers; use one of "
                 f"{', '.join(sorted(ACT2FN))}, or None for a linear edit."
             )
         for name in ("share_layers", "init_weights", "train_bias"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
+                raise ValueError(f"{name}={shown(getattr(self, name))} must be True or False.")
+
+    def _validate_names(self) -> None:
+        """The fields with names of modules, and patterns that are to match them."""
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, name)
+            names = isinstance(value, (list, tuple, set)) and all(isinstance(entry, str) for entry in value)
+            if not (value is None or names or (isinstance(value, str) and name != "modules_to_save")):
+                raise ValueError(f"{name}={shown(value)} does not name modules; pass a list of names, or None.")
+        if not isinstance(self.rank_pattern, (dict, type(None))):
+            raise ValueError(
+                f"rank_pattern={shown(self.rank_pattern)} must be a dictionary of ranks by module name or regular "
+                "expression, such as {'layers.3': 8}."
+            )
+        tokens = self.trainable_token_indices
+        by_module = tokens if isinstance(tokens, dict) else {"embed_tokens": tokens if tokens is not None else []}
+        if not all(isinstance(ids, (list, tuple)) for ids in by_module.values()):
+            raise ValueError(
+                f"trainable_token_indices={shown(tokens)} must be a list of token ids, or such lists by the name of "
+                "their embedding."
+            )
+        for ids in by_module.values():
+            check_ids("trainable_token_indices", ids)
+        regular = {name: getattr(self, name) for name in ("target_modules", "exclude_modules")}
+        regular |= {f"rank_pattern[{shown(key)}]": key for key in self.rank_pattern or {}}
+        for name, pattern in regular.items():
+            if isinstance(pattern, str):
+                try:
+                    re.compile(pattern)
+                except (re.error, RecursionError, OverflowError) as error:
+                    raise ValueError(f"{name}={shown(pattern)} is not a regular expression: {error}.") from error
 
 
 def prompt_end_ids(config: ReftConfig, tokenizer: Any = None, model_name_or_path: str | None = None) -> tuple[int, ...]:

@@ -12,9 +12,10 @@ from torch import nn
 
 from peft_reft.context.entry import ForwardEntry, detach_entries
 from peft_reft.context.generate import GenerateEntry, MethodEntry, PrepareEntry
-from peft_reft.context.hook import CHILD, BlockHook
+from peft_reft.context.hook import BlockHook
 from peft_reft.context.replay import unwrap_checkpoints
 from peft_reft.context.state import ModelState
+from peft_reft.tuner.keys import CHILD
 from peft_reft.tuner.layer import ReftLayer, detach_layer
 from peft_reft.tuner.neighbours import METHODS
 

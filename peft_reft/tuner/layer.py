@@ -18,16 +18,17 @@ from torch import Tensor, nn
 from peft_reft.blocks.layout import PLAIN, Layout
 from peft_reft.blocks.structure import device_and_dtype
 from peft_reft.context.forward import ForwardContext
-from peft_reft.context.hook import CHILD, BlockHook
+from peft_reft.context.hook import BlockHook
 from peft_reft.context.state import ModelState
 from peft_reft.interventions import Intervention, build_intervention
 from peft_reft.positions import PositionSpec, parse_positions
 from peft_reft.tuner.config import ReftConfig
+from peft_reft.tuner.keys import CHILD, COLLECTION
 
 cached_spec = lru_cache(parse_positions)  # one object for all blocks and adapters with the same notation
 # PEFT's tests look for adapters where its other methods have them, at the targeted module itself. In the block's
 # __dict__ these are plain attributes: no submodules, and no parameter changes its name.
-SHOWN = ("active_adapters", "adapter_layer_names", "other_param_names", "reft_interventions")
+SHOWN = ("active_adapters", "adapter_layer_names", "other_param_names", COLLECTION)
 
 
 class ReftLayer(nn.Module, BaseTunerLayer):
@@ -39,7 +40,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         layout: which axis of that output is which.
     """
 
-    adapter_layer_names = ("reft_interventions",)
+    adapter_layer_names = (COLLECTION,)
     other_param_names = ("position_specs", "share_weights", "scaling")
 
     if TYPE_CHECKING:  # properties of BaseTunerLayer

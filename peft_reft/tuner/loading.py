@@ -17,12 +17,19 @@ from peft.config import PeftConfig
 from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 
-from peft_reft.tuner.checkpoint import cannot_replace, does_not_fit, intervention_shapes, mismatch, other_meaning
+from peft_reft.tuner.checkpoint import (
+    cannot_replace,
+    check_tensors,
+    does_not_fit,
+    intervention_shapes,
+    mismatch,
+    other_meaning,
+)
 from peft_reft.tuner.config import ReftConfig
 from peft_reft.tuner.injection import reft_layers, tidy_up
+from peft_reft.tuner.keys import is_intervention, without_adapter
 
 HUB = ("subfolder", "revision", "cache_dir", "token", "force_download", "local_files_only", "proxies", "use_auth_token")
-MIDDLE = ".reft.reft_interventions."
 
 
 def wrap_loading() -> None:
@@ -92,6 +99,7 @@ def _transformers_load_adapter(
             reason = _missed(model, name, info)
             if reason is not None:
                 raise ValueError(does_not_fit(model, reason, config))
+            check_tensors({key: p for key, p in model.named_parameters() if is_intervention(key, name)})
         return info
     except BaseException:
         if not existed and any(name in layer.reft_interventions for layer in reft_layers(model).values()):
@@ -108,14 +116,14 @@ def _missed(model: nn.Module, adapter_name: str, info: Any) -> str | None:
     """What keeps the loaded tensors from fitting, from transformers' report."""
 
     def anonymous(key: str) -> str:
-        return key.replace(f"{MIDDLE}{adapter_name}.", MIDDLE)
+        return without_adapter(key, adapter_name)
 
-    parameters = {anonymous(n): p for n, p in model.named_parameters() if f"{MIDDLE}{adapter_name}." in n}
+    parameters = {anonymous(n): p for n, p in model.named_parameters() if is_intervention(n, adapter_name)}
     wanted = intervention_shapes(parameters)
     saved = dict(wanted)
     for key in info.missing_keys:
         saved.pop(anonymous(key), None)
     for key, shape, _ in info.mismatched_keys:
         saved[anonymous(key)] = tuple(shape)
-    saved |= {anonymous(key): () for key in info.unexpected_keys if MIDDLE in key}
+    saved |= {anonymous(key): () for key in info.unexpected_keys if is_intervention(key)}
     return mismatch(saved, wanted)

@@ -16,9 +16,15 @@ from torch import Tensor, nn
 
 from peft_reft.blocks.structure import device_and_dtype
 from peft_reft.blocks.survey import Remembered, refuse_unsound
-from peft_reft.context.hook import CHILD
 from peft_reft.context.state import ModelState
-from peft_reft.tuner.checkpoint import blocks_of, does_not_fit, intervention_shapes, mismatch
+from peft_reft.tuner.checkpoint import (
+    check_tensors,
+    does_not_fit,
+    intervention_shapes,
+    mismatch,
+    own_tensors,
+    warn_of_ignored,
+)
 from peft_reft.tuner.config import ReftConfig, prompt_end_ids
 from peft_reft.tuner.injection import (
     attach_entries,
@@ -29,9 +35,11 @@ from peft_reft.tuner.injection import (
     state_of,
     tidy_up,
 )
+from peft_reft.tuner.keys import INTERVENTIONS, PREFIX, blocks_of, is_intervention, without_adapter, without_child
 from peft_reft.tuner.layer import ReftLayer, attach_layer
 from peft_reft.tuner.neighbours import ON_INJECTION
 from peft_reft.tuner.private import ExcludedModule, maybe_include_all_linear_layers
+from peft_reft.tuner.sizes import check_sizes
 from peft_reft.tuner.targets import (
     check_adapter_name,
     check_shapes,
@@ -43,8 +51,6 @@ from peft_reft.tuner.targets import (
     warn_of_settings_without_effect,
 )
 
-INTERVENTIONS = f".{CHILD}.reft_interventions."  # what stands between a block's name and the adapter's in a key
-
 
 class ReftModel(BaseTuner):
     """A model with ReFT adapters (https://arxiv.org/abs/2404.03592); made by `get_peft_model(model, ReftConfig(...))`.
@@ -53,7 +59,7 @@ class ReftModel(BaseTuner):
     around the blocks get an entry that finds each row's prompt. `unload()` removes all of it.
     """
 
-    prefix = "reft_"
+    prefix = PREFIX
     tuner_layer_cls = ReftLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # no table of architectures: see blocks/
 
@@ -85,11 +91,10 @@ class ReftModel(BaseTuner):
         self._named_by_state_dict: set[str] = set()
         if kwargs.get("state_dict") is not None:
             # PEFT reads a target's name off each key, as what stands before ".reft_"; there is CHILD in between.
-            middle = f".{CHILD}.{self.prefix}"
             self._named_by_state_dict = {
-                own_name(key.split(middle)[0]) for key in kwargs["state_dict"] if middle in key
+                own_name(block) for block in blocks_of(filter(is_intervention, kwargs["state_dict"]))
             }
-            kwargs["state_dict"] = {k.replace(middle, f".{self.prefix}"): v for k, v in kwargs["state_dict"].items()}
+            kwargs["state_dict"] = {without_child(key): tensor for key, tensor in kwargs["state_dict"].items()}
         self._state = state = state_of(model) or ModelState(Remembered(model))
         self._adapter_name = adapter_name
         self._is_checked = False
@@ -124,6 +129,7 @@ class ReftModel(BaseTuner):
         self._layouts = {name: layout for name, (_, layout) in shapes.items()}
         self._targets = {name: (width, rank_of(peft_config, own_name(name))) for name, (width, _) in shapes.items()}
         check_shapes(peft_config, self._targets)  # before anything is changed
+        check_sizes(peft_config, model, self._targets)
         check_trained_tokens(peft_config, model, {*self._targets, *reft_layers(model)})
         linear = linear_layers_within_blocks(model, targets)
         warn_of_settings_without_effect(peft_config, map(own_name, targets), linear)
@@ -176,7 +182,7 @@ class ReftModel(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """`...reft_interventions.<adapter>.0.basis` -> `...reft_interventions.0.basis`."""
-        return key.replace(f"{INTERVENTIONS}{adapter_name}.", INTERVENTIONS)
+        return without_adapter(key, adapter_name)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -188,7 +194,7 @@ class ReftModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        own = [name for name in state_dict if f"{INTERVENTIONS}{adapter_name}." in name]
+        own = [name for name in state_dict if is_intervention(name, adapter_name)]
         # PEFT looks for the names of modules, which are others than in the state dict where FSDP1 has wrapped blocks.
         selected.update({name: state_dict[name] for name in own})
         if config.share_layers:
@@ -203,12 +209,14 @@ class ReftModel(BaseTuner):
         """PEFT's remapping of names, after a check that the adapter fits the model as a whole.
 
         Raises:
-            ValueError: naming the mismatch.
+            ValueError: naming the mismatch, or a tensor without finite numbers.
         """
+        current = model.state_dict()
+        state_dict, ignored = own_tensors(state_dict, model, adapter_name)
         wanted = {
             cls._remove_adapter_name_from_key(name, adapter_name): tensor
-            for name, tensor in model.state_dict().items()
-            if f"{INTERVENTIONS}{adapter_name}." in name
+            for name, tensor in current.items()
+            if is_intervention(name, adapter_name)
         }
         if config.share_layers and wanted and state_dict:  # stored once, for the first of the blocks
             first = blocks_of(wanted)[0]
@@ -220,6 +228,8 @@ class ReftModel(BaseTuner):
         if reason is not None:
             base = model.get_base_model() if isinstance(model, PeftModel) else model
             raise ValueError(does_not_fit(base, reason, config))
+        check_tensors(state_dict, current)
+        warn_of_ignored(ignored, current, adapter_name)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     # Taking it off.

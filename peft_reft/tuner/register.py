@@ -66,6 +66,7 @@ def register() -> None:
     from peft_reft.tuner.loading import wrap_loading
     from peft_reft.tuner.model import ReftModel
     from peft_reft.tuner.private import warn_of_untested_versions
+    from peft_reft.tuner.saving import save_whole_files
 
     tables: tuple[dict, ...] = (
         PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -77,6 +78,7 @@ def register() -> None:
         table.pop(peft_types.PeftType[NAME], None)
     peft_types.register_peft_method(name=NAME.lower(), config_cls=ReftConfig, model_cls=ReftModel)
     wrap_loading()
+    save_whole_files()
     warn_of_untested_versions()
 
 

@@ -12,9 +12,9 @@ from torch import nn
 
 from peft_reft.blocks.numbering import block_number, group_by_stack, pick_layers
 from peft_reft.blocks.survey import Remembered
-from peft_reft.context.hook import CHILD
 from peft_reft.tuner.config import ReftConfig
 from peft_reft.tuner.injection import reft_layers
+from peft_reft.tuner.keys import CHILD
 from peft_reft.tuner.private import ExcludedModule, get_input_embeddings_name
 
 
