@@ -10,7 +10,7 @@ from peft.config import PeftConfig
 from peft.utils.peft_types import TaskType
 from torch import nn
 
-from peft_reft.blocks.survey import Remembered
+from peft_reft.blocks import ModelBlocks
 from peft_reft.context.cache import FactorCache
 from peft_reft.context.generation import GenerateEntry
 from peft_reft.context.host import Host, Stage
@@ -27,11 +27,11 @@ def reft_layers(model: nn.Module) -> dict[str, ReftLayer]:
     return {name.removesuffix(suffix): layer for name, layer in model.named_modules() if isinstance(layer, ReftLayer)}
 
 
-def attach_hosts(model: nn.Module, causal: bool, survey: Remembered | None = None) -> None:
+def attach_hosts(model: nn.Module, causal: bool, survey: ModelBlocks | None = None) -> None:
     """Hook every module around the blocks that takes tokens, and `generate`; what is hooked already stays so."""
     layers = reft_layers(model)
     host = Host.of(model)
-    root = host.root if host is not None else Root(causal, [], FactorCache(), survey or Remembered(model))
+    root = host.root if host is not None else Root(causal, [], FactorCache(), survey or ModelBlocks(model))
     root.causal = root.causal or causal
     root.layers[:] = layers.values()
     roles = roles_of(model)

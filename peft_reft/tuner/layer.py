@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from peft_reft.blocks.layout import OWN, PLAIN, Layout, edit_hidden_state
-from peft_reft.blocks.structure import device_and_dtype
+from peft_reft.blocks import OWN, PLAIN, Layout, device_and_dtype, edit_hidden_state
 from peft_reft.context.frame import Frame, frame_of_block
 from peft_reft.interventions.equations import Factors, build_intervention, edit_of, low_rank_edit
 from peft_reft.positions.notation import PositionSpec, parse_positions

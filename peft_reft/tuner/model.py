@@ -14,8 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from peft_reft.blocks.structure import device_and_dtype
-from peft_reft.blocks.survey import Remembered, refuse_unsound
+from peft_reft.blocks import ModelBlocks, device_and_dtype, refuse_unsound
 from peft_reft.context.frame import adapter_names_scope
 from peft_reft.context.host import Host
 from peft_reft.tuner.attach import attach_hosts, is_causal_lm, reft_layers, remove_reft, tidy_up
@@ -95,7 +94,7 @@ class ReftModel(BaseTuner):
     def _prepare_model(self, peft_config: ReftConfig, model: nn.Module) -> None:
         _maybe_include_all_linear_layers(peft_config, model)  # PEFT expands "all-linear" after this method only
         host = Host.of(model)
-        self._survey = survey = host.root.survey if host is not None else Remembered(model)
+        self._survey = survey = host.root.survey if host is not None else ModelBlocks(model)
         matched, excluded = choose_targets(peft_config, model, survey)
         self._matched, self._excluded = ({own_name(name) for name in names} for names in (matched, excluded))
         # A state dict, if given, says where an adapter goes, whatever the config says.

@@ -9,14 +9,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_targ
 from peft.utils.other import _get_input_embeddings_name, get_pattern_key
 from torch import nn
 
-from peft_reft.blocks.numbering import group_by_stack, pick_layers
-from peft_reft.blocks.survey import Remembered
+from peft_reft.blocks import ModelBlocks, group_by_stack, pick_layers
 from peft_reft.tuner.attach import reft_layers
 from peft_reft.tuner.config import ReftConfig
 from peft_reft.tuner.layer import CHILD
 
 
-def choose_targets(config: ReftConfig, model: nn.Module, survey: Remembered) -> tuple[set[str], set[str]]:
+def choose_targets(config: ReftConfig, model: nn.Module, survey: ModelBlocks) -> tuple[set[str], set[str]]:
     """Names of the modules to edit, and of those that would be if `exclude_modules` did not name them.
 
     Raises:
