@@ -19,10 +19,16 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
 from peft_reft.blocks.compiled import named_children, own_modules, uncompiled
-from peft_reft.blocks.structure import can_pad, input_embedding, modules_around, named_block_lists, path_of
+from peft_reft.blocks.structure import (
+    can_pad,
+    input_embedding,
+    is_own_code,
+    modules_around,
+    named_block_lists,
+    path_of,
+)
 
 NO_TEXT = ("pixel_values", "input_features", "input_values", "image", "audio", "video", "bbox")  # arguments' beginnings
-OWN_CODE = "transformers."  # as `transformers_modules.`, code that came with a checkpoint, does not begin
 COUNTS = {  # the settings that count a stack's blocks, by what is there beside it
     "alone": ("num_hidden_layers",),
     "encoder": ("encoder_layers", "num_layers", "num_hidden_layers"),
@@ -107,7 +113,7 @@ def _stack_in(whole: nn.Module, side: Any, kind: str, lists: dict[str, nn.Module
         return None
     ((name, blocks),) = inside.items()
     around = [module for module in modules_around(whole, name) if isinstance(module, PreTrainedModel)]
-    if not all(map(_is_own_code, around)) or any(map(can_pad, around)):
+    if not all(map(is_own_code, around)) or any(map(can_pad, around)):
         return None
     children = [block for _, block in named_children(blocks)]
     recorded = [module for module in own_modules(side).values() if isinstance(module, classes)]
@@ -115,14 +121,9 @@ def _stack_in(whole: nn.Module, side: Any, kind: str, lists: dict[str, nn.Module
     is_stack = (
         {id(block) for block in children} == {id(module) for module in recorded}
         and len(children) in _counts(side.config, kind)
-        and all(_is_own_code(block) and _is_plain_block(block, width) for block in children)
+        and all(is_own_code(block) and _is_plain_block(block, width) for block in children)
     )
     return DeclaredStack([f"{name}.{entry}" for entry, _ in blocks.named_children()], width) if is_stack else None
-
-
-def _is_own_code(module: nn.Module) -> bool:
-    """Whether a module runs code of transformers."""
-    return inspect.unwrap(type(module).forward).__module__.startswith(OWN_CODE)
 
 
 def _counts(config: PretrainedConfig, kind: str) -> set[Any]:

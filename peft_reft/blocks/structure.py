@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from peft_reft.blocks.compiled import named_children, own_modules, uncompiled
 from peft_reft.blocks.layout import CHANNELS_FIRST, PLAIN, Layout
 
+OWN_CODE = "transformers."  # as `transformers_modules.`, code that came with a checkpoint, does not begin
 PADDING_METHOD = "_pad_to_"  # how the names of transformers' methods begin that pad tokens to a multiple
 
 
@@ -95,8 +97,15 @@ def modules_around(model: nn.Module, name: str) -> list[nn.Module]:
 
 
 def can_pad(module: nn.Module) -> bool:
-    """Whether a module has a method that pads tokens to a multiple, such as BigBird's `_pad_to_block_size`."""
-    return any(name.startswith(PADDING_METHOD) for name in dir(type(module)))
+    """Whether it is a model of transformers with a method that pads tokens to a multiple, as BigBird's
+    `_pad_to_block_size`.
+    """
+    return is_own_code(module) and any(name.startswith(PADDING_METHOD) for name in dir(type(module)))
+
+
+def is_own_code(module: nn.Module) -> bool:
+    """Whether a module runs code of transformers, and not that of a checkpoint or of a user."""
+    return inspect.unwrap(type(module).forward).__module__.startswith(OWN_CODE)
 
 
 def structural_shape(model: nn.Module, name: str) -> tuple[int, Layout]:

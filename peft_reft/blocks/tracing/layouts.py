@@ -15,7 +15,6 @@ from peft_reft.blocks.tracing.trace import trace
 from peft_reft.blocks.tracing.traced_model import TOKENS, TracedModel
 
 MANY = 32  # tokens: enough to see by how much pooling divides their number
-LONG = (33, 65, 129, 257, 513, 1025, 2049, 4097)  # tokens: odd, so no multiple of a window or block
 
 
 def traced_layout(model: TracedModel, name: str) -> Layout | None:
@@ -29,7 +28,7 @@ def traced_layout(model: TracedModel, name: str) -> Layout | None:
         return layout
     if model.with_image is not None and (beside := traced_layout(model.with_image, name)) is not None:
         return beside
-    return Layout(padded=True) if _pads_when_long(model, name) else PLAIN
+    return Layout(padded=True) if _may_pad(model, name) else PLAIN
 
 
 def _layout(model: TracedModel, name: str) -> Layout | None:
@@ -67,18 +66,15 @@ def _first_token(model: TracedModel, name: str, layout: Layout) -> int | None:
     """The column of the first token, if the others follow it: the columns that change when another token takes the
     place of the first or of the last one.
     """
-    rows, columns = TOKENS[-1]
-    first, last = _changed_columns(model, name, layout, rows, columns, (0, -1))
+    first, last = _changed_columns(model, name, layout, (0, -1))
     is_row = first is not None and last is not None and last - first == model.columns(name)[-1] - 1
     return first if is_row else None
 
 
-def _changed_columns(
-    model: TracedModel, name: str, layout: Layout, rows: int, columns: int, places: Sequence[int]
-) -> list[int | None]:
+def _changed_columns(model: TracedModel, name: str, layout: Layout, places: Sequence[int]) -> list[int | None]:
     """For each place of a token, the column of a module's output that changes with it; None if that is not one."""
     before, *outputs = (
-        trace(model.model, model.entry, rows, columns, other_at).calls_by_name()[name][0].output
+        trace(model.model, model.entry, *TOKENS[-1], other_at).calls_by_name()[name][0].output
         for other_at in (None, *places)
     )
     found: list[int | None] = []
@@ -92,21 +88,11 @@ def _changed_columns(
     return found
 
 
-def _pads_when_long(model: TracedModel, name: str) -> bool:
-    """Whether more tokens than were traced are padded to a multiple of the model's own behind the last.
+def _may_pad(model: TracedModel, name: str) -> bool:
+    """Whether more tokens than were traced may get padding behind the last.
 
-    BigBird does so from the length on at which its attention becomes sparse. Only models with a method of that kind
-    are called with so many tokens.
+    BigBird pads to a multiple of its block from the length on at which its attention becomes sparse: 705 tokens by
+    default, too many to trace. All methods of that kind in transformers pad at the end.
     """
-    pads = any(map(can_pad, modules_around(model.model, name)))
-    if not pads or model.columns(name)[0] != model.traces[0].columns:  # or a decoder beside the encoder that pads
-        return False
-    most = getattr(model.model.config, "max_position_embeddings", LONG[-1])
-    for columns in dict.fromkeys(min(columns, most - 1 + most % 2) for columns in LONG):
-        try:
-            output = trace(model.model, model.entry, 1, columns).calls_by_name()[name][0].output
-        except Exception:  # whatever a model's own code may raise on more tokens than it has room for
-            return False
-        if output is not None and output.shape[1] > columns:
-            return _changed_columns(model, name, PLAIN, 1, columns, (0, -1)) == [0, columns - 1]
-    return False
+    is_decoder = model.columns(name)[0] != model.traces[0].columns  # beside an encoder that pads
+    return not is_decoder and any(can_pad(module) for module in modules_around(model.model, name))
