@@ -30,6 +30,7 @@ import transformers
 from architectures import DEPTH, Batch, batch_for, tiny_model
 from conftest import randomize
 from peft import PeftModel, get_peft_model
+from peft_reft.context.host import CHECKPOINT, WithFrame
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
@@ -40,7 +41,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from peft_reft import ReftConfig, get_interventions
-from peft_reft.context.host import CHECKPOINT, WithFrame
+from peft_reft.blocks import PLAIN
+from peft_reft.blocks.declared import declared_stacks
+from peft_reft.blocks.tracing.layouts import traced_layout
+from peft_reft.blocks.tracing.stacks import traced_stacks
+from peft_reft.blocks.tracing.traced_model import TracedModel
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:A training forward:UserWarning")
 
@@ -202,6 +207,18 @@ def check_the_blocks_of_the_main_stack_are_wrapped(model_type: str, mapping: str
     assert len(lists) <= max(sides, 2) or mapping == "image" or model_type == "funnel", names  # a list per resolution
 
 
+def check_what_is_declared_is_what_a_trace_finds(model_type: str, mapping: str) -> None:
+    """For the types whose classes declare enough; of the others everything is read off a trace."""
+    model = tiny_model(model_type, mapping)
+    if declared := declared_stacks(model):
+        traced = TracedModel(model)
+        assert traced.traces, "cannot be traced"
+        assert [stack.names for stack in declared] == traced_stacks(traced)
+        for stack in declared:
+            shapes = {(traced.shapes(name)[0][-1], traced_layout(traced, name)) for name in stack.names}
+            assert shapes == {(stack.width, PLAIN)}, shapes
+
+
 def check_a_fresh_adapter_changes_nothing(model_type: str, mapping: str) -> None:
     base = tiny_model(model_type, mapping)
     batch = batch_for(base, mapping, LENGTHS)
@@ -341,6 +358,7 @@ def check_drafts_equal_the_reference(model: PeftModel, base: nn.Module, batch: B
 
 CHECKS: tuple[Callable[[str, str], None], ...] = (
     check_the_blocks_of_the_main_stack_are_wrapped,
+    check_what_is_declared_is_what_a_trace_finds,
     check_a_fresh_adapter_changes_nothing,
     check_logits_and_hidden_states_equal_the_reference,
     check_gradients_reach_every_intervention_and_nothing_else,

@@ -1,0 +1,31 @@
+"""Which modules are a model's blocks, and where the tokens' vectors are in what they return.
+
+Knows torch's modules and transformers' classes. What is edited, and at which tokens, is left to others.
+"""
+
+from peft_reft.blocks.compiled import own_modules, own_name, present_names
+from peft_reft.blocks.device import device_and_dtype
+from peft_reft.blocks.find import ModelBlocks, find_blocks
+from peft_reft.blocks.layout import OWN, PLAIN, Layout, edit_hidden_state, hidden_state_of
+from peft_reft.blocks.limits import refuse_unsound
+from peft_reft.blocks.numbering import block_number, group_by_stack, pick_layers
+from peft_reft.blocks.structure import block_width
+
+__all__ = [
+    "OWN",
+    "PLAIN",
+    "Layout",
+    "ModelBlocks",
+    "block_number",
+    "block_width",
+    "device_and_dtype",
+    "edit_hidden_state",
+    "find_blocks",
+    "group_by_stack",
+    "hidden_state_of",
+    "own_modules",
+    "own_name",
+    "pick_layers",
+    "present_names",
+    "refuse_unsound",
+]

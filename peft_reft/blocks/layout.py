@@ -1,8 +1,7 @@
 """Where a block keeps the vectors of the tokens in what it returns.
 
 Most return [B, S, d]. Others put time or channels first, keep several streams per token, virtual tokens before the
-first or padding after the last. Which axis is which is read off two traces that differ in rows and columns; nothing
-is concluded from a size alone.
+first or padding after the last. Finding out which axis is which is left to `declared` and `tracing`.
 """
 
 from __future__ import annotations
@@ -36,9 +35,6 @@ class Layout:
     before: int = 0
     padded: bool = False
     pool: int = 0
-
-    def __reduce__(self) -> Any:
-        return _layout, (self.rows, self.columns, self.vector, self.streams, self.before, self.padded, self.pool)
 
     def edit(self, h: Tensor, columns: int | None, edit: Callable[[Tensor], Tensor]) -> Tensor:
         """`h` with the vectors of its tokens edited.
@@ -75,14 +71,6 @@ class Layout:
 
 OWN = -1
 PLAIN = Layout()
-
-
-def _layout(*fields: Any) -> Layout:
-    """A layout from its fields; the plain one is always the same object, for copies and pickles too."""
-    layout = Layout(*fields)
-    return PLAIN if layout == PLAIN else layout
-
-
 CHANNELS_FIRST = Layout(columns=2, vector=1)  # of a convolution: a vector for each place
 
 
@@ -95,11 +83,12 @@ def _each_stream(h: Tensor, edit: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def layout_from(shapes: Sequence[tuple[int, ...]], rows: Sequence[int], columns: Sequence[int]) -> Layout | None:
-    """The layout of a module's output, from its shapes in two runs with different numbers of rows and columns.
+    """The layout of a module's output, from its shapes in two traces with different numbers of rows and columns.
 
     Returns:
         None if the output does not hold one vector (or a fixed number of them) for each token. A layout with columns
-        on top of the tokens' has `before` set to how many; where the tokens stand among them is not known from shapes.
+        on top of the tokens' has `before` set to how many, or `padded` if their number is not fixed, as where tokens
+        are padded to a multiple. Where the tokens stand among them is not known from shapes.
     """
     first, second = shapes
     if len(first) != len(second) or len(first) < 3:
@@ -113,13 +102,14 @@ def layout_from(shapes: Sequence[tuple[int, ...]], rows: Sequence[int], columns:
     if len(others) > 1:
         return None
     fixed = [axis for axis in range(len(first)) if axis != row_axis and axis not in others]
-    if not others:  # as many columns in both runs: a window that tokens are padded to, if they can be found in it
+    if not others:  # as many columns in both runs: a window that tokens are padded to
         return Layout(row_axis, fixed[0], fixed[-1] - len(first), padded=True) if len(fixed) > 1 else None
     axis = others[0]
     times, rest = divmod(second[axis] - first[axis], columns[1] - columns[0])
     more = first[axis] - times * columns[0]
     if rest or times < 1 or more < 0 or (times > 1 and more):
-        return None
+        is_room = first[axis] >= columns[0] and second[axis] >= columns[1]
+        return Layout(row_axis, axis, fixed[-1] - len(first), padded=True) if is_room else None
     return Layout(row_axis, axis, fixed[-1] - len(first), streams=times, before=more)
 
 
@@ -140,7 +130,7 @@ def edit_hidden_state(output: Any, edit: Callable[[Tensor], Tensor]) -> Any:
         return edit(output)
     h = hidden_state_of(output)
     if h is None:
-        raise TypeError(f"A block returned {type(output).__name__}, in which no hidden state can be told.")
+        raise TypeError(f"A block returned {type(output).__name__}, in which there is no hidden state.")
     if isinstance(output, Mapping):
         values = {name: edit(value) if value is h else value for name, value in output.items()}
         return type(output)(**values) if isinstance(output, ModelOutput) else values

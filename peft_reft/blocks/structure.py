@@ -1,21 +1,43 @@
-"""What a model's structure tells by itself: lists of blocks, widths, devices."""
+"""What a model's structure tells by itself: its lists of blocks, the width of what a module returns."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from peft_reft.blocks.compiled import named_children, own_modules, uncompiled
+from peft_reft.blocks.layout import CHANNELS_FIRST, PLAIN, Layout
+
+OWN_CODE = "transformers."  # as `transformers_modules.`, code that came with a checkpoint, does not begin
+PADDING_METHOD = "_pad_to_"  # how the names of transformers' methods begin that pad tokens to a multiple
+
+
+def structural_stacks(model: nn.Module) -> list[list[str]]:
+    """Names (own) of the blocks in the largest list of modules of each stack; none if there is no such list.
+
+    For models that can be neither read nor traced, such as one without a config.
+    """
+    stacks = []
+    for path, stack in _homes_of_stacks(uncompiled(model)):
+        found = list(named_block_lists(stack, path))
+        found = found or [item for item in named_block_lists(stack, path, nn.Sequential) if _multiplies(item[1])]
+        if found:
+            name, blocks = max(found, key=lambda item: (_multiplies(item[1]), size_of(item[1])))
+            stacks.append([f"{name}.{entry}" for entry, _ in blocks.named_children()])
+    return stacks
 
 
 def named_block_lists(
     module: nn.Module, prefix: str = "", kind: type[nn.Module] = nn.ModuleList
 ) -> Iterator[tuple[str, nn.Module]]:
     """The outermost lists of modules that look like blocks: not leaves, and with parameters."""
-    for name, child in module.named_children():
+    for name, child in named_children(module):
         path = f"{prefix}.{name}" if prefix else name
-        entries = list(child.children()) if isinstance(child, kind) else []
+        entries = [entry for _, entry in named_children(child)] if isinstance(child, kind) else []
         if entries and all(_has_parts(entry) for entry in entries):
             yield path, child
         else:
@@ -27,11 +49,12 @@ def _has_parts(module: nn.Module) -> bool:
 
 
 def _multiplies(module: nn.Module) -> bool:
-    """Whether it has matrices, as blocks have whose output is a vector for each place; convolutions have none."""
+    """Whether it has matrices, as blocks have that return a vector for each place; convolutions have none."""
     return any(parameter.dim() == 2 for parameter in module.parameters())
 
 
 def size_of(module: nn.Module) -> int:
+    """How many parameters a module has."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
@@ -42,45 +65,69 @@ def input_embedding(model: Any) -> nn.Module | None:
     except (AttributeError, NotImplementedError, TypeError):
         # In this order: a plain module; a class that leaves it open; a getter that asks of which of several inputs.
         return None
-    return embedding if isinstance(embedding, nn.Module) else None
+    return uncompiled(embedding) if isinstance(embedding, nn.Module) else None
 
 
-def _text_stacks(model: Any) -> list[tuple[str, nn.Module]]:
+def path_of(model: nn.Module, module: nn.Module | None) -> str:
+    """The own name of a module in a model; empty for the model itself, and for a module that is not in it."""
+    return next((name for name, found in own_modules(model).items() if found is module), "")
+
+
+def _homes_of_stacks(model: Any) -> list[tuple[str, nn.Module]]:
     """The modules in which to look for one list of blocks each: encoder and decoder, or the home of the text."""
+    modules = own_modules(model)
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
-        names = {module: name for name, module in model.named_modules()}
-        stacks = [model.get_encoder(), model.get_decoder()]
+        names = {module: name for name, module in modules.items()}
+        stacks = [uncompiled(model.get_encoder()), uncompiled(model.get_decoder())]
         return [(names[stack], stack) for stack in stacks if stack in names]
-    embedding = input_embedding(model)
-    path = next((name for name, module in model.named_modules() if module is embedding), "")
+    path = path_of(model, input_embedding(model))
     # The smallest part of the model that holds both the input embedding and a list of blocks.
     while path:
         path = path.rpartition(".")[0]
-        if next(named_block_lists(model.get_submodule(path)), None) is not None:
+        if next(named_block_lists(modules[path]), None) is not None:
             break
-    return [(path, model.get_submodule(path))]
+    return [(path, modules[path])]
 
 
-def structural_stacks(model: nn.Module) -> list[list[str]]:
-    """Names of the blocks in the largest list of modules of each stack."""
-    stacks = []
-    for path, stack in _text_stacks(model):
-        found = list(named_block_lists(stack, path))
-        found = found or [item for item in named_block_lists(stack, path, nn.Sequential) if _multiplies(item[1])]
-        if found:
-            name, blocks = max(found, key=lambda item: (_multiplies(item[1]), size_of(item[1])))
-            stacks.append([f"{name}.{entry}" for entry, _ in blocks.named_children()])
-    return stacks
+def modules_around(model: nn.Module, name: str) -> list[nn.Module]:
+    """The modules that one of this own name lies in: the model, and so on down to its parent."""
+    modules, parts = own_modules(model), name.split(".") if name else []
+    return [modules[".".join(parts[:depth])] for depth in range(len(parts))]
+
+
+def can_pad(module: nn.Module) -> bool:
+    """Whether it is a model of transformers with a method that pads tokens to a multiple, as BigBird's
+    `_pad_to_block_size`.
+    """
+    return is_own_code(module) and any(name.startswith(PADDING_METHOD) for name in dir(type(module)))
+
+
+def is_own_code(module: nn.Module) -> bool:
+    """Whether a module runs code of transformers, and not that of a checkpoint or of a user."""
+    return inspect.unwrap(type(module).forward).__module__.startswith(OWN_CODE)
+
+
+def structural_shape(model: nn.Module, name: str) -> tuple[int, Layout]:
+    """Width and layout of what a module returns, where they cannot be seen in a trace, as in a vision tower.
+
+    Raises:
+        ValueError: if the width cannot be told.
+    """
+    module = own_modules(model)[name]
+    if isinstance(module, _ConvNd):
+        return module.out_channels, CHANNELS_FIRST
+    return block_width(model, name), PLAIN
 
 
 def block_width(model: nn.Module, name: str) -> int:
-    """Width of the vectors that a module puts out: the last dimension of its output.
+    """Width of the vectors that a module returns: the last dimension of its output.
 
     Raises:
         ValueError: if it cannot be told from the module or from a config above it.
     """
-    module = model.get_submodule(name)
+    modules = own_modules(model)
+    module = modules[name]
     for attribute in ("out_features", "embedding_dim", "nf"):
         if isinstance(getattr(module, attribute, None), int):
             return int(getattr(module, attribute))
@@ -89,7 +136,7 @@ def block_width(model: nn.Module, name: str) -> int:
     path = name
     while path:
         path = path.rpartition(".")[0]
-        config: Any = getattr(model.get_submodule(path), "config", None)
+        config: Any = getattr(modules[path], "config", None)
         if hasattr(config, "get_text_config"):
             config = config.get_text_config()
         if isinstance(getattr(config, "hidden_size", None), int):
@@ -98,20 +145,6 @@ def block_width(model: nn.Module, name: str) -> int:
     if leaves:
         return int(leaves[-1].out_features)
     raise ValueError(
-        f"The width of the hidden states that {name!r} ({type(module).__name__}) puts out cannot be told: neither it "
+        f"The width of the hidden states that {name!r} ({type(module).__name__}) returns cannot be told: neither it "
         "nor a config above it says so. Target a module that ends in a linear layer, or set model.config.hidden_size."
     )
-
-
-def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where a module computes and in what floating dtype, also if it is offloaded or quantised."""
-    tensors = [*module.parameters(), *module.buffers()]
-    dtype = next(
-        (t.dtype for t in tensors if t.is_floating_point() and t.dtype.itemsize > 1), torch.get_default_dtype()
-    )
-    for part in module.modules():  # accelerate's hook knows where an offloaded module computes
-        execution_device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
-        if execution_device is not None:
-            return torch.device(execution_device), dtype
-    device = next((t.device for t in tensors if not t.is_meta), None)
-    return device or (tensors[0].device if tensors else torch.device("cpu")), dtype

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft_reft.blocks.layout import OWN, PLAIN, edit_hidden_state
+from peft_reft.blocks import OWN, edit_hidden_state
 from peft_reft.context.forward import ForwardContext, Given
 from peft_reft.context.state import ModelState
 
@@ -33,9 +33,9 @@ class BlockHook:
             return None
         if context is None:
             return self._outside(layer, output)
-        layout = layer.layout
-        if layout is PLAIN and isinstance(output, Tensor):
+        if layer.is_plain and isinstance(output, Tensor):
             return layer.edit(output, context)
+        layout = layer.layout
         if layout.pool:
             return edit_hidden_state(output, lambda h: layout.edit(h, None, lambda part: pooled(layer, part, context)))
         return edit_hidden_state(

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from peft_reft.blocks.survey import Survey
+from peft_reft.blocks import ModelBlocks
 from peft_reft.tuner.files import one_line
 
 TASK_TYPES = {
@@ -66,9 +66,9 @@ class Structure:
         config: Any = getattr(self.model, "config", None)
         is_named = isinstance(model, nn.Module) or bool(config.architectures)
         self.task_type = task_of(self.name) if is_named else None  # else it is a guess at the class
-        self._survey = Survey(self.model)
+        self._blocks = ModelBlocks(self.model)
         self._modules = [name for name, _ in self.model.named_modules() if name]
-        self.stacks = self._survey.stacks()
+        self.stacks = self._blocks.stacks()
 
     def block(self, number: int) -> str:
         """The name of the block with a number, in a model with one stack of blocks.
@@ -130,7 +130,7 @@ class Structure:
 
     def width_of(self, name: str) -> int:
         """The width of the hidden states that a module puts out."""
-        return self._survey.shape_of(name)[0]
+        return self._blocks.shape_of(name)[0]
 
 
 def on_meta(model: str | os.PathLike[str] | PretrainedConfig) -> nn.Module:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from peft_reft.blocks.survey import Survey
+from peft_reft.blocks import ModelBlocks
 from peft_reft.tuner.config import ReftConfig
 
 if TYPE_CHECKING:
@@ -81,9 +81,9 @@ class SearchSpace:
         Raises:
             ValueError: if the model's blocks cannot be found, or for what the class refuses.
         """
-        survey = Survey(model)
-        stacks = survey.stacks()
-        width = min(survey.shape_of(stack[0])[0] for stack in stacks)
+        blocks = ModelBlocks(model)
+        stacks = blocks.stacks()
+        width = min(blocks.shape_of(stack[0])[0] for stack in stacks)
         ranges.setdefault("blocks", block_choices(min(map(len, stacks))))
         ranges.setdefault("ranks", tuple(r for r in cls.ranks if r <= width))
         space = cls(**ranges)

@@ -15,8 +15,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from peft_reft.blocks.layout import PLAIN, Layout
-from peft_reft.blocks.structure import device_and_dtype
+from peft_reft.blocks import PLAIN, Layout, device_and_dtype
 from peft_reft.context.forward import ForwardContext
 from peft_reft.context.hook import BlockHook
 from peft_reft.context.state import ModelState
@@ -51,6 +50,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.width = width
         self.layout = layout
+        self.is_plain = layout == PLAIN  # as most are: [B, S, d]
         self.number = 0  # among the model's layers
         self.in_features = self.out_features = width  # PEFT's name for it, which every tuner layer has
         self.reft_interventions = nn.ModuleDict()  # adapter -> an intervention per position group

@@ -14,8 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from peft_reft.blocks.structure import device_and_dtype
-from peft_reft.blocks.survey import Remembered, refuse_unsound
+from peft_reft.blocks import ModelBlocks, device_and_dtype, own_name, present_names, refuse_unsound
 from peft_reft.context.state import ModelState
 from peft_reft.tuner.checkpoint import (
     check_tensors,
@@ -46,7 +45,6 @@ from peft_reft.tuner.targets import (
     check_trained_tokens,
     choose_targets,
     linear_layers_within_blocks,
-    own_name,
     rank_of,
     warn_of_settings_without_effect,
 )
@@ -95,7 +93,7 @@ class ReftModel(BaseTuner):
                 own_name(block) for block in blocks_of(filter(is_intervention, kwargs["state_dict"]))
             }
             kwargs["state_dict"] = {without_child(key): tensor for key, tensor in kwargs["state_dict"].items()}
-        self._state = state = state_of(model) or ModelState(Remembered(model))
+        self._state = state = state_of(model) or ModelState(ModelBlocks(model))
         self._adapter_name = adapter_name
         self._is_checked = False
         try:
@@ -118,21 +116,21 @@ class ReftModel(BaseTuner):
     def _prepare_model(self, peft_config: ReftConfig, model: nn.Module) -> None:
         maybe_include_all_linear_layers(peft_config, model)  # PEFT expands "all-linear" after this method only
         blocks = self._state.blocks
-        matched, self._excluded = choose_targets(peft_config, model, blocks)
+        matched, excluded = choose_targets(peft_config, model, blocks)
+        present = present_names(model)  # what PEFT will ask about
+        self._matched, self._excluded = ({present[name] for name in names} for names in (matched, excluded))
         # A state dict, if given, says where an adapter goes, whatever the config says.
-        named = {name for name, _ in model.named_modules() if own_name(name) in self._named_by_state_dict}
-        self._matched = matched
-        targets = sorted(matched | named)
+        targets = sorted(matched | (self._named_by_state_dict & present.keys()))
         refuse_unsound(model, targets)
         shapes = {name: blocks.shape_of(name) for name in targets}
         blocks.forget_trace()
         self._layouts = {name: layout for name, (_, layout) in shapes.items()}
-        self._targets = {name: (width, rank_of(peft_config, own_name(name))) for name, (width, _) in shapes.items()}
+        self._targets = {name: (width, rank_of(peft_config, name)) for name, (width, _) in shapes.items()}
         check_shapes(peft_config, self._targets)  # before anything is changed
         check_sizes(peft_config, model, self._targets)
         check_trained_tokens(peft_config, model, {*self._targets, *reft_layers(model)})
         linear = linear_layers_within_blocks(model, targets)
-        warn_of_settings_without_effect(peft_config, map(own_name, targets), linear)
+        warn_of_settings_without_effect(peft_config, targets, linear)
         self._prompt_end = prompt_end_ids(
             peft_config, None, getattr(getattr(model, "config", None), "_name_or_path", None)
         )
@@ -155,8 +153,9 @@ class ReftModel(BaseTuner):
         parent: nn.Module,
         current_key: str,
     ) -> None:
-        width, r = self._targets[current_key]
-        layer = attach_layer(target, width, self._layouts[current_key], self._state)
+        name = own_name(current_key)
+        width, r = self._targets[name]
+        layer = attach_layer(target, width, self._layouts[name], self._state)
         layer.add_adapter(adapter_name, peft_config, r, self._prompt_end, *self._shared)
         if peft_config.share_layers:
             self._shared = [layer]

@@ -10,22 +10,22 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from peft_reft.blocks.numbering import block_number, group_by_stack, pick_layers
-from peft_reft.blocks.survey import Remembered
+from peft_reft.blocks import ModelBlocks, block_number, group_by_stack, own_modules, own_name, pick_layers
 from peft_reft.tuner.config import ReftConfig
 from peft_reft.tuner.injection import reft_layers
 from peft_reft.tuner.keys import CHILD
 from peft_reft.tuner.private import ExcludedModule, get_input_embeddings_name
 
 
-def choose_targets(config: ReftConfig, model: nn.Module, blocks: Remembered) -> tuple[set[str], set[str]]:
+def choose_targets(config: ReftConfig, model: nn.Module, blocks: ModelBlocks) -> tuple[set[str], set[str]]:
     """Names of the modules to edit, and of those that would be if `exclude_modules` did not name them.
 
     Raises:
         ValueError: if the model's blocks cannot be found, or `layers_to_transform` names none of them.
     """
-    names = [name for name, module in model.named_modules() if name and not isinstance(module, BaseTunerLayer)]
-    inside_layers = tuple(f"{name}.{CHILD}." for name in reft_layers(model))
+    modules = own_modules(model).items()
+    names = [name for name, module in modules if name and not isinstance(module, BaseTunerLayer)]
+    inside_layers = tuple(f"{own_name(name)}.{CHILD}." for name in reft_layers(model))
     names = [name for name in names if not name.startswith(inside_layers)] if inside_layers else names
     stacks = blocks.stacks() if config.target_modules is None else [names]
     # PEFT's rules for names, but not for block numbers: it looks for those inside of blocks only.
@@ -44,15 +44,6 @@ def choose_targets(config: ReftConfig, model: nn.Module, blocks: Remembered) -> 
         stacks = group_by_stack(matched)
     chosen = set(pick_layers(stacks, config.layers_to_transform))
     return chosen & set(matched), excluded
-
-
-def own_name(name: str) -> str:
-    """A module's name in the model itself, should torch.compile have wrapped that or parts of it.
-
-    >>> own_name("_orig_mod.model.layers.0._orig_mod.mlp")
-    'model.layers.0.mlp'
-    """
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def check_adapter_name(name: str) -> None:
@@ -95,9 +86,9 @@ def warn_of_settings_without_effect(config: ReftConfig, targets: Iterable[str], 
 
 def linear_layers_within_blocks(model: nn.Module, targets: Iterable[str]) -> list[str]:
     """Those of the modules that are linear layers with a block's number before them."""
-    found = []
+    found, modules = [], own_modules(model)
     for name in targets:
-        module = model.get_submodule(name)
+        module = modules[name]
         is_linear = any(isinstance(getattr(module, size, None), int) for size in ("out_features", "nf"))
         if is_linear and not any(True for _ in module.children()) and block_number(name.rpartition(".")[0]) is not None:
             found.append(name)

@@ -1,6 +1,7 @@
-"""A stand-in for a model: its modules and their attributes, with parameters that take no memory, and no hooks.
+"""A copy of a model without its weights: its modules and their attributes, parameters that take no memory, no hooks.
 
-Running it reads and changes nothing of the model, needs none of its devices, and multiplies no large matrices.
+Running it reads and changes nothing of the model, needs none of its devices, and multiplies no large matrices. Its
+matrices are zero, so that blocks add nothing: a token's vector reaches the last block as it left the embedding.
 """
 
 from __future__ import annotations
@@ -18,42 +19,50 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PretrainedConfig
 
+from peft_reft.blocks.compiled import uncompiled
+
 _HOOKS = [name for name in nn.Module().__dict__ if "hook" in name and name != "_is_full_backward_hook"]
 _OWN_STATE = {"_parameters", "_buffers", "_modules", "forward", "generate", "_compiled_call_impl", *_HOOKS}
-_LARGE = 1_000_000  # elements of a buffer that is not copied; multiplications of a product that is not worked out
+_LARGE = 1_000_000  # elements of a buffer that is not copied; multiplications of a product that is not computed
 
 
-def stand_in(model: nn.Module) -> nn.Module:
-    """A copy of the model's modules whose weights are views of single numbers."""
+def weightless_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model's modules whose weights are views of single numbers; nothing in it is compiled."""
     memo: dict[int, Any] = {}
     for module in model.modules():
-        memo[id(module)] = _plain_linear(module) or object.__new__(type(module))
+        inner = uncompiled(module)
+        if id(inner) not in memo:
+            memo[id(inner)] = _zero_linear(inner) or object.__new__(type(inner))
+        memo[id(module)] = memo[id(inner)]
     for module in model.modules():
-        clone = memo[id(module)]
-        if isinstance(clone, _ZeroLinear):
+        copied = memo[id(module)]
+        if isinstance(copied, _ZeroLinear) or uncompiled(module) is not module:
             continue
-        state = {k: _stand_in_value(v, memo) for k, v in module.__dict__.items() if k not in _OWN_STATE}
-        clone.__dict__.update(state, training=False, _compiled_call_impl=None)
-        clone.__dict__.update({name: OrderedDict() for name in _HOOKS if name in module.__dict__})
+        state = {k: _copied_value(v, memo) for k, v in module.__dict__.items() if k not in _OWN_STATE}
+        copied.__dict__.update(state, training=False, _compiled_call_impl=None)
+        copied.__dict__.update({name: OrderedDict() for name in _HOOKS if name in module.__dict__})
         parameters = {k: None if p is None else nn.Parameter(_ghost(p), False) for k, p in module._parameters.items()}
         buffers = {k: None if b is None else _copy_of(b) for k, b in module._buffers.items()}
         children = {k: None if m is None else memo[id(m)] for k, m in module._modules.items()}
-        clone.__dict__.update(_parameters=parameters, _buffers=buffers, _modules=children)
+        copied.__dict__.update(_parameters=parameters, _buffers=buffers, _modules=children)
     return memo[id(model)]
 
 
 class _ZeroLinear(nn.Module):
-    """What stands in for a linear layer with a storage of its own (quantised)."""
+    """In place of a linear layer with a storage of its own (quantised): returns zeros."""
 
     def __init__(self, out_features: int):
         super().__init__()
         self.out_features = out_features
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return (x[..., :1] * 0).repeat_interleave(self.out_features, dim=-1)  # worked out from x, as gradients see it
+        return (x[..., :1] * 0).repeat_interleave(
+            self.out_features, dim=-1
+        )  # computed from x, for whoever follows its gradient
 
 
-def _plain_linear(module: nn.Module) -> nn.Module | None:
+def _zero_linear(module: nn.Module) -> nn.Module | None:
+    """The module to put in place of a linear layer whose weight is no matrix of numbers; None for all others."""
     weight, sizes = (
         module._parameters.get("weight"),
         (getattr(module, "out_features", None), getattr(module, "in_features", None)),
@@ -80,8 +89,8 @@ def _copy_of(tensor: Tensor) -> Tensor:
     return copied.float() if copied.is_floating_point() else copied
 
 
-def _stand_in_value(value: Any, memo: dict[int, Any]) -> Any:
-    """An attribute's value: modules become their stand-ins, what a forward might change is copied."""
+def _copied_value(value: Any, memo: dict[int, Any]) -> Any:
+    """An attribute's value: modules become their copies, and what a forward might change is copied."""
     if id(value) in memo:
         return memo[id(value)]
     if isinstance(value, Tensor):
@@ -91,9 +100,9 @@ def _stand_in_value(value: Any, memo: dict[int, Any]) -> Any:
         _run_anywhere(config)
         return config
     if type(value) in (list, tuple, set):
-        return type(value)(_stand_in_value(v, memo) for v in value)
+        return type(value)(_copied_value(v, memo) for v in value)
     if type(value) in (dict, OrderedDict):
-        return type(value)((k, _stand_in_value(v, memo)) for k, v in value.items())
+        return type(value)((k, _copied_value(v, memo)) for k, v in value.items())
     if inspect.ismethod(value) and id(value.__self__) in memo:
         return MethodType(value.__func__, memo[id(value.__self__)])
     return value
@@ -111,7 +120,7 @@ def _run_anywhere(config: PretrainedConfig) -> None:
 
 
 class _NoLargeProducts(TorchDispatchMode):
-    """Products of large matrices come out as zeros, without being worked out."""
+    """Returns zeros for products of large matrices, without computing them."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
@@ -128,7 +137,7 @@ class _NoLargeProducts(TorchDispatchMode):
 
 
 def call_quietly(module: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
-    """Call a stand-in, without its warnings, and without changing what numbers are drawn later."""
+    """Call a weightless copy, without its warnings, and without changing what random numbers are drawn later."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _NoLargeProducts():
         warnings.simplefilter("ignore")
         return module(**inputs)

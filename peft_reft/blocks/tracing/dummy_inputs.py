@@ -1,4 +1,4 @@
-"""What to run a model on to see its blocks: how it may be called, and a few tokens or images that fit its config."""
+"""How a model may be called to see its blocks: on which part, and with tokens or images that fit its config."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from peft_reft.blocks.structure import input_embedding
+from peft_reft.blocks.compiled import own_modules
+from peft_reft.blocks.structure import input_embedding, path_of
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A way to run a model on example inputs.
+class EntryPoint:
+    """A way to call a model on dummy inputs.
 
     Attributes:
         path: the module to call; the model itself if empty.
@@ -30,17 +31,16 @@ class Entry:
     with_image: bool = False
 
 
-def entries(model: nn.Module) -> list[Entry]:
-    """The ways in which a model may run on tokens or images alone, to be tried in this order: itself, its body without
-    the head, what lies between it and its input embedding; then with an image beside the tokens.
+def entry_points(model: nn.Module) -> list[EntryPoint]:
+    """The ways to call a model on tokens or images alone, to be tried in this order: the model, its body without the
+    head, the modules between it and its input embedding; then the same with an image beside the tokens.
 
     None for models of sound: they would run for long, and a part of them that takes tokens is their decoder alone.
     """
     whole = _argument_names(model, "")
     if "input_ids" not in whole and whole & {"input_features", "input_values"}:
         return []
-    embedding = input_embedding(model)
-    path = next((name for name, module in model.named_modules() if module is embedding), "")
+    path = path_of(model, input_embedding(model))
     inner: list[str] = []
     while "." in path:
         path = path.rpartition(".")[0]
@@ -51,7 +51,7 @@ def entries(model: nn.Module) -> list[Entry]:
     for with_image, path, ids_per_row in product((False, True), paths, per_row):
         names = _argument_names(model, path)
         if (path == "" or names & {"input_ids", "pixel_values"}) and (not with_image or _takes_both(names)):
-            found.append(Entry(path, ids_per_row, with_image))
+            found.append(EntryPoint(path, ids_per_row, with_image))
     return found
 
 
@@ -61,33 +61,35 @@ def _takes_both(names: set[str]) -> bool:
 
 def _argument_names(model: nn.Module, path: str) -> set[str]:
     """The names of the arguments of the forward of a part; none if there is no such part."""
-    part = dict(model.named_modules()).get(path)
+    part = own_modules(model).get(path)
     return set() if part is None else set(inspect.signature(type(part).forward).parameters)
 
 
-def has_images_beside_tokens(model: nn.Module, entry: Entry) -> bool:
+def has_images_beside_tokens(model: nn.Module, entry: EntryPoint) -> bool:
     """Whether images may come with the tokens, and have places of their own: no token stands for them."""
     settings = [name for config in _settings(getattr(model, "config", None)) for name in config]
     names = _argument_names(model, entry.path)
     return _takes_both(names) and not any("image_token" in str(name) for name in settings)
 
 
-def example_inputs(
-    module: nn.Module, entry: Entry, rows: int, columns: int, decoder_columns: int, first_token: int = 0
+def dummy_inputs(
+    module: nn.Module, entry: EntryPoint, rows: int, columns: int, decoder_columns: int, other_at: int | None = None
 ) -> dict[str, Tensor]:
     """Tokens (or an image) for a module's forward, by the names of its parameters.
 
     Args:
-        first_token: which of the usable token ids the rows begin with.
+        rows, columns: the shape of the tokens, `decoder_columns` that of a decoder's beside an encoder.
+        other_at: a column (0 or -1) that gets another token than without it.
     """
     names = inspect.signature(type(module).forward).parameters
     config = getattr(module, "config", None)
     inputs: dict[str, Any] = {}
     for name, count in (("input_ids", columns), ("decoder_input_ids", decoder_columns)):
         if name in names:
-            ids = _usable_ids(module, count + 1)
-            row = torch.tensor([ids[first_token], *ids[2:]])
-            inputs[name] = row.repeat(rows * entry.ids_per_row, 1)
+            other, *row = _usable_ids(module, count + 1)
+            if other_at is not None:
+                row[other_at] = other
+            inputs[name] = torch.tensor(row).repeat(rows * entry.ids_per_row, 1)
     if "pixel_values" in names and ("input_ids" not in names or entry.with_image):
         inputs["pixel_values"] = torch.zeros(rows, *_image_shape(config))
     if "bbox" in names:

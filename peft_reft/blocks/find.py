@@ -1,0 +1,113 @@
+"""Finding a model's blocks, and the width and layout of what a module returns.
+
+In this order: what the classes of transformers declare, where that is enough (`declared`); a trace (`tracing`), where
+the model can be traced; its lists of modules (`structure`). The tokens' columns in a hidden state are `Layout`'s.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from peft_reft.blocks.compiled import own_modules, own_name, present_names
+from peft_reft.blocks.declared import DeclaredStack, declared_stacks
+from peft_reft.blocks.layout import PLAIN, Layout
+from peft_reft.blocks.limits import no_blocks, refuse_unsound
+from peft_reft.blocks.structure import structural_shape, structural_stacks
+from peft_reft.blocks.tracing.layouts import traced_layout
+from peft_reft.blocks.tracing.stacks import traced_stacks
+from peft_reft.blocks.tracing.traced_model import TracedModel
+
+
+def find_blocks(model: nn.Module) -> list[list[str]]:
+    """Names of the blocks of each of the model's stacks, in their order.
+
+    Raises:
+        ValueError: if there are none, or an adapter cannot work on them, with the reason.
+    """
+    return ModelBlocks(model).stacks()
+
+
+class ModelBlocks:
+    """The blocks of one model; answers are remembered, since every further adapter asks the same questions.
+
+    Attributes:
+        model: the model. Its modules must stay the same; what is added to a block does no harm.
+        ids_per_row: how many rows of ids make one row of the hidden state: more than one for audio with codebooks.
+        was_traced: whether an answer has needed a trace.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.ids_per_row = 1
+        self.was_traced = False
+        self._stacks: list[list[str]] | None = None
+        self._shapes: dict[str, tuple[int, Layout]] = {}
+        self._declared: list[DeclaredStack] | None = None
+        self._traced: TracedModel | None = None
+
+    def stacks(self) -> list[list[str]]:
+        """Names of the blocks of each of the model's stacks, encoder first, in their order.
+
+        They are names for `model.get_submodule`: where `torch.compile` has wrapped a block, that of the block inside.
+        `own_name` gives the base model's own.
+
+        Raises:
+            ValueError: if there are none, or an adapter cannot work on them, with the reason.
+        """
+        if self._stacks is None:
+            names = present_names(self.model)
+            self._stacks = [[names[name] for name in stack] for stack in self._find_stacks()]
+        return self._stacks
+
+    def shape_of(self, name: str) -> tuple[int, Layout]:
+        """Width and layout of what a module returns.
+
+        Args:
+            name: the module's, in the model as it is or its own.
+
+        Raises:
+            ValueError: if the width cannot be told.
+        """
+        name = own_name(name)
+        if name not in self._shapes:
+            self._shapes[name] = self._find_shape(name)
+        return self._shapes[name]
+
+    def forget_trace(self) -> None:
+        """Let go of the tensors of the trace; the answers stay."""
+        self._traced = None
+
+    def _find_stacks(self) -> list[list[str]]:
+        if declared := self._declaration():
+            stacks = [stack.names for stack in declared]
+            for stack in stacks:
+                refuse_unsound(self.model, stack)
+            return stacks
+        stacks = traced_stacks(self._trace()) or structural_stacks(self.model)
+        if not stacks:
+            modules = own_modules(self.model)
+            candidates = [name for name, module in modules.items() if name and any(True for _ in module.parameters())]
+            raise ValueError(no_blocks(modules[""], candidates))
+        return stacks
+
+    def _find_shape(self, name: str) -> tuple[int, Layout]:
+        for stack in self._declaration():
+            if name in stack.names:
+                return stack.width, PLAIN
+        traced = self._trace()
+        layout = traced_layout(traced, name)
+        if layout is None:  # not run in the trace, such as a vision tower
+            return structural_shape(self.model, name)
+        return traced.shapes(name)[0][layout.vector], layout
+
+    def _declaration(self) -> list[DeclaredStack]:
+        if self._declared is None:
+            self._declared = declared_stacks(self.model)
+        return self._declared
+
+    def _trace(self) -> TracedModel:
+        if self._traced is None:
+            self._traced = TracedModel(self.model)
+            self.ids_per_row = self._traced.entry.ids_per_row
+            self.was_traced = True
+        return self._traced

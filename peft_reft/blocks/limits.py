@@ -1,0 +1,40 @@
+"""What an adapter cannot work on, although it has blocks: edits would be computed but mean something else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from peft_reft.blocks.compiled import own_modules, own_name
+
+
+def refuse_unsound(model: nn.Module, names: Sequence[str]) -> None:
+    """Refuse blocks whose edits would be computed but mean something else.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    modules = own_modules(model)
+    model = modules[""]
+    if any(hasattr(modules[own_name(name)], "backward_pass") for name in names):
+        raise ValueError(
+            f"{type(model).__name__} has reversible blocks: their backward pass works out their inputs from their "
+            "outputs, which an edit of the outputs would falsify without an error. ReFT cannot train it."
+        )
+    every = getattr(getattr(model, "config", None), "rescale_every", 0) or 0
+    if 0 < every < len(names):
+        raise ValueError(
+            f"{type(model).__name__} halves its hidden states every {every} blocks at inference but not in training, "
+            "so that an edit would mean different things. Set model.config.rescale_every = 0 before you run the model."
+        )
+
+
+def no_blocks(model: nn.Module, candidates: Iterable[str]) -> str:
+    """The error of a model without a list of blocks, with the modules that could be named instead."""
+    names = list(candidates)
+    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    return (
+        f"No list of blocks was found in {type(model).__name__}. Name the modules whose output is to be edited "
+        f"in ReftConfig(target_modules=[...]); candidates: {shown or 'none, the model has no parameters'}."
+    )
