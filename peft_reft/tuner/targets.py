@@ -17,6 +17,17 @@ from peft_reft.tuner.keys import CHILD
 from peft_reft.tuner.private import ExcludedModule, get_input_embeddings_name
 
 
+UNMATCHED_RANK = (
+    "The rank_pattern of a ReFT adapter has the key {pattern!r}, which names none of the edited modules ({names}), so "
+    "that it has no effect: ranks are r={r}. A key is the end of a name, or a regular expression for it."
+)
+LINEAR_LAYERS = (
+    "A ReFT adapter with target_modules={targets!r} edits the outputs of linear layers ({names}), as LoRA does with "
+    "their weights. ReFT edits the hidden state after each block: leave target_modules out. Name such modules only if "
+    "their output is what you want to edit."
+)
+
+
 def choose_targets(config: ReftConfig, model: nn.Module, blocks: ModelBlocks) -> tuple[set[str], set[str]]:
     """Names of the modules to edit, and of those that would be if `exclude_modules` did not name them.
 
@@ -71,17 +82,10 @@ def warn_of_settings_without_effect(config: ReftConfig, targets: Iterable[str], 
     for pattern in config.rank_pattern or {}:
         if not any(get_pattern_key([pattern], name) == pattern for name in names):
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            warnings.warn(
-                f"The rank_pattern of a ReFT adapter has the key {pattern!r}, which names none of the edited modules "
-                f"({shown}), so that it has no effect: ranks are r={config.r}. A key is the end of a name, or a regular expression for it."
-            )
+            warnings.warn(UNMATCHED_RANK.format(pattern=pattern, names=shown, r=config.r))
     projections = sorted({name.rpartition(".")[2] for name in linear})
     if projections:
-        warnings.warn(
-            f"A ReFT adapter with target_modules={config.target_modules!r} edits the outputs of linear layers "
-            f"({', '.join(projections)}), as LoRA does with their weights. ReFT edits the hidden state after each block: leave target_modules out. "
-            "Name such modules only if their output is what you want to edit."
-        )
+        warnings.warn(LINEAR_LAYERS.format(targets=config.target_modules, names=", ".join(projections)))
 
 
 def linear_layers_within_blocks(model: nn.Module, targets: Iterable[str]) -> list[str]:
