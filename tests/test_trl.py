@@ -14,6 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from peft_reft import ReftConfig, ReftDataCollator, get_interventions
 from peft_reft.context.notices import NOTHING_EDITED, UNLABELLED_TRAINING
+from peft_reft.tuner.injection import state_of
 
 CHAT = (
     "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
@@ -219,19 +220,13 @@ DROP_LABELS = {
 def test_where_labels_are_taken_away_the_collators_locations_arrive(how, tokenizer, tmp_path):
     made = trainer(tokenizer, tmp_path, ready=True, collator=True, **DROP_LABELS[how])
     seen = []
-    made.model.get_base_model().model.register_forward_pre_hook(lambda module, args: seen.append(frame_columns()))
+    made.model.get_base_model().model.register_forward_pre_hook(
+        lambda module, args: seen.append(state_of(made.model).running.context.locations)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         made.train()
-    assert seen
-
-
-def frame_columns():
-    from peft_reft.context.frame import current_frame
-
-    frame = current_frame()
-    assert frame.locations is not None
-    return frame.locations
+    assert seen and all(locations is not None for locations in seen)
 
 
 @pytest.mark.parametrize("how", DROP_LABELS)
@@ -246,7 +241,9 @@ def test_a_training_forward_without_labels_or_locations_warns_once_and_names_the
 
 
 @pytest.mark.parametrize("collator", [False, True])
-def test_an_evaluation_with_metrics_gets_the_logits_of_the_labelled_forward(collator, tokenizer, tmp_path):
+def test_an_evaluation_with_metrics_gets_the_logits_of_the_labelled_forward_or_it_is_told(
+    collator, tokenizer, tmp_path
+):
     def metrics(prediction):
         logits, labels = torch.tensor(prediction.predictions), torch.tensor(prediction.label_ids)
         flat = torch.nn.functional.cross_entropy(
@@ -265,7 +262,11 @@ def test_an_evaluation_with_metrics_gets_the_logits_of_the_labelled_forward(coll
     for interventions in get_interventions(made.model).values():
         for parameter in interventions.parameters():
             parameter.data.normal_(0, 0.5)
-    result = made.evaluate()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = made.evaluate()
+    told = [str(warning.message) for warning in caught if "In evaluation a ReFT model" in str(warning.message)]
+    assert len(told) == (0 if collator else 1)  # TRL takes the labels out of a second forward, which gives the logits
     by_batch = []
     made.model.eval()
     for inputs in made.get_eval_dataloader():
@@ -273,7 +274,7 @@ def test_an_evaluation_with_metrics_gets_the_logits_of_the_labelled_forward(coll
             tokens = int((inputs["labels"][:, 1:] != -100).sum())
             by_batch.append((float(made.model(**inputs).loss) * tokens, tokens))
     labelled = sum(loss for loss, _ in by_batch) / sum(tokens for _, tokens in by_batch)
-    assert result["eval_from_logits"] == pytest.approx(labelled, rel=1e-4)
+    assert (result["eval_from_logits"] == pytest.approx(labelled, rel=1e-4)) is collator
 
 
 def test_a_bare_forward_after_a_labelled_one_edits_the_whole_row():
@@ -292,7 +293,7 @@ def test_a_run_in_which_nothing_is_edited_says_so(tokenizer, tmp_path):
     config = ReftConfig(task_type="CAUSAL_LM", positions="e50")
     with pytest.warns(UserWarning, match="edited no token at all") as caught:
         trainer(tokenizer, tmp_path, config=config).train()
-    assert [str(warning.message) for warning in caught].count(NOTHING_EDITED) == 1
+    assert [str(warning.message) for warning in caught].count(NOTHING_EDITED.format(forwards=3)) == 1
 
 
 def test_a_run_that_edits_says_nothing(tokenizer, tmp_path):

@@ -19,7 +19,7 @@ class Edit(NamedTuple):
     """What is added to the hidden states [B, S, d] after some blocks, the places in common and the factors of each.
 
     Attributes:
-        index: long [n * m], the edited vectors of the state as [B * S, d], those of each of n interventions in a row;
+        places: long [n * m], the edited vectors of the state as [B * S, d], those of each of n interventions in a row;
             None: all of its vectors, for each intervention.
         keep: [m, 1], or [n, m, 1] for several interventions, a factor for each vector's edit: 0 for places that only
             fill up the shape.
@@ -30,7 +30,7 @@ class Edit(NamedTuple):
         autocast: whether autocast has to be kept out of the products.
     """
 
-    index: Tensor | None
+    places: Tensor | None
     keep: Tensor
     blocks: Mapping[int, Any]
     called: bool = False
@@ -43,13 +43,13 @@ class Edit(NamedTuple):
         Args:
             block: one of `blocks`.
         """
-        index, keep, _, called, dropout, autocast = self
+        places, keep, _, called, dropout, autocast = self
         if called and keep.device != h.device:  # where such a module runs is known only now
-            keep, index = keep.to(h.device), None if index is None else index.to(h.device)
+            keep, places = keep.to(h.device), None if places is None else places.to(h.device)
         flat = h.flatten(0, 1)
-        selected = flat if index is None else flat.index_select(0, index)
+        selected = flat if places is None else flat.index_select(0, places)
         if keep.dim() == 3:
-            selected = selected.expand(len(keep), -1, -1) if index is None else selected.unflatten(0, keep.shape[:2])
+            selected = selected.expand(len(keep), -1, -1) if places is None else selected.unflatten(0, keep.shape[:2])
         if called:
             delta = _call(block, selected) * keep
         elif autocast:
@@ -61,12 +61,12 @@ class Edit(NamedTuple):
             delta = F.dropout(delta, dropout)
         if delta.dtype != h.dtype:
             delta = delta.to(h.dtype)
-        if index is None:
+        if places is None:
             return out + (delta.sum(0) if keep.dim() == 3 else delta).view_as(h)
         if keep.dim() == 3:
             delta = delta.flatten(0, 1)
-        # Whole rows of [B * S, d]: faster than along the columns, and autograd keeps the index, not h.
-        return (flat if out is h else out.flatten(0, 1)).index_add(0, index, delta).view_as(h)
+        # Whole rows of [B * S, d]: faster than along the columns, and autograd keeps the places, not h.
+        return (flat if out is h else out.flatten(0, 1)).index_add(0, places, delta).view_as(h)
 
 
 def _call(modules: Sequence[nn.Module], selected: Tensor) -> Tensor:

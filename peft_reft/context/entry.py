@@ -89,7 +89,7 @@ class ForwardEntry:
 
     def attach(self) -> None:
         self.module.__dict__["forward"] = self
-        self.module.register_forward_pre_hook(StayOutermost(self), prepend=True)
+        self.module.register_forward_pre_hook(StayOutermost(self), prepend=True, with_kwargs=True)
         self.state.entries.append(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -97,15 +97,15 @@ class ForwardEntry:
         outer = running.context
         if self.passive or (outer is not None and outer.idle and outer.depth < self.depth):
             return self.__wrapped__(*args, **kwargs)
+        if running.replica is not None:
+            return self._of_replica()(*args, **kwargs)
         own = {name: kwargs.pop(name) for name in OWN_ARGUMENTS if name in kwargs}
-        arguments = {**dict(zip(self.names, args)), **kwargs}
-        context = self._context(outer, arguments, own)
+        context = self.context(outer, args, kwargs, own)
         if context is outer:
             return self.__wrapped__(*args, **kwargs)
         is_recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if is_recorded:
             self.path.wrap_checkpoints(running)
-        context.prepare()
         running.context = context
         try:
             output = self.__wrapped__(*args, **kwargs)
@@ -115,7 +115,32 @@ class ForwardEntry:
             self._look_at_training(context)
         return output
 
+    def _of_replica(self) -> ForwardEntry:
+        """The entry of the replica that nn.DataParallel calls in this thread, whose layers are its own."""
+        module, self.state.running.replica = self.state.running.replica, None
+        assert module is not None
+        kinds = {type(layer) for layer in self.layers}
+        entry = object.__new__(ForwardEntry)
+        layers = [part for part in module.modules() if type(part) in kinds]
+        entry.__dict__.update(self.__dict__, module=module, layers=layers, path=Path(module, ()))
+        return entry
+
     # The context of a call.
+
+    def context(
+        self, outer: ForwardContext | None, args: Sequence[Any], kwargs: Mapping[str, Any], own: Mapping[str, Any]
+    ) -> ForwardContext:
+        """The context of a call, with its edits worked out; the outer one for the same tokens one level further in.
+
+        Args:
+            outer: the context that is open.
+            args, kwargs: as the module's forward is given them.
+            own: the arguments of ours among them.
+        """
+        context = self._context(outer, {**dict(zip(self.names, args)), **kwargs}, own)
+        if context is not outer:
+            context.prepare()
+        return context
 
     def _context(
         self, outer: ForwardContext | None, arguments: Mapping[str, Any], own: Mapping[str, Any]
@@ -172,12 +197,14 @@ class ForwardEntry:
             return False
         if shape is None:
             return False  # a module whose tokens, and labels if any, are in arguments of its own making
+        self.state.unlabelled = False
         if given.step is not None or given.locations is not None:
             return True
         if arguments.get("cache") is not None and "logits_indices" in arguments:
             return True
         labels, shift_labels = arguments.get("labels"), arguments.get("shift_labels")
         found, unaligned = aligned_labels(labels, shift_labels, *shape)
+        self.state.unlabelled = found is None and not self.state.running.generation
         if unaligned and not self._has_markers():
             some = labels if labels is not None else shift_labels
             what = list(some.shape) if isinstance(some, Tensor) else type(some).__name__
@@ -188,7 +215,7 @@ class ForwardEntry:
                 outermost = self.state.entries[0].module
                 message = notices.LABELS_AROUND.format(outer=type(outermost).__name__, inner=type(self.module).__name__)
                 notices.object_to(self.state, self.module, message, "labels around")
-        elif found is None and not self.state.running.generation:
+        elif self.state.unlabelled:
             notices.warn_of_unlabelled(self.state, self.module)
         return True
 
@@ -278,27 +305,40 @@ class StayOutermost:
     """Forward pre-hook of an entry's module: keeps the entry in front of whatever else is put in place of `forward`.
 
     TRL and accelerate do so after an adapter was added, and may take arguments out of the call that the entry has to
-    see. The replicas of nn.DataParallel have the attributes of the module that they copy: they get entries here.
+    see. By the time a pre-hook runs, torch has looked `forward` up: so the context of the first such call is opened
+    here, and the entry is in its place from then on. The replicas of nn.DataParallel have the attributes of the module
+    that they copy, its entry too: which module is called is known here.
     """
 
     def __init__(self, entry: ForwardEntry):
         self.entry = entry
 
-    def __call__(self, module: nn.Module, args: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        entry = self.entry
         found = module.__dict__.get("forward")
-        if (found is self.entry and self.entry.module is module) or torch.compiler.is_compiling():
-            return
-        entry = object.__new__(ForwardEntry)
-        if self.entry.module is not module:
-            kinds = {type(layer) for layer in self.entry.layers}
-            layers = [part for part in module.modules() if type(part) in kinds]
-            entry.__dict__.update(self.entry.__dict__, module=module, layers=layers, path=Path(module, ()))
-        else:
-            entry.__dict__.update(self.entry.__dict__, replaced=found)
-            self.entry.passive = True  # it is called by what replaced it, or no longer
-            entries = self.entry.state.entries
-            entries[entries.index(self.entry)] = self.entry = entry
-        module.__dict__["forward"] = entry
+        if found is entry or torch.compiler.is_compiling():
+            if entry.module is not module:
+                entry.state.running.replica = module
+            return None
+        self.entry = successor = object.__new__(ForwardEntry)
+        successor.__dict__.update(entry.__dict__, replaced=found)
+        entries = entry.state.entries
+        entries[entries.index(entry)] = successor
+        entry.passive = True  # it is called by what replaced it, or no longer
+        module.__dict__["forward"] = successor
+        own = {name: kwargs.pop(name) for name in OWN_ARGUMENTS if name in kwargs}
+        running = entry.state.running
+        outer = running.context
+        context = successor.context(outer, args, kwargs, own)
+        if context is not outer:
+            running.context = context
+
+            def close(*_: Any) -> None:
+                handle.remove()
+                running.context = outer
+
+            handle = module.register_forward_hook(close, always_call=True)
+        return args, kwargs
 
 
 def detach_entries(state: ModelState, model: nn.Module) -> None:
@@ -307,6 +347,7 @@ def detach_entries(state: ModelState, model: nn.Module) -> None:
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, StayOutermost) and hook.entry.state is state:
                 del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
     for entry in state.entries:
         entry.passive = True  # should something else hold it
         if entry.module.__dict__.get("forward") is entry:

@@ -59,4 +59,4 @@ class BlockHook:
 
 def pooled(layer: Any, h: Tensor, context: ForwardContext) -> Tensor:
     """`h` [B, T, d] with its edits, where its T vectors are not those of the call's tokens."""
-    return layer.edit(h, context.of_vectors(layer.layout.pool, h.shape[1]))  # type: ignore[no-any-return]
+    return layer.edit(h, context.of_vectors(layer.layout.pool, h.shape[1]))

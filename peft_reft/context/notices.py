@@ -43,7 +43,8 @@ LABELS_COVER_PROMPTS = (
     "trained to edit that token, while `generate` will edit {positions} of the real prompt. Keep the prompt out of the "
     "labels: give the trainer `prompt` and `completion` columns; or set completion_only_loss=True or "
     "assistant_only_loss=True (where the chat template marks answers); or name the marker that ends every prompt, "
-    "ReftConfig(prompt_end=chat_prompt_end(tokenizer))."
+    "ReftConfig(prompt_end=chat_prompt_end(tokenizer)). Packing that cuts documents (TRL's packing_strategy `wrapped` "
+    "and `bfd_split`) leaves pieces without a prompt: use packing_strategy='bfd'."
 )
 NOTHING_EDITED = (
     "In the first {forwards} training forwards a ReFT model edited no token at all, so that it trains "
@@ -70,17 +71,15 @@ def object_to(state: ModelState, module: nn.Module, message: str, key: str) -> N
 
 
 def warn_of_unlabelled(state: ModelState, module: nn.Module) -> None:
-    """Note a forward of a language model whose prompts nothing shows; say so in training."""
-    if torch.compiler.is_compiling():
+    """Say so if nothing shows the prompts of a training forward of a language model."""
+    if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
         return
-    if not (module.training and torch.is_grad_enabled()):
-        state.unlabelled = True
-    elif UNLABELLED_TRAINING not in state.warned and not all(spec.prompt_end for spec in state.active_specs()):
+    if UNLABELLED_TRAINING not in state.warned and not all(spec.prompt_end for spec in state.active_specs()):
         state.warn_once(UNLABELLED_TRAINING)
 
 
 def unlabelled_forward(state: ModelState) -> bool:
-    """Whether a forward without labels ran since the last time of asking whose positions depend on the prompt's end."""
+    """Whether nothing showed the prompts of the last forward, in a model whose positions depend on the prompt's end."""
     noted, state.unlabelled = state.unlabelled, False
     return noted and any(spec.depends_on_the_end and not spec.prompt_end for spec in state.active_specs())
 

@@ -83,7 +83,9 @@ class Family:
             else:
                 blocks = part.unflatten(0, (-1, count)).unbind(0) if split else part.unbind(0)
                 parts.append([blocks[place] for place in chosen])
-        found = {number: Factors(*own, whole.act) for number, *own in zip(self.layers, *parts)}
+        found = {
+            number: Factors(own[0], own[1], own[2], own[3], whole.act) for number, *own in zip(self.layers, *parts)
+        }
         self._split = None if self.memo is None else (factors, key, found)
         return found
 
@@ -103,7 +105,7 @@ class Alike(NamedTuple):
     spec: PositionSpec
     share_weights: bool | str
     scale: float
-    count: int
+    groups: int
     kinds: tuple[Kind, ...] | None
     place: int
 
@@ -225,7 +227,7 @@ def _edit(
 def _flat(
     family: Family, places: Places, shape: tuple[int, int], rows: list[int] | None, adapters: list[int] | None
 ) -> tuple[Tensor | None, Tensor]:
-    """The places as `Edit.index` and `Edit.keep`."""
+    """The places as `Edit.places` and `Edit.keep`."""
     several = len(family.names) > 1
     every_row = rows is None or len(rows) == shape[0]
     columns, keep = places if every_row else places.rows(torch.tensor(rows, device=places.keep.device))  # [B, G, P]

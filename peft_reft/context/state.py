@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from peft_reft.context.entry import ForwardEntry
@@ -25,11 +26,13 @@ class Running(threading.local):
         context: of the innermost call of the model that knows about tokens; None outside of any.
         generation: the innermost call of `generate`.
         adapter_names: the adapter of each row, as PEFT's `forward` and `generate` hand it over.
+        replica: the replica of a module that nn.DataParallel is about to run.
     """
 
     context: ForwardContext | None = None
     generation: Generation | None = None
     adapter_names: list[str] | None = None
+    replica: nn.Module | None = None
 
     def __reduce__(self) -> Any:
         return Running, ()  # a copied or pickled model runs nothing
@@ -47,7 +50,7 @@ class ModelState:
         running: what runs in this thread.
         plans: how adapters are put together, by what is active (see plan.py).
         paged: reads where prompts lie in a forward of continuous batching; set by that integration.
-        unlabelled: a forward whose positions depend on the prompt's end ran without labels (see notices.py).
+        unlabelled: nothing showed the prompts of the last forward: neither labels nor locations, nor `generate`.
         warned: the warnings given so far; each is given once.
         training_forwards: so far, while they are looked at; None once they no longer are.
     """

@@ -51,7 +51,7 @@ class ReftNotices(TrainerCallback):
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs.get("model")
         running = None if model is None else state_of(model)
-        if running is None or "evaluation" in self.given or not unlabelled_forward(running):
+        if model is None or running is None or "evaluation" in self.given or not unlabelled_forward(running):
             return
         positions = positions_that_need_the_end(model)
         if positions is not None and state.is_world_process_zero:

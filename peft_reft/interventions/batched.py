@@ -52,7 +52,8 @@ def kind_of(intervention: nn.Module) -> Kind | None:
         return None
     own, basis = intervention, intervention.basis
     choices = (cls.has_source, cls.replaces, cls.orthonormal, own.act_fn, own.train_bias, own.dropout)
-    return Kind(*choices, *basis.shape, basis.dtype, basis.device)
+    r, d = basis.shape
+    return Kind(*choices, r, d, basis.dtype, basis.device)
 
 
 def stack_factors(interventions: Sequence[Intervention]) -> Factors:

@@ -87,7 +87,7 @@ def build_intervention(
 
 
 @cache
-def _keywords_of(cls: type[nn.Module]) -> tuple[str, ...]:
+def _keywords_of(cls: Any) -> tuple[str, ...]:
     """Which of the optional keywords the constructor of an intervention takes."""
     parameters = inspect.signature(cls).parameters
     any_of_them = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())

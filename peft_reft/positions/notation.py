@@ -19,7 +19,7 @@ _GRAMMAR = (
     "whole prompt. Further terms: 'm3' (three tokens in its middle), 'e4' (every 4th token), and 'd' or 'd8' (every, "
     "or every 8th, generated token)."
 )
-LARGEST = 2**31 - 1  # more tokens than any model takes
+LONGEST = 100  # digits of a number; what is too large for a model is known with the model
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _term(text: str, spec: str) -> Term:
     numbers = {"always": True, "never": False}  # whether there must be one
     if match is None or cls is None or bool(match[2]) is not numbers.get(cls.number, bool(match[2])):
         raise ValueError(f"positions={_short(spec)} is not a position spec: {_short(text)} is no term. {_GRAMMAR}")
-    if len(match[2]) > len(str(LARGEST)) or int(match[2] or 1) > LARGEST:
+    if len(match[2]) > LONGEST:
         raise ValueError(f"positions={_short(spec)}: {_short(text)} names more tokens than any model takes.")
     if match[2] and int(match[2]) < 1:
         raise ValueError(

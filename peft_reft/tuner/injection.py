@@ -12,10 +12,9 @@ from torch import nn
 
 from peft_reft.context.entry import ForwardEntry, detach_entries
 from peft_reft.context.generate import GenerateEntry, MethodEntry, PrepareEntry
-from peft_reft.context.hook import BlockHook
+from peft_reft.context.hook import CHILD, BlockHook
 from peft_reft.context.replay import unwrap_checkpoints
 from peft_reft.context.state import ModelState
-from peft_reft.tuner.keys import CHILD
 from peft_reft.tuner.layer import ReftLayer, detach_layer
 from peft_reft.tuner.neighbours import METHODS
 
@@ -83,7 +82,8 @@ def _prefixes(path: str) -> list[str]:
 def _stand_in_for_methods(module: nn.Module, state: ModelState) -> None:
     if not hasattr(type(module), "generate"):
         return
-    for entry in (GenerateEntry, PrepareEntry, *METHODS):
+    entries: list[type[MethodEntry]] = [GenerateEntry, PrepareEntry, *METHODS]
+    for entry in entries:
         if hasattr(type(module), entry.name) and not isinstance(module.__dict__.get(entry.name), entry):
             entry(module, state).attach()
 

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from peft_reft.blocks import PLAIN, Layout, device_and_dtype
 from peft_reft.context.forward import ForwardContext
-from peft_reft.context.hook import BlockHook
+from peft_reft.context.hook import CHILD, BlockHook
 from peft_reft.context.state import ModelState
 from peft_reft.interventions import Intervention, build_intervention
 from peft_reft.positions import PositionSpec, parse_positions
 from peft_reft.tuner.config import ReftConfig
-from peft_reft.tuner.keys import CHILD, COLLECTION
+from peft_reft.tuner.keys import COLLECTION
 
 cached_spec = lru_cache(parse_positions)  # one object for all blocks and adapters with the same notation
 # PEFT's tests look for adapters where its other methods have them, at the targeted module itself. In the block's

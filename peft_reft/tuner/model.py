@@ -78,7 +78,7 @@ class ReftModel(BaseTuner):
             stack.enter_context(state.adapters_by_row(names))
             for module in modules_outside_layers(self.model):
                 if isinstance(module, AuxiliaryTrainingWrapper):
-                    hook = partial(pass_adapter_names, names=names)
+                    hook = partial(pass_adapter_names, names=list(names))
                     stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield
 

@@ -11,11 +11,10 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from peft_reft.blocks import ModelBlocks, block_number, group_by_stack, own_modules, own_name, pick_layers
+from peft_reft.context.hook import CHILD
 from peft_reft.tuner.config import ReftConfig
 from peft_reft.tuner.injection import reft_layers
-from peft_reft.tuner.keys import CHILD
 from peft_reft.tuner.private import ExcludedModule, get_input_embeddings_name
-
 
 UNMATCHED_RANK = (
     "The rank_pattern of a ReFT adapter has the key {pattern!r}, which names none of the edited modules ({names}), so "
@@ -38,7 +37,9 @@ def choose_targets(config: ReftConfig, model: nn.Module, blocks: ModelBlocks) ->
     names = [name for name, module in modules if name and not isinstance(module, BaseTunerLayer)]
     inside_layers = tuple(f"{own_name(name)}.{CHILD}." for name in reft_layers(model))
     names = [name for name in names if not name.startswith(inside_layers)] if inside_layers else names
-    stacks = blocks.stacks() if config.target_modules is None else [names]
+    stacks = [names]
+    if config.target_modules is None:
+        stacks = [[own_name(name) for name in stack] for stack in blocks.stacks()]
     # PEFT's rules for names, but not for block numbers: it looks for those inside of blocks only.
     rules = SimpleNamespace(
         target_modules=".*" if config.target_modules is None else config.target_modules,
