@@ -13,7 +13,9 @@ Shape letters: d hidden size, r rank. Positions, adapters and models are known e
 
 from __future__ import annotations
 
+import difflib
 import inspect
+import re
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -288,6 +290,18 @@ REGISTRY: dict[str, type[nn.Module]] = {
     "lobireft": LobireftIntervention,
 }
 BUILT_IN = frozenset(REGISTRY)
+
+
+def nearest_name(name: object) -> str | None:
+    """The registered name that a misspelt one probably means; None without a good guess.
+
+    >>> nearest_name("lorefft"), nearest_name("LoReFT"), nearest_name("lora")
+    ('loreft', 'loreft', None)
+    """
+    if not isinstance(name, str):
+        return None
+    close = difflib.get_close_matches(re.sub(r"[\W_]", "", name.lower()), intervention_names(), n=1, cutoff=0.7)
+    return close[0] if close else None
 
 
 def intervention_names() -> list[str]:

@@ -113,7 +113,11 @@ def parse_positions(spec: str, turns: str | None = None, prompt_end: Sequence[in
     for text in spec.split("+"):
         match = re.fullmatch(r"(all)|(d)|([flmed])([0-9]+)", text)
         if match is None:
-            raise ValueError(f"positions={spec!r} is not a position spec: {text!r} is no term. {_GRAMMAR}")
+            guess = suggestion(spec)
+            raise ValueError(
+                f"positions={spec!r} is not a position spec: {text!r} is no term. "
+                f"{f'Did you mean {guess!r}? ' if guess else ''}{_GRAMMAR}"
+            )
         terms.append(Term(match[1] or match[2] or match[3], int(match[4] or 1)))
         if terms[-1].count < 1:
             raise ValueError(
@@ -130,6 +134,29 @@ def parse_positions(spec: str, turns: str | None = None, prompt_end: Sequence[in
         swapped = "+".join(str(term) for term in sorted(terms, key=lambda term: KINDS.index(term.kind)))
         raise ValueError(f"positions={spec!r} names the suffix before the prefix. Did you mean {swapped!r}? {_GRAMMAR}")
     return parsed
+
+
+def suggestion(spec: str) -> str | None:
+    """The spec that a misspelt one probably means; None without a good guess.
+
+    Repairs what is often mistaken: a 1 or a capital I for the letter l, capital letters, spaces, other separators, two
+    ends without a plus between them, and a number without a letter, which names the first tokens.
+
+    >>> suggestion("f7+17"), suggestion("F7 + L7"), suggestion("f7l7"), suggestion("first")
+    ('f7+l7', 'f7+l7', 'f7+l7', None)
+    """
+    text = re.sub(r"\bI(?=[0-9])", "l", spec.strip(" +,;"))
+    text = re.sub(r"[\s,;+&]+", "+", text.lower())
+    text = re.sub(r"(?<=[0-9])(?=[flmed])", "+", text)
+    terms = text.split("+")
+    if len(terms) > 1:  # a 1 after a first term is the letter l: "17" is "l7"
+        terms = [terms[0], *(re.sub(r"^1(?=[1-9])|^(?=1$)", "l", term) for term in terms[1:])]
+    terms = [re.sub(r"^(?=[0-9])", "f", term) if number == 0 else term for number, term in enumerate(terms)]
+    guess = "+".join(terms)
+    try:
+        return str(parse_positions(guess)) if guess != spec else None
+    except ValueError:
+        return None
 
 
 def select(spec: PositionSpec, prompts: Prompts) -> list[tuple[Tensor, Tensor]]:

@@ -11,7 +11,7 @@ from peft.utils.peft_types import PeftType
 from transformers import AutoTokenizer
 from transformers.activations import ACT2FN
 
-from peft_reft.interventions.equations import intervention_names
+from peft_reft.interventions.equations import intervention_names, nearest_name
 from peft_reft.positions.notation import parse_positions
 
 
@@ -135,8 +135,10 @@ class ReftConfig(PeftConfig):
             if not is_int(rank) or rank < 1:
                 raise ValueError(f"{name}={rank!r} is not a rank; it must be an integer of at least 1.")
         if self.intervention not in intervention_names():
+            meant = nearest_name(self.intervention)
             raise ValueError(
-                f"intervention={self.intervention!r} is unknown; use one of {', '.join(intervention_names())}, or call "
+                f"intervention={self.intervention!r} is unknown. {f'Did you mean {meant!r}? ' if meant else ''}"
+                f"Use one of {', '.join(intervention_names())}, or call "
                 "peft_reft.register_intervention with your own class first."
             )
         spec = parse_positions(self.positions)
