@@ -3,6 +3,7 @@
 Importing the package makes REFT known to PEFT: pass a `ReftConfig` wherever you pass a `LoraConfig`.
 """
 
+from peft_reft.integrations.chat_template import chat_prompt_end
 from peft_reft.integrations.collator import ReftDataCollator
 from peft_reft.interventions.equations import Intervention, register_intervention
 from peft_reft.tuner import register as _register  # first: the classes below need the peft type
@@ -15,6 +16,7 @@ __all__ = [
     "ReftConfig",
     "ReftDataCollator",
     "ReftModel",
+    "chat_prompt_end",
     "get_interventions",
     "register_intervention",
     "set_strength",
