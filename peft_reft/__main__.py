@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 COMMANDS = {
+    "chat": "talk with an adapter in the terminal, at any strength",
     "convert": "import a checkpoint of pyreft or AdapterHub, or export one to pyreft",
     "info": "what an adapter is, without loading a model",
     "inspect": "how far each intervention moves the tokens of a prompt, as a table and a picture",
