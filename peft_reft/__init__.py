@@ -2,6 +2,11 @@
 
 Importing the package makes REFT known to PEFT: pass a `ReftConfig` wherever you pass a `LoraConfig`.
 """
+# ruff: noqa: E402 (the list of commands comes before the slow imports)
+
+from peft_reft import commands as _commands
+
+_commands.answer_at_once()  # ends the process if it is `python -m peft_reft` alone
 
 from peft_reft.integrations.chat_template import chat_prompt_end
 from peft_reft.integrations.collator import ReftDataCollator
