@@ -20,10 +20,11 @@ PACKAGE, FONTS = "manimgx_fonts", ("NotoEmoji*.ttf", "NotoSansSymbols*.ttf")
 def lettering(texts: Sequence[str]) -> tuple[list[str], list[str]]:
     """Texts that can be drawn, and the font families that draw them, in the order matplotlib should try them.
 
-    Characters that no font has become words: "🐢" without a font is "‹turtle›".
+    Characters that no font has become words: "🐢" without a font is "‹turtle›". Line ends stay.
     """
     own = default_families()
-    fonts = {character: family_of(character, tuple(own)) for character in sorted(set("".join(texts)))}
+    characters = sorted(set("".join(texts)))
+    fonts = {c: own[0] if c == "\n" else family_of(c, tuple(own)) for c in characters}
     more = dict.fromkeys(family for family in fonts.values() if family is not None and family not in own)
     written = ["".join(c if fonts[c] is not None else in_words(c) for c in text) for text in texts]
     return written, [*own, *more]

@@ -45,7 +45,7 @@ def test_labels_show_blanks_and_line_ends_and_keep_the_place_in_a_character():
 
 
 def test_characters_of_matplotlib_s_own_font_need_no_other():
-    assert lettering(["a ␣", "😀"]) == (["a ␣", "😀"], ["DejaVu Sans"])
+    assert lettering(["a ␣\nb", "😀"]) == (["a ␣\nb", "😀"], ["DejaVu Sans"])
 
 
 def test_a_character_without_a_font_becomes_words(monkeypatch):
