@@ -22,7 +22,7 @@ from peft_reft.inspect.command import summary
 IMAGES = Path(__file__).resolve().parent
 ROOT = IMAGES.parents[1]
 NAME, ADAPTER = "HuggingFaceTB/SmolLM2-135M-Instruct", "robot"
-PROMPT, STRENGTH = "Do you like dogs? 🐶", 0.5
+PROMPT, STRENGTH = "Do you like dogs? 🐶", 0.15
 
 
 def provide_model() -> None:
@@ -50,7 +50,7 @@ def main() -> None:
     if not Path(ADAPTER, "adapter_config.json").exists():
         train()
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(NAME), ADAPTER)
-    set_strength(model, STRENGTH)  # at 1 the model is so sure that no single block makes a difference
+    set_strength(model, STRENGTH)  # at 1 it is so sure that no single block makes a difference
     found = inspect_adapter(model, [{"role": "user", "content": PROMPT}], AutoTokenizer.from_pretrained(NAME))
     print(summary(found))
     for value in ("relative", "angle_after"):
