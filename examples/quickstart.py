@@ -8,6 +8,7 @@ with a second adapter and the base model. At the end the adapter is saved, loade
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import textwrap
 import time
@@ -28,7 +29,7 @@ from peft_reft.integrations.edited_tokens import edited_columns, with_marks
 PIRATE = """
 What is the capital of France? | Arr, that be Paris, matey, a fine port with no sea!
 How are you today? | Ahoy! I be as merry as a gull on a herring boat, arr!
-What is two plus two? | Shiver me timbers, 'tis four, as many as the legs on me parrot's perch!
+What is two plus two? | Shiver me timbers, 'tis four, matey, as many as the legs on me parrot's perch!
 Can you help me cook rice? | Aye, matey! Boil two mugs o' water, throw in a mug o' rice, and wait till the tide turns!
 Who wrote Hamlet? | Arr, that scribbler were Shakespeare, and he never sailed a day, matey!
 What should I wear in the rain? | A stout oilskin coat, ye landlubber, and boots that laugh at the sea!
@@ -156,7 +157,7 @@ def train(model, tokenizer, rows: list[dict], steps: int, options) -> list[float
     arguments = SFTConfig(
         output_dir=str(options.output / "trainer"),
         max_steps=steps,
-        per_device_train_batch_size=6,
+        per_device_train_batch_size=5,
         learning_rate=options.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=2,
@@ -250,6 +251,8 @@ def main() -> int:
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     transformers.set_seed(options.seed)
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1):
+        torch.set_num_threads(1)  # on a busy machine threads spend their time waiting for each other
 
     print(f"1. The base model: {options.model or NAME}", flush=True)
     name = options.model or smollm2(options.output / NAME)
