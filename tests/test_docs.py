@@ -13,10 +13,8 @@ import document_model
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_reft
-from peft_reft import chat_prompt_end
 from peft_reft.interventions.equations import REGISTRY
 from peft_reft.tuner.register import SUPPORTED_PEFT
 
@@ -97,19 +95,6 @@ def test_code_blocks_run_and_print_what_the_document_shows(document, tmp_path, m
     finally:  # whatever the blocks register is taken back
         REGISTRY.clear()
         REGISTRY.update(registered)
-
-
-def test_the_stand_in_has_the_shape_of_the_real_model(tmp_path):
-    folder = document_model.stand_in(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    chat = [{"role": "user", "content": "Hi"}]
-    turns = (f"system\n{document_model.SYSTEM}<|im_end|>\n", "user\nHi<|im_end|>\n", "assistant\n")
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    assert text == "".join(f"<|im_start|>{turn}" for turn in turns)
-    assert tokenizer.decode(chat_prompt_end(tokenizer)) == "<|im_start|>assistant\n"
-    assert tokenizer.pad_token == tokenizer.eos_token == "<|im_end|>"
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    assert model.lm_head.weight is model.model.embed_tokens.weight and model.config.model_type == "llama"
 
 
 def test_first_two_shell_blocks_are_the_two_commands_of_a_fresh_machine():

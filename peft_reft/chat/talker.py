@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,8 +67,8 @@ class Talker:
 
         def work() -> None:
             try:
-                with self._lock:
-                    self._generate(messages, strengths, streamer, stop)
+                with self.using(strengths):
+                    self._generate(messages, streamer, stop)
             except BaseException as error:
                 failures.append(error)
                 streamer.end()
@@ -83,25 +83,36 @@ class Talker:
         if failures:
             raise failures[0]
 
-    @torch.no_grad()
-    def _generate(
-        self, messages: list[Message], strengths: Mapping[str, float], streamer: Any, stop: threading.Event
-    ) -> None:
-        ids = torch.tensor([self.prompt_ids(messages)], device=self.model.device)
-        if strengths:
+    @contextmanager
+    def using(self, strengths: Mapping[str, float]) -> Iterator[None]:
+        """The model with these adapters at these strengths, for one caller at a time; none of them: the base model.
+
+        Raises:
+            ValueError: for an adapter that is not there, or a strength that is no finite number.
+        """
+        with self._lock:
+            if not strengths:
+                with self.model.disable_adapter():
+                    yield
+                return
             self.model.base_model.set_adapter(list(strengths), inference_mode=True)
             for name, strength in strengths.items():
                 set_strength(self.model, strength, name)
+            yield
+
+    @torch.no_grad()
+    def _generate(self, messages: list[Message], streamer: Any, stop: threading.Event) -> None:
+        ids = torch.tensor([self.prompt_ids(messages)], device=self.model.device)
         sampling = (
             {"do_sample": True, "temperature": self.temperature} if self.temperature > 0 else {"do_sample": False}
         )
-        with nullcontext() if strengths else self.model.disable_adapter():
-            self.model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=self.max_new_tokens,
-                pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
-                streamer=streamer,
-                stopping_criteria=StoppingCriteriaList([StopWhen(stop)]),
-                **sampling,
-            )
+        pad = self.tokenizer.pad_token_id
+        self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=self.max_new_tokens,
+            pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
+            streamer=streamer,
+            stopping_criteria=StoppingCriteriaList([StopWhen(stop)]),
+            **sampling,
+        )
