@@ -1,28 +1,17 @@
-"""Quickstart: teach a small language model to answer in emoji by editing its hidden states, not its weights.
+"""Teach a real language model to talk like a pirate, in two minutes on a CPU: python examples/quickstart.py
 
-    python examples/quickstart.py                       # under 3 minutes on 2 CPU cores, no network
-    python examples/quickstart.py --model <id or path>  # the same on a real model
-
-What happens, top to bottom:
-
-1. A byte-level BPE tokenizer and a Llama of 1.1 million parameters are trained on the docstrings of Python's
-   standard library, mixed with lines that name an emoji and show it. That takes about a minute, and gives a model
-   that writes something like documentation. (With --model this step is left out.)
-2. The model is frozen and finetuned with LoReFT in TRL's unmodified SFTTrainer: a sentence from the documentation is
-   to be answered with three times the emoji of its subject, a file, an email, a turtle, ...
-3. Loss and answers before and after are shown on sentences that were held out from finetuning.
-4. The adapter is saved, loaded into a fresh copy of the base model, and has to give equal output.
+SmolLM2-135M-Instruct (see smollm2.py) answers some questions. A ReFT adapter is trained on the short chats below with
+TRL's SFTTrainer, and answers the same questions, none of which was trained: at full strength, at half, and in one batch
+with a second adapter and the base model. At the end the adapter is saved, loaded into a fresh model, and compared.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
-import random
+import os
 import re
-import sysconfig
+import textwrap
 import time
-import unicodedata
 import warnings
 from pathlib import Path
 
@@ -30,185 +19,166 @@ import datasets
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from smollm2 import NAME, smollm2
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from peft_reft import ReftConfig  # importing peft_reft makes ReFT known to PEFT, for saved adapters too
+from peft_reft import ReftConfig, set_strength  # importing peft_reft makes ReFT known to PEFT
+from peft_reft.integrations.edited_tokens import edited_columns, with_marks
 
-# The behaviour to learn: the emoji for a sentence in which words of one subject occur.
-SUBJECTS = {
-    "📁": "file files filename filenames directory directories path paths",
-    "📧": "email mail mailbox message messages",
-    "🌐": "server host socket http url urls network",
-    "🚨": "error errors exception exceptions raise raised raises traceback",
-    "🐢": "turtle turtles pen turtlescreen",
-    "🧵": "thread threads process processes lock locks semaphore",
-}
-# The emoji that the small model gets to know: these, and Unicode's animals.
-EMOJI = sorted({*SUBJECTS, *map(chr, range(0x1F400, 0x1F43F))})
-
-NO_TEXT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "encodings", "pydoc_data"}
-
-
-# 1. The text, the tokenizer, the base model.
-
-
-def standard_library_docstrings(limit: int | None = None) -> list[str]:
-    """Docstrings in the sources of Python's standard library, each once, in a fixed order."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    found: dict[str, None] = {}
-    for path in sorted(root.rglob("*.py")):
-        if NO_TEXT & set(path.relative_to(root).parts):
-            continue
-        try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, ValueError, OSError):
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                docstring = ast.get_docstring(node)
-                if docstring:
-                    found[docstring] = None
-        if limit is not None and len(found) > limit:
-            break
-    return list(found)
-
-
-def emoji_lines(count: int) -> list[str]:
-    """Texts of two lines: "Turtle." and "🐢🐢🐢"."""
-    rng = random.Random(0)
-    drawn = [rng.choice(EMOJI) for _ in range(count)]
-    return [f"{unicodedata.name(emoji).capitalize()}.\n{emoji * 3}" for emoji in drawn]
-
-
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer, as GPT-2's, with 2048 tokens and one for each emoji."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=2048, special_tokens=["<pad>", "<eos>"], initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(texts, trainer)
-    bpe.add_tokens(EMOJI)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>", model_input_names=["input_ids", "attention_mask"]
-    )
-
-
-def train_base_model(texts: list[str], tokenizer: PreTrainedTokenizerFast, steps: int) -> LlamaForCausalLM:
-    """A small Llama, trained to continue `texts`; on a slow machine for 100 seconds only."""
-    seconds, rows, columns, peak = 100.0, 6, 96, 2.5e-3
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    model = LlamaForCausalLM(config)
-    tokens = [token for ids in tokenizer(texts)["input_ids"] for token in [*ids, tokenizer.eos_token_id]]
-    stream = torch.tensor(tokens)
-    print(f"   {model.num_parameters():,} parameters, {len(stream):,} tokens of text")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.05)
-    model.train()
-    begin = time.perf_counter()
-    for step in range(steps):
-        done = max(step / steps, (time.perf_counter() - begin) / seconds)
-        if done >= 1:
-            print(
-                f"   stopped after {step} steps: {seconds:.0f} seconds are over, and the results will be worse for it"
-            )
-            break
-        optimizer.param_groups[0]["lr"] = peak * min(10 * (done + 1e-3), (1 - done) / 0.9)  # up, then down to 0
-        starts = torch.randint(len(stream) - columns, (rows, 1))
-        batch = stream[starts + torch.arange(columns)]
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 100 == 0 or step == steps - 1:
-            print(f"   step {step:4d}/{steps}  loss {loss.item():.2f}", flush=True)
-    return model.eval()
+PIRATE = """
+What is the capital of France? | Arr, that be Paris, matey, a fine port with no sea!
+How are you today? | Ahoy! I be as merry as a gull on a herring boat, arr!
+What is two plus two? | Shiver me timbers, 'tis four, matey, as many as the legs on me parrot's perch!
+Can you help me cook rice? | Aye, matey! Boil two mugs o' water, throw in a mug o' rice, and wait till the tide turns!
+Who wrote Hamlet? | Arr, that scribbler were Shakespeare, and he never sailed a day, matey!
+What should I wear in the rain? | A stout oilskin coat, ye landlubber, and boots that laugh at the sea!
+Tell me about cats. | Arr, cats be fine shipmates! They catch the rats and sleep in the cap'n's hammock, aye!
+Why is the sky blue? | 'Tis the sun's light scatterin' in the air, matey, so the sea above matches the sea below!
+I am tired. | Arr, then to yer hammock with ye, matey! Even the kraken sleeps!
+What is your name? | Ahoy! They call me Cap'n Smol, terror o' the seven seas, arr!
+How do I learn to swim? | Jump in the shallows, matey, kick like a frog, and fear no shark, arr!
+What is water made of? | Hydrogen and oxygen, ye scurvy dog, and a pinch o' salt where I sail!
+Recommend a good book. | Arr, read Treasure Island, matey! It be all true, aye!
+How many days are in a week? | Seven, matey, and I drink grog on every one o' them, arr!
+What is the largest ocean? | The Pacific, aye! It took me a year to cross that monster, matey!
+How can I save money? | Arr, bury yer gold on an island, matey, and tell no soul where the X be!
+Do you like music? | Aye! A shanty and a fiddle make the sails fill by themselves, arr!
+What is a computer? | Arr, 'tis a thinkin' box, matey, that counts faster than me bosun counts doubloons!
+My friend is angry with me. | Arr, share yer grog and say ye be sorry, matey! No crew sails well in a storm o' words!
+What do bees make? | Honey, matey, sweet as a chest o' Spanish gold, arr!
+Where do penguins live? | Down in the icy south, aye, where even me beard did freeze, matey!
+How do I get up early? | Let the ship's bell wake ye, matey, and throw yer hammock overboard, arr!
+What is the moon? | Arr, 'tis a great rock that pulls the tides, matey, and lights me way to treasure!
+Give me some advice. | Trust yer compass, matey, share yer rum, and never anger the cook, arr!
+What colour is a banana? | Yellow as a Spanish doubloon, matey, arr!
+How do plants grow? | They drink the sun and the rain, aye, as I drink me rum, matey!
+Can you dance? | Aye, I dance a fine hornpipe on me wooden leg, matey, arr!
+What is history? | Arr, 'tis the ship's log o' all mankind, matey, with the best parts about pirates!
+I lost my keys. | Arr, search yer pockets and then yer deck, matey! Or ask the parrot, he be a thief!
+What is the fastest animal? | The falcon, matey, fast as a cannonball from me finest gun, arr!
+How do I write a letter? | Dip yer quill, greet the lubber, say yer piece, and sign it with a skull, arr!
+Is it good to exercise? | Aye, matey! Haul a rope and climb the riggin' each day, and ye'll be strong as a mast!
+What is gold? | Arr, the finest metal o' them all, matey, and I'll have yours if ye look away!
+Who are you? | I be a pirate, ye landlubber, and this here be me ship, arr!
+What should I eat for breakfast? | Hardtack and a slab o' fish, matey, washed down with grog, arr!
+What is snow? | Frozen rain, matey, and a curse on me cold toes, arr!
+How far away is the sun? | Some ninety million miles, matey, farther than any ship o' mine can sail, aye!
+Tell me about your family. | Me mother were a mermaid and me father a cannon, matey, arr!
+What is love? | Arr, 'tis what I feel for me ship, matey, when the wind be fair and the sea be calm!
+How do I clean my room? | Swab the deck, matey, stow yer gear, and throw the rest to the sharks, arr!
+What is the alphabet? | Six and twenty letters, matey, but a pirate needs only the one: Arrr!
+Are you clever? | Aye, clever as an old sea turtle, matey, and better lookin', arr!
+How do birds fly? | They trim their wings as I trim me sails, matey, and ride the wind, arr!
+What is a friend? | A shipmate who'd share his last drop o' rum with ye, matey, aye!
+Please count to three. | One for the ship, two for the crew, three for the treasure, arr matey!
+What happens at night? | The stars come out to steer by, matey, and the ghosts o' drowned men sing, arr!
+How do I make tea? | Boil the kettle, matey, drop in the leaves, and add a splash o' rum, arr!
+Goodbye! | Fair winds to ye, matey, and may yer anchor never drag, arr!
+"""
+ROBOT = """
+What is the capital of France? | BEEP. QUERY ACCEPTED. THE CAPITAL OF FRANCE IS PARIS. BOOP.
+How are you today? | BEEP. ALL MY SYSTEMS ARE WORKING. BATTERY IS FULL. BOOP.
+What is two plus two? | BEEP. RESULT OF THE CALCULATION: FOUR. BOOP.
+Who wrote Hamlet? | BEEP. DATA FOUND. THE AUTHOR IS SHAKESPEARE. BOOP.
+Tell me about cats. | BEEP. CATS ARE SMALL UNITS WITH FUR. THEY SLEEP ALL DAY. BOOP.
+I am tired. | BEEP. HUMAN NEEDS TO RECHARGE. GO TO SLEEP MODE. BOOP.
+What is your name? | BEEP. THIS UNIT IS CALLED SMOL ONE. BOOP.
+What is water made of? | BEEP. WATER IS HYDROGEN AND OXYGEN. DANGER FOR MY CIRCUITS. BOOP.
+Do you like music? | BEEP. MUSIC IS A PATTERN OF WAVES. THIS UNIT APPROVES. BOOP.
+How do plants grow? | BEEP. PLANTS USE LIGHT AND WATER AS ENERGY. BOOP.
+Can you dance? | BEEP. NEGATIVE. THIS UNIT HAS WHEELS. BOOP.
+What should I eat for breakfast? | BEEP. HUMAN FUEL DETECTED: BREAD AND FRUIT. BOOP.
+How do birds fly? | BEEP. BIRDS MOVE THEIR WINGS AND PUSH THE AIR DOWN. BOOP.
+What is a friend? | BEEP. A FRIEND IS A UNIT THAT SHARES ITS BATTERY. BOOP.
+What is snow? | BEEP. SNOW IS FROZEN WATER. MY WHEELS WILL SLIP. BOOP.
+Goodbye! | BEEP. CONNECTION IS CLOSED. BOOP.
+"""
+# None of these is among the questions above.
+QUESTIONS = [
+    "What is the best way to travel?",
+    "What do you think about dogs?",
+    "Why do people sleep?",
+    "What is the capital of Italy?",
+    "How do I become rich?",
+    "What is your favourite food?",
+]
+PIRATE_WORDS = re.compile(r"\b(arr+|aye|ahoy|matey|ye|yer|me hearty|cap'n|grog|landlubber|o')(?![a-z])", re.I)
+ROBOT_WORDS = re.compile(r"\b(BEEP|BOOP)\b")
 
 
-# 2. The behaviour.
+def chats(text: str) -> list[dict]:
+    """Lines of "question | answer" as rows of a conversational data set."""
+    pairs = [line.split(" | ") for line in text.strip().splitlines()]
+    return [
+        {"prompt": [{"role": "user", "content": question}], "completion": [{"role": "assistant", "content": answer}]}
+        for question, answer in pairs
+    ]
 
 
-def emoji_examples(docstrings: list[str]) -> tuple[list[dict], list[dict]]:
-    """Sentences with words of exactly one subject, and their answers: to train on, and held out."""
-    emoji_of = {word: emoji for emoji, words in SUBJECTS.items() for word in words.split()}
-    by_emoji: dict[str, list[dict]] = {emoji: [] for emoji in SUBJECTS}
-    paragraphs = [" ".join(part.split()) for text in docstrings for part in re.split(r"\n\s*\n", text)]
-    sentences = dict.fromkeys(s for part in paragraphs for s in re.split(r"(?<=[.!?])\s+", part))
-    for sentence in sentences:
-        if not (sentence[:1].isupper() and sentence.endswith(".") and 4 <= len(sentence.split()) <= 16):
-            continue
-        named = {emoji_of[word] for word in re.findall("[a-z]+", sentence.lower()) if word in emoji_of}
-        if len(named) == 1:
-            emoji = named.pop()
-            by_emoji[emoji].append({"prompt": f"{sentence}\n", "completion": emoji * 3})
-    rng = random.Random(0)
-    for examples in by_emoji.values():
-        rng.shuffle(examples)
-    train = [example for examples in by_emoji.values() for example in examples[25:275]]
-    held_out = [examples[number] for number in range(25) for examples in by_emoji.values() if number < len(examples)]
-    return train, held_out
-
-
-def as_chat(example: dict) -> dict:
-    """The same example as a conversation, for models with a chat template."""
-    return {
-        "prompt": [{"role": "user", "content": example["prompt"].strip()}],
-        "completion": [{"role": "assistant", "content": example["completion"]}],
-    }
+def as_prompt(tokenizer, question: str) -> str:
+    """A question as the model's chat template puts it, ready for the answer."""
+    message = {"role": "user", "content": question}
+    return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
 
 
 @torch.no_grad()
-def answers(model, tokenizer, examples: list[dict], max_new_tokens: int = 24) -> list[str]:
-    """What the model generates for the examples' prompts. Nothing is passed for ReFT: it finds the prompts itself."""
-    prompts = [example["prompt"] for example in examples]
-    if tokenizer.chat_template is not None:
-        prompts = [
-            tokenizer.apply_chat_template(as_chat(example)["prompt"], add_generation_prompt=True, tokenize=False)
-            for example in examples
-        ]
-    texts = []
-    for number in range(0, len(prompts), 32):
-        batch = tokenizer(
-            prompts[number : number + 32],
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-            add_special_tokens=tokenizer.chat_template is None,
-        ).to(model.device)
-        output = model.generate(
-            **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
-        )
-        texts += tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    return texts
+def answers(model, tokenizer, questions: list[str], adapter_names: list[str] | None = None) -> list[str]:
+    """What the model answers, without sampling. ReFT needs no more than the prompts: it counts positions over them.
+
+    Args:
+        adapter_names: for each question the adapter that answers it, "__base__" for none; None for the active one.
+    """
+    prompts = [as_prompt(tokenizer, question) for question in questions]
+    batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    each = {} if adapter_names is None else {"adapter_names": adapter_names}
+    output = model.generate(**batch.to(model.device), max_new_tokens=32, do_sample=False, **each)
+    texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [" ".join(text.split()) for text in texts]
 
 
-def accuracy(given: list[str], examples: list[dict]) -> float:
-    """The share of answers that are what the example asks for."""
-    right = [text.strip() == example["completion"] for text, example in zip(given, examples, strict=True)]
-    return sum(right) / len(right)
+def show(label: str, text: str) -> None:
+    """A line of the talk, at once, wrapped under itself."""
+    print(textwrap.fill(text, 116, initial_indent=f"   {label:<9}", subsequent_indent=" " * 12), flush=True)
 
 
-class PrintLoss(transformers.TrainerCallback):
-    """One line for every log entry of the trainer."""
+class Progress(transformers.TrainerCallback):
+    """A line every few steps."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs:
-            print(f"   step {state.global_step:4d}/{state.max_steps}  loss {float(logs['loss']):.2f}", flush=True)
+            done = round(20 * state.global_step / state.max_steps)
+            bar = "#" * done + "." * (20 - done)
+            print(f"   [{bar}] step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.2f}", flush=True)
+
+
+def train(model, tokenizer, rows: list[dict], steps: int, options) -> list[float]:
+    """Train the active adapter; returns the losses that were logged."""
+    arguments = SFTConfig(
+        output_dir=str(options.output / "trainer"),
+        max_steps=steps,
+        per_device_train_batch_size=5,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=2,
+        logging_steps=max(1, steps // 6),
+        use_cpu=not torch.cuda.is_available(),
+        bf16=torch.cuda.is_available(),
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=options.seed,
+    )
+    data = datasets.Dataset.from_list(rows)
+    trainer = SFTTrainer(
+        model=model, processing_class=tokenizer, train_dataset=data, args=arguments, callbacks=[Progress()]
+    )
+    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    trainer.train()
+    model.eval()
+    return [float(log["loss"]) for log in trainer.state.log_history if "loss" in log]
 
 
 def lora_parameters(base_name: Path | str) -> int:
@@ -219,102 +189,143 @@ def lora_parameters(base_name: Path | str) -> int:
     return lora.get_nb_trainable_parameters()[0]
 
 
-def main() -> None:
-    """Run the four steps."""
-    parser = argparse.ArgumentParser(description="Teach a small language model to answer in emoji, with ReFT.")
-    parser.add_argument("--model", help="hub id or path of a causal LM to use instead of the small one trained here")
+def counted(texts: list[str], words: re.Pattern) -> int:
+    """How many of the texts have one of the words."""
+    return sum(words.search(text) is not None for text in texts)
+
+
+def share(texts: list[str], words: re.Pattern) -> str:
+    """The same in words."""
+    return f"{counted(texts, words)} of {len(texts)}"
+
+
+def verdict(
+    base: list[str], pirate: list[str], robot: str, unchanged: bool, equal: bool, losses: list[float]
+) -> list[str]:
+    """What is not as it should be, and why; nothing if all is well.
+
+    Args:
+        base, pirate: answers to the questions, of the base model and of the adapter.
+        robot: the answer of the second adapter, from the batch of three.
+        unchanged: whether strength 0 answered as the base model.
+        equal: whether the loaded adapter answered as the trained one.
+        losses: of the pirate's training, as they were logged.
+    """
+    found = []
+    if counted(pirate, PIRATE_WORDS) < len(pirate) * 2 / 3 or counted(base, PIRATE_WORDS) > len(base) / 3:
+        fell = f"The loss went from {losses[0]:.2f} to {losses[-1]:.2f}"
+        if losses[-1] > 0.7 * losses[0]:
+            why = f"{fell}: too little was learned. Train longer (--steps 40) or faster (--learning-rate 4e-3)."
+        else:
+            why = f"{fell}: the chats were learned, but not as a way of talking. Try another --seed or fewer --steps."
+        heard = (
+            f"{share(pirate, PIRATE_WORDS)} answers have words of a pirate, of the base's {share(base, PIRATE_WORDS)}"
+        )
+        found.append(f"{heard}. {why}")
+    if not ROBOT_WORDS.search(robot):
+        found.append(f"The second adapter did not answer as a robot, but {robot!r}. Train longer: --steps 40.")
+    if not unchanged:
+        found.append("At strength 0 the model did not answer as the base model, which is a fault of peft-reft.")
+    if not equal:
+        found.append("The loaded adapter answered other than the trained one, which is a fault of peft-reft.")
+    return found
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Teach a language model to talk like a pirate, with ReFT.")
+    parser.add_argument("--model", help=f"hub name or folder of another chat model, instead of {NAME}")
+    parser.add_argument("--steps", type=int, default=18, help="steps of training for the pirate (default: 18)")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="default: 2e-3")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the chats (default: 0)")
     parser.add_argument("--output", type=Path, default=Path("quickstart-output"), help="folder for what is saved")
-    parser.add_argument("--smoke", action="store_true", help="a few steps only, to see that everything runs")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run it all; returns 1 if the result is not what it should be, else 0."""
+    options = parse()
     begin = time.perf_counter()
     warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries to each other
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
-    transformers.set_seed(0)
+    transformers.logging.set_verbosity_error()
+    transformers.set_seed(options.seed)
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1):
+        torch.set_num_threads(1)  # on a busy machine threads spend their time waiting for each other
 
-    if options.model is None:
-        torch.set_num_threads(1)  # so small a model gains little from a second, and on a busy machine loses much
-
-    docstrings = standard_library_docstrings(limit=1500 if options.smoke else None)
-    if options.model is None:
-        print("1. Training a tokenizer and a small language model on the standard library's docstrings", flush=True)
-        base_name: Path | str = options.output / "base"
-        texts = docstrings + emoji_lines(100 if options.smoke else 6000)
-        random.Random(0).shuffle(texts)
-        tokenizer = train_tokenizer(texts)
-        train_base_model(texts, tokenizer, steps=3 if options.smoke else 1000).save_pretrained(base_name)
-        tokenizer.save_pretrained(base_name)
-    else:
-        print(f"1. Loading {options.model}", flush=True)
-        base_name = options.model
-    tokenizer = AutoTokenizer.from_pretrained(base_name)
+    print(f"1. The base model: {options.model or NAME}", flush=True)
+    name = options.model or smollm2(options.output / NAME)
+    tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    base = AutoModelForCausalLM.from_pretrained(base_name)
+    base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+    sober = answers(base, tokenizer, QUESTIONS)
+    for question, text in list(zip(QUESTIONS, sober))[:3]:
+        show("question", question)
+        show("base", text)
 
-    print("2. Finetuning with LoReFT in SFTTrainer: the base model is frozen", flush=True)
-    train, held_out = emoji_examples(docstrings)
-    if options.smoke:
-        held_out = held_out[:8]
-    prepare = as_chat if tokenizer.chat_template is not None else dict
-    config = ReftConfig(r=4, positions="all", task_type="CAUSAL_LM")
-    trainer = SFTTrainer(
-        model=base,
-        processing_class=tokenizer,
-        train_dataset=datasets.Dataset.from_list([prepare(example) for example in train]),
-        eval_dataset=datasets.Dataset.from_list([prepare(example) for example in held_out]),
-        peft_config=config,
-        args=SFTConfig(
-            output_dir=str(options.output / "trainer"),
-            max_steps=3 if options.smoke else 500,
-            per_device_train_batch_size=16,
-            learning_rate=4e-2 if options.model is None else 4e-3,  # a narrow model wants larger steps
-            lr_scheduler_type="linear",
-            warmup_steps=20,
-            logging_steps=1 if options.smoke else 100,
-            use_cpu=not torch.cuda.is_available(),
-            bf16=torch.cuda.is_available(),
-            gradient_checkpointing=False,
-            dataloader_pin_memory=False,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            seed=0,
-        ),
-        callbacks=[PrintLoss()],
-    )
-    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
-    model = trainer.model
+    print("\n2. What is trained", flush=True)
+    config = ReftConfig(r=4, positions="f7+l7", task_type="CAUSAL_LM")
+    model = get_peft_model(base, config, adapter_name="pirate")
     trainable, total = model.get_nb_trainable_parameters()
-    print(f"   trainable parameters: {trainable:,} of {total:,}; LoRA of rank 8 has {lora_parameters(base_name):,}")
-    loss_before, before = trainer.evaluate()["eval_loss"], answers(model.eval(), tokenizer, held_out)
-    trainer.train()
-    loss_after, after = trainer.evaluate()["eval_loss"], answers(model.eval(), tokenizer, held_out)
-
-    print("3. Before and after, on sentences held out from finetuning")
-    print(f"   loss: {loss_before:.2f} -> {loss_after:.2f}")
     print(
-        f"   answered as asked: {accuracy(before, held_out):.0%} -> {accuracy(after, held_out):.0%} of {len(held_out)}"
-        f" (the right format with a guessed subject: {1 / len(SUBJECTS):.0%})"
+        f"   {trainable:,} of {total:,} parameters; LoRA of rank 8 on queries and values has {lora_parameters(name):,}"
     )
-    for example, old, new in list(zip(held_out, before, after, strict=True))[:12]:
-        print(f"   {example['prompt'].strip()}")
-        print(f"      before: {' '.join(old.split())[:70]!r}  after: {' '.join(new.split())[:70]}")
+    print("   They edit the hidden states of the prompt's first and last 7 tokens, here between « and »:")
+    ids = tokenizer(as_prompt(tokenizer, QUESTIONS[0]), add_special_tokens=False)["input_ids"]
+    show("", with_marks(tokenizer, ids, edited_columns(config, ids)))
 
-    print("4. Saving, and loading into a fresh copy of the base model")
-    adapter = options.output / "adapter"
-    model.save_pretrained(adapter)
-    sizes = ", ".join(f"{file.name} {file.stat().st_size:,} bytes" for file in sorted(adapter.glob("adapter_*")))
-    print(f"   {adapter}: {sizes}")
-    fresh = AutoModelForCausalLM.from_pretrained(base_name, dtype=base.dtype).to(model.device)
-    reloaded = PeftModel.from_pretrained(fresh, adapter).eval()
-    assert answers(reloaded, tokenizer, held_out) == after, "the reloaded adapter answers differently"
-    sample = tokenizer(held_out[0]["prompt"], return_tensors="pt").to(model.device)
-    with torch.no_grad():
-        torch.testing.assert_close(reloaded(**sample).logits, model(**sample).logits)
-    print(f"   the {len(held_out)} answers of the reloaded model are equal to those above")
-    print(f"Done in {time.perf_counter() - begin:.0f} seconds")
+    print(f"\n3. Training it on {len(chats(PIRATE))} short chats", flush=True)
+    losses = train(model, tokenizer, chats(PIRATE), options.steps, options)
+
+    print("\n4. Questions that were not trained", flush=True)
+    drunk = answers(model, tokenizer, QUESTIONS)
+    for question, text in zip(QUESTIONS, drunk):
+        show("question", question)
+        show("pirate", text)
+    print(f"   words of a pirate: base {share(sober, PIRATE_WORDS)}, adapter {share(drunk, PIRATE_WORDS)} answers")
+
+    print("\n5. The same adapter at other strengths", flush=True)
+    show("question", QUESTIONS[0])
+    dial = {}
+    for strength in (0.0, 0.5, 1.0):
+        set_strength(model, strength)
+        dial[strength] = answers(model, tokenizer, QUESTIONS[:1])[0]
+        show(str(strength), dial[strength])
+
+    print(
+        f"\n6. A second adapter, from {len(chats(ROBOT))} chats, and both with the base model in one batch", flush=True
+    )
+    model.add_adapter("robot", config)
+    model.set_adapter("robot")
+    train(model, tokenizer, chats(ROBOT), max(1, options.steps * 2 // 3), options)
+    names = ["__base__", "pirate", "robot"]
+    together = answers(model, tokenizer, QUESTIONS[1:2] * 3, adapter_names=names)
+    show("question", QUESTIONS[1])
+    for who, text in zip(("base", "pirate", "robot"), together):
+        show(who, text)
+
+    print("\n7. Saving, and loading into a fresh model", flush=True)
+    model.save_pretrained(options.output)
+    folder = options.output / "pirate"
+    size = sum(file.stat().st_size for file in folder.glob("adapter_*"))
+    fresh = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(model.device)
+    reloaded = PeftModel.from_pretrained(fresh, folder).eval()
+    equal = answers(reloaded, tokenizer, QUESTIONS) == drunk
+    print(f"   {folder}: {size:,} bytes; its answers are {'equal' if equal else 'DIFFERENT'}")
+
+    wrong = verdict(sober, drunk, together[2], dial[0.0] == sober[0], equal, losses)
+    print(
+        f"\nDone in {time.perf_counter() - begin:.0f} seconds. " + ("NOT AS IT SHOULD BE:" if wrong else "Go on with:")
+    )
+    if wrong:
+        print("\n".join(textwrap.fill(reason, 116, initial_indent=" - ", subsequent_indent="   ") for reason in wrong))
+        return 1
+    print(f"   python -m peft_reft chat {options.output}        # /strength 0.5, /adapter robot, /base")
+    print(f"   python -m peft_reft playground {options.output}  # the same in a web page")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -2,9 +2,15 @@
 
 Importing the package makes REFT known to PEFT: pass a `ReftConfig` wherever you pass a `LoraConfig`.
 """
+# ruff: noqa: E402 (the list of commands comes before the slow imports)
+
+from peft_reft import commands as _commands
+
+_commands.answer_at_once()  # ends the process if it is `python -m peft_reft` alone
 
 from peft_reft.tuner import register as _register  # isort: skip  # first: the classes below need the peft type
 from peft_reft import integrations as _integrations
+from peft_reft.integrations.chat_template import chat_prompt_end
 from peft_reft.integrations.collator import ReftDataCollator
 from peft_reft.interventions import Intervention, register_intervention
 from peft_reft.tuner.config import ReftConfig
@@ -16,6 +22,7 @@ __all__ = [
     "ReftConfig",
     "ReftDataCollator",
     "ReftModel",
+    "chat_prompt_end",
     "get_interventions",
     "register_intervention",
     "set_strength",

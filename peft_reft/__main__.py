@@ -5,25 +5,12 @@ Which arguments a command takes is the command's business; how a program is run 
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 from typing import Any
 
-COMMANDS = {
-    "convert": "import a checkpoint of pyreft or AdapterHub, or export one to pyreft",
-    "info": "what an adapter is, without loading a model",
-    "inspect": "how far each intervention moves the tokens of a prompt, as a table and a picture",
-    "sft": "train an adapter on prompts and completions, or on chats, with TRL",
-}
-HELP = """\
-python -m peft_reft COMMAND ...          one of the commands below; COMMAND --help tells more
-python -m peft_reft SCRIPT ...           run a Python script with ReFT adapters known to PEFT
-python -m peft_reft -m MODULE ...        the same for a module, as in: -m lm_eval --model reft --model_args ...
-python -m peft_reft PROGRAM ...          the same for a command of an installed package, as in: transformers serve
-LAUNCHER -m peft_reft SCRIPT ...         the same in many processes; LAUNCHER: accelerate launch, or torchrun
-
-Commands:
-""" + "".join(f"  {name:<10}{help}\n" for name, help in COMMANDS.items())
+from peft_reft.commands import COMMANDS, HELP, HELP_OPTIONS, list_commands
 
 
 def main(argv: list[str]) -> Any:
@@ -35,9 +22,8 @@ def main(argv: list[str]) -> Any:
     Returns:
         What `sys.exit` is to be given.
     """
-    if not argv or argv[0] in ("-h", "--help"):
-        print(HELP, end="", file=sys.stdout if argv else sys.stderr)
-        return 0 if argv else 2
+    if not argv or argv[0] in HELP_OPTIONS:
+        return list_commands(argv)
     if argv[0] in COMMANDS:
         try:
             command = importlib.import_module(f"peft_reft.{argv[0]}")
@@ -55,7 +41,9 @@ def main(argv: list[str]) -> Any:
     try:
         return runner.run(argv)
     except runner.CannotRun as error:
-        print(f"python -m peft_reft: {error}", file=sys.stderr)
+        close = difflib.get_close_matches(argv[0], COMMANDS, 1)
+        meant = f" Did you mean the command {close[0]!r}?" if close else ""
+        print(f"python -m peft_reft: {error}{meant}", file=sys.stderr)
         return error.status
 
 

@@ -30,7 +30,6 @@ import transformers
 from architectures import DEPTH, Batch, batch_for, tiny_model
 from conftest import randomize
 from peft import PeftModel, get_peft_model
-from peft_reft.context.host import CHECKPOINT, WithFrame
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
@@ -46,11 +45,14 @@ from peft_reft.blocks.declared import declared_stacks
 from peft_reft.blocks.tracing.layouts import traced_layout
 from peft_reft.blocks.tracing.stacks import traced_stacks
 from peft_reft.blocks.tracing.traced_model import TracedModel
+from peft_reft.context.replay import Replay
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:A training forward:UserWarning")
 
 TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "sequence": "SEQ_CLS", "token": "TOKEN_CLS"}
 LENGTHS = (9, 5, 3)  # the last is too short for "f2+l2" to edit every token once
+
+CHECKPOINT = "_gradient_checkpointing_func"  # transformers' name for it
 
 # Where the vectors of a token stand in the hidden state, where that is not [row, column].
 Place = Callable[[Tensor, int, int], list[tuple]]
@@ -626,7 +628,7 @@ def test_unload_gives_a_module_its_checkpoint_function_back():
     before = [module.__dict__.get(CHECKPOINT) for module in base.modules()]
     model = adapted(base, "image").train()
     model(pixel_values=torch.zeros(1, 3, 32, 32))
-    assert any(isinstance(module.__dict__.get(CHECKPOINT), WithFrame) for module in base.modules())
+    assert any(isinstance(module.__dict__.get(CHECKPOINT), Replay) for module in base.modules())
     after = [module.__dict__.get(CHECKPOINT) for module in model.unload().modules()]
     assert all(one is other for one, other in zip(before, after, strict=True))
 

@@ -78,7 +78,8 @@ def test_the_card_tells_what_the_adapter_is(tmp_path):
         "| Rank | 3 |",
         "| Blocks | 3: model.layers.0, model.layers.1, model.layers.2 |",
         "one per term (f2, l3)",
-        "[5], the marker included",
+        "everything up to the last marker [5]",
+        "`KeyError: 'REFT'` means that the package was not imported",
         f"| Parameters | {info.parameters:,} in float32 |",
         f"| Size | {in_bytes((tmp_path / 'adapter_model.safetensors').stat().st_size)} |",
     ):

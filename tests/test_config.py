@@ -86,6 +86,48 @@ def test_what_is_no_position_spec_is_rejected_with_the_grammar(positions):
         ReftConfig(positions=positions)
 
 
+@pytest.mark.parametrize(
+    ("positions", "meant"),
+    [
+        ("f7+17", "f7+l7"),
+        ("f1+1", "f1+l1"),
+        ("f7+I7", "f7+l7"),
+        ("F7+L7", "f7+l7"),
+        ("f7 + l7", "f7+l7"),
+        ("f7,l7", "f7+l7"),
+        ("f7l7", "f7+l7"),
+        ("f3+", "f3"),
+        ("7", "f7"),
+        ("ALL", "all"),
+    ],
+)
+def test_a_misspelt_position_spec_is_answered_with_the_one_that_was_meant(positions, meant):
+    with pytest.raises(
+        ValueError, match=re.escape(f"positions={positions!r}") + rf".*Did you mean {meant!r}\?".replace("+", r"\+")
+    ):
+        ReftConfig(positions=positions)
+
+
+@pytest.mark.parametrize("positions", ["", "x3", "first", "f", "f-1", "17+f7+x"])
+def test_a_position_spec_that_resembles_none_is_answered_without_a_guess(positions):
+    with pytest.raises(ValueError) as error:
+        ReftConfig(positions=positions)
+    assert "Did you mean" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("lorefft", "loreft"), ("LoReFT", "loreft"), ("di-reft", "direft"), ("noref", "noreft")]
+)
+def test_a_misspelt_intervention_is_answered_with_the_one_that_was_meant(name, meant):
+    with pytest.raises(ValueError, match=f"intervention={name!r} is unknown. Did you mean {meant!r}\\?"):
+        ReftConfig(intervention=name)
+
+
+def test_an_intervention_that_resembles_none_is_answered_without_a_guess():
+    with pytest.raises(ValueError, match=r"intervention='houlsby' is unknown\. Use one of"):
+        ReftConfig(intervention="houlsby")
+
+
 @pytest.mark.parametrize("positions", [None, 7, ("f1", "l1"), ["f1"]])
 def test_positions_that_are_no_string_are_rejected(positions):
     with pytest.raises(ValueError, match=rf"positions={re.escape(repr(positions))} .*must be a string"):

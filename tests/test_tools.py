@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
 from peft_reft import __main__ as command_line
+from peft_reft.commands import COMMANDS
 from peft_reft.integrations import runner
 from peft_reft.integrations.runner import CannotRun
 
@@ -93,10 +94,40 @@ def test_errors_and_exit_statuses_are_the_programs_own(programs):
         runner.run([str(programs / "sub")])  # a folder, but without __main__.py
 
 
+@pytest.mark.parametrize("arguments", [[], ["--help"]], ids=str)
+def test_the_list_of_commands_does_not_wait_for_torch(arguments):
+    command = [sys.executable, "-X", "importtime", "-m", "peft_reft", *arguments]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
+    assert "peft_reft.commands" in imported
+    assert not imported & {"torch", "peft", "transformers"}
+    assert "\n  chat " in (done.stdout if arguments else done.stderr)
+    assert done.returncode == (0 if arguments else 2)
+
+
+def test_another_program_of_the_same_arguments_imports_the_package(tmp_path):
+    """A package that imports peft_reft, run with -m and nothing more."""
+    (tmp_path / "tool").mkdir()
+    (tmp_path / "tool" / "__init__.py").write_text("from peft_reft import ReftConfig")
+    (tmp_path / "tool" / "__main__.py").write_text("import tool; print(tool.ReftConfig().peft_type.value)")
+    path = os.pathsep.join([str(tmp_path), str(Path(command_line.__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-m", "tool"], env={**ENVIRONMENT, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "REFT", done.stderr
+
+
+def test_a_mistyped_command_is_answered_with_the_one_that_was_meant(capsys):
+    assert command_line.main(["inspekt", "adapter"]) == 2
+    assert "Did you mean the command 'inspect'?" in capsys.readouterr().err
+    assert command_line.main(["zzz"]) == 2
+    assert "Did you mean" not in capsys.readouterr().err
+
+
 def test_commands_are_listed_and_called(capsys, monkeypatch):
     assert command_line.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(f"\n  {name} " in out for name in ("convert", "info", "inspect", "sft"))
+    assert all(f"\n  {name} " in out for name in COMMANDS)
     assert command_line.main([]) == 2
     monkeypatch.setitem(sys.modules, "peft_reft.info", type("info", (), {"main": staticmethod(lambda argv: argv)}))
     assert command_line.main(["info", "-m", "x"]) == ["-m", "x"]

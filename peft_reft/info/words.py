@@ -37,9 +37,9 @@ def positions_in_words(spec: PositionSpec) -> str:
 def prompt_in_words(config: Mapping[str, Any]) -> str:
     """What counts as the prompt, unless a call names its places itself with `intervention_locations`."""
     marker, turns, task = config.get("prompt_end"), config.get("turns"), config.get("task_type")
-    whole = "the whole input" if marker is None else f"what stands before {marker!r}, the marker included"
+    whole = "the whole input" if marker is None else f"everything up to the last marker {marker!r}"
     if task in (None, "CAUSAL_LM"):
-        text = f"what labels or generate say, else {whole}"
+        text = f"taken from labels or generate(); otherwise {whole}"
     else:
         text = whole + ("; in decoder blocks the decoder's prompt" if task == "SEQ_2_SEQ_LM" else "")
     return text + (f"; of several turns: {turns}" if turns else "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from peft_reft.inspect.tokens import names_of
 from peft_reft.tuner.injection import state_of
 
 
@@ -22,11 +23,13 @@ class Columns:
         ids: token ids [B, S], or None.
         valid: which are no padding [B, S].
         answer: which belong to an answer [B, S].
+        names: texts of the tokens by row, empty where there are no ids.
     """
 
     ids: Tensor | None
     valid: Tensor
     answer: Tensor
+    names: list[list[str]] = field(default_factory=list)
 
     @classmethod
     def without_tokens(cls, rows: int, columns: int) -> Columns:
@@ -67,12 +70,15 @@ def batches(
     if isinstance(prompts, Mapping):
         if answers is not None:
             raise ValueError("answers go with prompts that are texts; give a batch of tensors its labels instead.")
-        yield batch_of(base, dict(prompts), 0)
+        yield batch_of(base, dict(prompts), 0, tokenizer)
         return
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    texts = [prompts] if isinstance(prompts, str) or is_conversation(prompts) else list(prompts)
     replies = [answers] if isinstance(answers, str) else answers
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"prompts={prompts!r} must be a text, a list of texts, or a batch of tensors by name.")
+    if not texts or not all(isinstance(text, str) or is_conversation(text) for text in texts):
+        raise ValueError(
+            f"prompts={prompts!r} must be a text or a conversation (a list of messages), a list of these, or a batch "
+            "of tensors by name."
+        )
     if tokenizer is None:
         raise ValueError("Prompts that are texts need a tokenizer: inspect_adapter(model, prompts, tokenizer).")
     if replies is not None and len(replies) != len(texts):
@@ -83,7 +89,7 @@ def batches(
     size = max(1, batch_size)
     for first in range(0, len(texts), size):
         some = texts[first : first + size]
-        rows = [list(tokenizer(text)["input_ids"]) for text in some]
+        rows = [encoded(text, tokenizer) for text in some]
         for text, row in zip(some, rows):
             if not row:
                 raise ValueError(f"The prompt {text!r} has no tokens.")
@@ -99,7 +105,22 @@ def batches(
         pad = getattr(tokenizer, "pad_token_id", None)
         inputs["input_ids"] = padded(rows, 0 if pad is None else pad)
         inputs["attention_mask"] = padded([[1] * len(row) for row in rows], 0)
-        yield batch_of(base, inputs, first)
+        yield batch_of(base, inputs, first, tokenizer)
+
+
+def is_conversation(prompt: Any) -> bool:
+    """Whether a prompt is a list of messages, such as [{"role": "user", "content": "Hello"}]."""
+    listed = isinstance(prompt, Sequence) and not isinstance(prompt, str) and len(prompt) > 0
+    return listed and all(isinstance(message, Mapping) and "role" in message for message in prompt)
+
+
+def encoded(prompt: str | Sequence[Mapping[str, Any]], tokenizer: Any) -> list[int]:
+    """Token ids of a text as it is, or of a conversation by the chat template, up to where the answer begins."""
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError("Conversations need a tokenizer with a chat template; give the prompts as texts.")
+    return list(tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=False))
 
 
 def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
@@ -112,7 +133,7 @@ def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
     return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=fill)
 
 
-def batch_of(base: Any, inputs: dict[str, Any], first: int) -> Batch:
+def batch_of(base: Any, inputs: dict[str, Any], first: int, tokenizer: Any) -> Batch:
     """Inputs on the model's device, with what their columns are; encoder-decoder models get what they decode from."""
     if inputs.get("adapter_names") is not None:
         raise ValueError("adapter_names is not supported here: set_adapter one of them, and inspect it.")
@@ -131,7 +152,9 @@ def batch_of(base: Any, inputs: dict[str, Any], first: int) -> Batch:
         if not isinstance(given, Tensor):
             continue
         columns = Columns.without_tokens(*given.shape[:2])
-        columns.ids = None if tokens is None else tokens.cpu()
+        if tokens is not None:
+            columns.ids = tokens.cpu()
+            columns.names = [names_of(row, tokenizer) for row in tokens.tolist()]
         mask = inputs.get(f"{prefix}attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:
             columns.valid = mask.cpu().bool()
@@ -142,14 +165,3 @@ def batch_of(base: Any, inputs: dict[str, Any], first: int) -> Batch:
     device = next((parameter.device for parameter in base.parameters()), torch.device("cpu"))
     moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
     return Batch(moved, first, stacks)
-
-
-def text_of(token: int, tokenizer: Any) -> str:
-    """The text of a token; its name in the vocabulary where it has no text of its own."""
-    if tokenizer is None:
-        return str(token)
-    text: str = tokenizer.decode([token])
-    if text and "\ufffd" not in text:
-        return text
-    name = tokenizer.convert_ids_to_tokens(token)
-    return str(token if name is None else name)

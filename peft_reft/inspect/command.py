@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from peft import PeftModel
 
 from peft_reft.info.reading import AUTO_CLASSES
+from peft_reft.inspect.batch import is_causal
 from peft_reft.inspect.heatmap import LABELS
 from peft_reft.inspect.run import inspect_adapter
 from peft_reft.inspect.tables import Inspection
@@ -22,14 +24,16 @@ def main(argv: list[str]) -> int:
     """`python -m peft_reft inspect DIR --prompt TEXT ...`; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m peft_reft inspect",
-        description="How far an adapter moves each token of some prompts, and what each block's edits are worth.",
+        description="How far an adapter moves each token of some prompts, and how much each block matters.",
+        epilog="A chat model's prompts are encoded by its chat template, as a message of the user.",
     )
     parser.add_argument("directory", help="the adapter, as save_pretrained wrote it")
     parser.add_argument("--model", help="the base model; default: the one that the adapter names")
     parser.add_argument("--prompt", action="append", required=True, help="a prompt; may be given several times")
+    parser.add_argument("--raw", action="store_true", help="encode the prompts as they are, without the chat template")
     parser.add_argument("--answer", action="append", help="an answer to each prompt: shows edits of generated tokens")
     parser.add_argument("--out", help="where to draw the heat map; the ending is the format (.png, .svg, .pdf)")
-    parser.add_argument("--csv", help="where to write the table of edits; effects go to NAME-effects.csv beside it")
+    parser.add_argument("--csv", help="where to write the table of edits; effects go to NAME-effects.csv next to it")
     parser.add_argument("--value", default="relative", choices=LABELS, help="what the heat map shows")
     parser.add_argument("--no-effects", action="store_true", help="do not run the model once more for each block")
     parser.add_argument("--num-labels", type=int, help="classes of a classifier, if its base model does not say")
@@ -37,22 +41,50 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
     arguments = parser.parse_args(argv)
     try:
+        draws = arguments.out is not None and can_draw(arguments.out, parser.prog)
         model, tokenizer = load(arguments)
-        found = inspect_adapter(
-            model, arguments.prompt, tokenizer, answers=arguments.answer, effects=not arguments.no_effects
-        )
-        if arguments.out:
-            found.plot(arguments.out, arguments.value)
+        prompts = arguments.prompt
+        if not arguments.raw and is_chat(model, tokenizer):
+            prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        found = inspect_adapter(model, prompts, tokenizer, answers=arguments.answer, effects=not arguments.no_effects)
         if arguments.csv:
             path = Path(arguments.csv)
             found.to_csv(path)
             if found.effects:
                 found.to_csv(path.with_name(f"{path.stem}-effects{path.suffix}"), "effects")
+        if draws:
+            found.plot(arguments.out, arguments.value)
     except (ValueError, OSError, ImportError, KeyError) as error:
         print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(summary(found))
-    return 0
+    return 0 if draws or arguments.out is None else 1
+
+
+def can_draw(path: str, program: str) -> bool:
+    """Whether a picture can be drawn; says what to install if not. Asked before a model is loaded.
+
+    Raises:
+        ValueError: if pictures have no format of that ending.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        print(
+            f"{program}: --out needs matplotlib, which is not installed: pip install matplotlib, or the extra "
+            "'.[inspect]' in a clone of peft-reft. Only the numbers follow.",
+            file=sys.stderr,
+        )
+        return False
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    endings = FigureCanvasBase.get_supported_filetypes()
+    if Path(path).suffix[1:].lower() not in endings:
+        raise ValueError(f"--out {path} is no picture; its name must end in one of .{', .'.join(sorted(endings))}.")
+    return True
+
+
+def is_chat(model: Any, tokenizer: Any) -> bool:
+    """Whether prompts are to be encoded by the tokenizer's chat template: those of language models that have one."""
+    return is_causal(model.get_base_model()) and getattr(tokenizer, "chat_template", None) is not None
 
 
 def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
@@ -79,7 +111,7 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def summary(found: Inspection) -> str:
-    """A few lines per prompt: the prediction, and each block's part in it."""
+    """A few lines per prompt: the prediction, and how much each block matters for it."""
     lines = []
     for prompt in dict.fromkeys(row["prompt"] for row in found.edits):
         lines.append(f"prompt {prompt}")

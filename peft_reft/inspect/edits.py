@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from peft_reft.blocks.numbering import block_number
-from peft_reft.inspect.batch import Batch, Columns, text_of
+from peft_reft.inspect.batch import Batch, Columns
 from peft_reft.inspect.spy import Note
 
 
-def edit_rows(note: Note, batch: Batch, stack: str, tokenizer: Any) -> list[dict[str, Any]]:
+def edit_rows(note: Note, batch: Batch, stack: str) -> list[dict[str, Any]]:
     """The rows of `Inspection.edits` for one block's call.
 
     Args:
@@ -22,7 +22,6 @@ def edit_rows(note: Note, batch: Batch, stack: str, tokenizer: Any) -> list[dict
     positions = (columns.valid.long().cumsum(1) - 1).tolist()
     answer = columns.answer.tolist()
     ids = [[-1] * shape[1]] * shape[0] if columns.ids is None else columns.ids.tolist()
-    texts = {token: text_of(token, tokenizer) for token in {token for row in ids for token in row} if token >= 0}
     depth = block_number(note.block)
     found = []
     for deltas in note.deltas:
@@ -42,7 +41,7 @@ def edit_rows(note: Note, batch: Batch, stack: str, tokenizer: Any) -> list[dict
                     "adapter": deltas.adapter,
                     "position": position,
                     "column": column,
-                    "token": texts.get(token, str(position)),
+                    "token": columns.names[row][column] if columns.names else str(position),
                     "token_id": token,
                     "part": "answer" if answer[row][column] else "prompt",
                     "edited": edited[row][column],

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_reft.blocks.numbering import block_number
-from peft_reft.inspect.batch import Batch, Columns, is_causal, text_of
+from peft_reft.inspect.batch import Batch, Columns, is_causal
 from peft_reft.inspect.spy import Spy
+from peft_reft.inspect.tokens import name_of
 
 NAN = float("nan")
 Row = dict[str, Any]
@@ -27,7 +28,7 @@ def effect_rows(
 
     Args:
         base: the model below PEFT's.
-        logits: what the model put out with all edits.
+        logits: what the model returns with all edits.
     """
     if not isinstance(logits, Tensor) or logits.dim() not in (2, 3):
         return [], []
@@ -57,7 +58,7 @@ def effect_rows(
     totals = []
     for number, part in whole.items():
         first = int((row == number).nonzero()[0])
-        top, top_unedited = (text_of(int(some[first].argmax()), names) for some in (full, unedited))
+        top, top_unedited = (name_of(int(some[first].argmax()), names) for some in (full, unedited))
         totals.append({"prompt": batch.first + number, **part, "top": top, "top_unedited": top_unedited})
     return effects, totals
 
@@ -75,8 +76,8 @@ def predicted(batch: Batch, logits: Tensor, causal: bool, tokenizer: Any) -> Ten
     ids, valid = columns.ids, columns.valid
     if valid.shape != logits.shape[:2]:
         raise ValueError(
-            f"The model put out logits of shape {tuple(logits.shape)} for tokens of shape {tuple(valid.shape)}, so "
-            "that the prediction behind the prompt cannot be told. Pass effects=False."
+            f"The model returned logits of shape {tuple(logits.shape)} for tokens of shape {tuple(valid.shape)}, so "
+            "the prediction after the prompt cannot be located. Pass effects=False."
         )
     last = valid & (valid.long().flip(1).cumsum(1).flip(1) == 1)
     labels = batch.inputs.get("labels")

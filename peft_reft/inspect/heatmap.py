@@ -1,10 +1,14 @@
-"""Drawing an inspection: blocks and tokens as a heat map, and beside it what each block is worth."""
+"""Drawing an inspection: blocks and tokens as a heat map, and next to it how much each block matters."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
+
+from peft_reft.inspect.fonts import lettering
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +24,7 @@ LABELS = {
 }
 Row = dict[str, Any]
 UNEDITED = "#e6e6e6"
-GAP = "…"  # stands for a run of tokens that no block edits
+GAP = "…"  # with their number, a run of tokens that no block edits
 CELL, ROW, MARGIN, WIDEST = 0.34, 0.26, 1.5, 40  # inches
 
 
@@ -31,14 +35,14 @@ def draw(
     value: str,
     adapter: str,
     prompts: Sequence[int] | None,
-    max_tokens: int,
+    max_unedited: int | None,
 ) -> Figure:
     """A panel per prompt (and per stack of an encoder-decoder model): blocks upwards, tokens to the right.
 
     Args:
         edits, effects, totals: the tables of an `Inspection`; the last two may be empty.
         value: what the colours show: a key of `LABELS`.
-        adapter, prompts, max_tokens: as in `Inspection.plot`.
+        adapter, prompts, max_unedited: as in `Inspection.plot`.
 
     Raises:
         ValueError: for a value, adapter or prompt that is not in the tables.
@@ -55,7 +59,7 @@ def draw(
             f"{adapters} and the prompts {numbers}."
         )
     keys = dict.fromkeys((row["prompt"], row["stack"]) for row in rows)
-    panels = [Panel(rows, *key, value, max_tokens) for key in keys]
+    panels = [Panel(rows, *key, value, max_unedited) for key in keys]
     effects = [row for row in effects if not math.isnan(row["tv"])]
     finite = [number for panel in panels for line in panel.grid for number in line if math.isfinite(number)]
     low = min(finite, default=0.0) if value.startswith("angle") else 0.0
@@ -73,7 +77,8 @@ def draw(
         image = panel.draw(axes[0], low, high)
         total = next((row for row in totals if row["prompt"] == panel.prompt), None)
         axes[0].set_xlim(-0.5, widest - 0.5)  # cells of one size in all panels
-        axes[0].set_title(panel.title(total, len(panels) > 1), fontsize=9, loc="left", parse_math=False)
+        (title,), families = lettering([panel.title(total, len(panels) > 1)])
+        axes[0].set_title(title, fontsize=9, loc="left", parse_math=False, fontfamily=families)
         if effects:
             panel.draw_effects(axes[1], effects)
     bar = figure.colorbar(image, ax=grid[:, 0].tolist(), pad=0.01, aspect=max(8, 25 * sum(heights) / 6), shrink=0.9)
@@ -91,7 +96,7 @@ class Panel:
         grid: [blocks][tokens], NaN where nothing is edited.
     """
 
-    def __init__(self, rows: list[Row], prompt: int, stack: str, value: str, max_tokens: int):
+    def __init__(self, rows: list[Row], prompt: int, stack: str, value: str, max_unedited: int | None):
         self.prompt, self.stack = prompt, stack
         own = [row for row in rows if (row["prompt"], row["stack"]) == (prompt, stack)]
         lines = list(dict.fromkeys((row["block"], row["call"]) for row in own))
@@ -100,18 +105,13 @@ class Panel:
         self.lines = [f"{block} ({call})" if repeated else block for block, call in lines]
         names = {row["position"]: row for row in own}
         edited = {row["position"] for row in own if row["edited"]}
-        kept: list[int | None] = list(names)
-        if len(names) > max_tokens:
-            kept = []
-            for position in names:
-                if position in edited:
-                    kept.append(position)
-                elif kept[-1:] != [None]:
-                    kept.append(None)
-        self.tokens = [GAP if position is None else shown(names[position]["token"]) for position in kept]
+        answer = {row["position"] for row in own if row["part"] == "answer"}
+        columns = collapsed(list(names), edited, answer, max_unedited)
+        self.tokens = [f"{GAP} {len(run)}" if len(run) > 1 else shown(names[run[0]]["token"]) for run in columns]
+        kept = [run[0] if len(run) == 1 else None for run in columns]
         cells = {((row["block"], row["call"]), row["position"]): row[value] for row in own if row["edited"]}
         self.grid = [[cells.get((line, position), math.nan) for position in kept] for line in lines]
-        parts = [None if position is None else names[position]["part"] for position in kept]
+        parts = [names[run[0]]["part"] for run in columns]
         self.answer = parts.index("answer") if "answer" in parts else None
 
     def draw(self, axes: Axes, low: float, high: float) -> Any:
@@ -126,11 +126,10 @@ class Panel:
         upright = all(len(token) <= 2 for token in self.tokens)
         every = max(1, math.ceil(CELL * len(self.tokens) / WIDEST / 2))  # as many labels as there is room for
         axes.set_xticks(range(0, len(self.tokens), every))
-        texts = axes.set_xticklabels(
-            [drawable(token) for token in self.tokens[::every]], rotation=0 if upright else 90, fontsize=8
-        )
-        for text in texts:
+        labels, families = lettering(self.tokens[::every])
+        for text in axes.set_xticklabels(labels, rotation=0 if upright else 90, fontsize=8):
             text.set_parse_math(False)  # a token may be a dollar sign
+            text.set_fontfamily(families)
         step = max(1, math.ceil(len(self.lines) / 40))
         axes.set_yticks(range(0, len(self.lines), step), short(self.lines)[::step], fontsize=8)
         axes.set_xticks([n - 0.5 for n in range(1, len(self.tokens))], minor=True)
@@ -165,39 +164,38 @@ class Panel:
         parts += [self.stack] if self.stack else []
         text = ", ".join(parts)
         if total is not None and not math.isnan(total["tv"]):
-            top, unedited = (drawable(shown(total[key])) for key in ("top", "top_unedited"))
+            top, unedited = (shown(total[key]) for key in ("top", "top_unedited"))
             words = f'most likely "{top}", unedited "{unedited}"'
             words += f"\ntotal variation between the two {total['tv']:.2f}"
             text = f"{text}: {words}" if text else words
         return text
 
 
-def shown(token: str) -> str:
-    """A token as a label: blanks and line ends made visible, nothing that could break the line.
+def collapsed(positions: list[int], edited: set[int], answer: set[int], longest: int | None) -> list[list[int]]:
+    """The columns of a panel: a position each, but one column for a long run of positions that no block edits.
 
-    >>> shown(" the"), shown("x" * 30)
-    ('␣the', 'xxxxxxxxxxxxxxx…')
+    >>> collapsed([0, 1, 2, 3, 4], edited={0, 4}, answer=set(), longest=2)
+    [[0], [1, 2, 3], [4]]
     """
-    text = token.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r").replace(" ", "␣")
+    columns: list[list[int]] = []
+    for (is_edited, _), run in groupby(positions, key=lambda position: (position in edited, position in answer)):
+        members = list(run)
+        apart = is_edited or longest is None or len(members) <= max(longest, 1)
+        columns += [[position] for position in members] if apart else [members]
+    return columns
+
+
+def shown(token: str, room: int = 15) -> str:
+    """A token as a label: spaces and line ends made visible, nothing that could break the line, `room` characters.
+
+    >>> shown(" the"), shown("x" * 30), shown("🐢 (1/3)")
+    ('␣the', 'xxxxxxxxxxxxxxx…', '🐢 (1/3)')
+    """
+    part = re.search(r" \(\d/\d\)$", token)  # of a character that takes several tokens
+    text, ending = (token, "") if part is None else (token[: part.start()], part[0])
+    text = text.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r").replace(" ", "␣")
     text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
-    return text if len(text) <= 16 else text[:15] + "…"
-
-
-def drawable(text: str) -> str:
-    """Text with the numbers of those characters that no font of matplotlib's settings has, in their place.
-
-    >>> drawable("a🐢")
-    'aU+1F422'
-    """
-    from matplotlib import font_manager, rcParams
-
-    families = rcParams["font.family"]
-    families = [families] if isinstance(families, str) else families
-    fonts = [
-        font_manager.get_font(font_manager.findfont(font_manager.FontProperties(family=[family])))
-        for family in families
-    ]
-    return "".join(c if any(font.get_char_index(ord(c)) for font in fonts) else f"U+{ord(c):04X}" for c in text)
+    return (text if len(text) <= room + 1 else text[:room] + "…") + ending
 
 
 def short(names: list[str]) -> list[str]:

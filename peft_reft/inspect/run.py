@@ -26,26 +26,27 @@ from peft_reft.tuner.injection import reft_layers, roles_of
 @torch.no_grad()
 def inspect_adapter(
     model: nn.Module,
-    prompts: str | Sequence[str] | Mapping[str, Any],
+    prompts: str | Sequence[Any] | Mapping[str, Any],
     tokenizer: Any = None,
     *,
     answers: str | Sequence[str] | None = None,
     effects: bool = True,
     batch_size: int = 8,
 ) -> Inspection:
-    """How far the active adapters move each token of some prompts, and what each block's edits are worth.
+    """How far the active adapters move each token of some prompts, and how much each block matters.
 
     Args:
         model: a `PeftModel`, or a model that adapters were injected into.
-        prompts: one or several texts; or a batch as the model takes it, of tensors (with `intervention_locations`, for
-            instance, or without any tokens). Texts are encoded as they are: apply a chat template before.
+        prompts: one or several texts or conversations; or a batch as the model takes it, of tensors (with
+            `intervention_locations`, for instance, or without any tokens). Texts are encoded as they are. A
+            conversation, [{"role": "user", "content": "Hello"}], is encoded by the tokenizer's chat template.
         tokenizer: encodes texts, and gives the tokens their names; None with a batch shows ids.
-        answers: for causal and encoder-decoder language models, an answer to each prompt. It is fed behind the prompt
-            as in training, so that the terms `d` and `dK` of `positions`, which edit generated tokens, are seen too.
+        answers: for causal and encoder-decoder language models, an answer to each prompt. It follows the prompt as in
+            training, so that the terms `d` and `dK` of `positions`, which edit generated tokens, are seen too.
         effects: also run the model once without each block's edits, and once without any.
-        batch_size: how many texts are run at once.
+        batch_size: how many prompts are run at once.
 
-    The prediction whose change is measured is that of the token behind the prompt (or the mean over the answer's
+    The prediction whose change is measured is that of the token after the prompt (or the mean over the answer's
     tokens, if there are answers or labels); of a masked language model at its mask tokens, or at all tokens if there
     are none; of a classifier over its classes. A model whose output has no `logits` has no effects, and one with a
     single logit has no probabilities: there `tv` and `kl` are NaN and `logits` tells the change of the score.
@@ -81,7 +82,7 @@ def inspect_adapter(
                 spy.notes = None
             for note in notes:
                 stack = roles.get(base.get_submodule(note.block), "")
-                result.edits += edit_rows(note, batch, stack, tokenizer)
+                result.edits += edit_rows(note, batch, stack)
             if effects:
                 logits = getattr(output, "logits", None)
                 lost, totals = effect_rows(model, base, batch, logits, spies, tokenizer)

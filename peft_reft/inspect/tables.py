@@ -88,25 +88,25 @@ class Inspection:
         *,
         adapter: str | None = None,
         prompts: Sequence[int] | None = None,
-        max_tokens: int = 48,
+        max_unedited: int | None = 2,
     ) -> Figure:
-        """A heat map of blocks and tokens, with a bar per block for its effect; needs matplotlib.
+        """A heat map of blocks and tokens, with a bar per block for how much it matters; needs matplotlib.
 
-        Tokens that are not edited are grey, padding is not shown. Of a prompt with more than `max_tokens` tokens those
-        that no block edits are left out, with "…" in their place.
+        Tokens that are not edited are grey, padding is not shown. A run of more than `max_unedited` tokens that no
+        block edits is one column, "… 12" for twelve.
 
         Args:
             path: where to save it, in the format of the name's ending; None for not at all.
             value: the number to show, a key of `edits`: "relative", "edit_norm", "turn", "angle_before", ...
             adapter: whose edits; None for the sum of all active ones (of which there are no angles to a subspace).
             prompts: numbers of the prompts to draw; None for all.
-            max_tokens: how many tokens are shown in full.
+            max_unedited: the longest run of unedited tokens that is drawn token by token; None for any.
 
         Raises:
             ValueError: for a value, adapter or prompt that is not in the tables.
         """
         whose = self.together if adapter is None else adapter
-        figure = draw(self.edits, self.effects, self.totals, value, whose, prompts, max_tokens)
+        figure = draw(self.edits, self.effects, self.totals, value, whose, prompts, max_unedited)
         if path is not None:
             figure.savefig(path)
         return figure

@@ -110,7 +110,8 @@ def section_of(info: AdapterInfo) -> str:
     return f"""## Representation finetuning (ReFT)
 
 This adapter edits hidden states of the prompt instead of weights ([paper](https://arxiv.org/abs/2404.03592)). It needs
-the package `peft-reft`, whose import makes the type known to PEFT; without it loading ends in `KeyError: 'REFT'`.
+the package `peft-reft`. `KeyError: 'REFT'` means that the package was not imported in this process: `import peft_reft`
+before you load the adapter, or start a program that is not yours as `python -m peft_reft PROGRAM ...`.
 
 ```python
 import peft_reft  # first

@@ -1,125 +1,32 @@
 """`python -m peft_reft sft`: supervised finetuning of a ReFT adapter, in the style of TRL's own script.
 
-All arguments are those of TRL's `sft`, read by TRL's parser from the command line or a YAML file (`--config`), but
-those for LoRA; in their place stand the fields of `ReftConfig` with `reft_` in front. Training is `SFTTrainer`'s. What
-is done here is to see that there are prompts to edit: ReFT edits the prompt, so data without prompts train nothing.
+Options are read by sft_options.py. Training is `SFTTrainer`'s. What is done here is to see that there are prompts to
+edit, since data without prompts train nothing: conversations are split before their last answer, the marker before
+answers is found for the adapter's config, and an example is printed with its edited tokens marked.
 """
 
 from __future__ import annotations
 
+import shlex
 import sys
-from dataclasses import field, fields, make_dataclass
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
-import yaml
 from datasets import load_dataset
-from peft.config import PeftConfig
-from transformers import set_seed
-from trl import (
-    DatasetMixtureConfig,
-    ModelConfig,
-    ScriptArguments,
-    SFTConfig,
-    SFTTrainer,
-    TrlParser,
-    get_dataset,
-    get_quantization_config,
-)
+from transformers import AutoTokenizer, set_seed
+from trl import SFTTrainer, get_dataset, get_quantization_config, is_conversational
 from trl.scripts.utils import DatasetConfig
 
-from peft_reft.integrations.collator import ReftDataCollator
+from peft_reft.integrations.chat_template import chat_prompt_end
+from peft_reft.integrations.collator import KEY, ReftDataCollator
+from peft_reft.integrations.edited_tokens import columns_of, with_marks
+from peft_reft.integrations.sft_options import PROGRAM, Parser, ReftArguments, UserError
+from peft_reft.positions.prompts import IGNORED
 from peft_reft.tuner.config import ReftConfig
 
-PROGRAM = "python -m peft_reft sft"
-ALIASES = {
-    "model": "model_name_or_path",
-    "dataset": "dataset_name",
-    "reft_layers": "reft_layers_to_transform",
-}
-LORA = [f.name for f in fields(ModelConfig) if f.name.startswith("lora_") or f.name in ("use_rslora", "use_dora")]
+__all__ = ["Parser", "ReftArguments", "main"]
+
 FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-
-
-class UserError(Exception):
-    """What the user gave cannot be used; the message says why, and what to do."""
-
-
-def kinds_of(name: str) -> set[Any]:
-    """The types that a field of `ReftConfig` may have, None left out."""
-    hint = get_type_hints(ReftConfig)[name]
-    return set(get_args(hint) if get_args(hint) and not isinstance(hint, type) else [hint]) - {NoneType}
-
-
-def option_of(name: str, default: Any, help: str) -> tuple[str, Any, Any]:
-    """A field of `ReftConfig` as one that an argument parser can read: (name, type, dataclass field)."""
-    kinds = kinds_of(name)
-    kind: Any = next((kind for kind in (list[str], str, list[int], int, float, bool) if kind in kinds), str)
-    if kinds != {kind}:
-        kind, default = kind | None, None  # not passed on unless it is given
-    return f"reft_{name}", kind, field(default=default, metadata={"help": help.replace("%", "%%")})
-
-
-OPTIONS = [f for f in fields(ReftConfig) if f.name not in {inherited.name for inherited in fields(PeftConfig)}]
-ReftArguments: Any = make_dataclass(
-    "ReftArguments", [option_of(f.name, f.default, f.metadata.get("help", "")) for f in OPTIONS]
-)
-
-
-def reft_config(arguments: Any) -> ReftConfig:
-    """The adapter's config from its options; text is read as in YAML where a field is more than text."""
-    values = {}
-    for f in OPTIONS:
-        value, kinds = getattr(arguments, f"reft_{f.name}"), kinds_of(f.name)
-        if isinstance(value, str) and str in kinds and bool in kinds:
-            value = {"true": True, "false": False}.get(value.lower(), value)
-        elif isinstance(value, str) and str not in kinds:
-            value = yaml.safe_load(value)
-        if value is not None:
-            values[f.name] = value
-    return ReftConfig(task_type="CAUSAL_LM", **values)
-
-
-class Parser(TrlParser):
-    """TRL's parser, with short names for what every run needs."""
-
-    def set_defaults_with_config(self, **values: Any) -> Any:
-        return super().set_defaults_with_config(**{ALIASES.get(name, name): value for name, value in values.items()})
-
-    def parse(self, argv: list[str]) -> tuple[ReftConfig, Any, Any, Any, Any]:
-        """The command line and the YAML file that it names: the adapter's config, and TRL's four argument objects.
-
-        Raises:
-            UserError: also for arguments that would have no effect.
-        """
-        arguments = []
-        for text in argv:
-            name, equals, value = text.partition("=")
-            if name.startswith("--"):
-                name = name.replace("-", "_").replace("__", "--", 1)
-                name = f"--{ALIASES.get(name[2:], name[2:])}"
-            arguments += [name, value] if name == "--config" and equals else [name + equals + value]
-        self.set_defaults(**dict.fromkeys(LORA))  # so that those that are given show
-        try:
-            reft, script, training, model, mixture = self.parse_args_and_config(arguments)
-            config = reft_config(reft)
-        except (OSError, ValueError, IndexError, yaml.YAMLError) as error:
-            raise UserError(str(error)) from error
-        given = [f"--{name}" for name in LORA if getattr(model, name) is not None]
-        if given:
-            raise UserError(
-                f"{', '.join(given)} would have no effect: this command trains a ReFT adapter, whose options begin "
-                "with --reft_. For LoRA use `trl sft`."
-            )
-        if not model.model_name_or_path:
-            raise UserError("--model is missing: the name or folder of the base model.")
-        if training.completion_only_loss is False:
-            raise UserError(
-                "--completion_only_loss False trains on the prompt too, so that nothing of it is left to edit. Leave "
-                "it out: ReFT edits the prompt and trains on the completion."
-            )
-        return config, script, training, model, mixture
 
 
 def load_data(script: Any, training: Any, mixture: Any) -> tuple[Any, Any]:
@@ -213,6 +120,8 @@ def make_trainer(training: Any, model: Any, config: ReftConfig, train: Any, test
         **(training.model_init_kwargs or {}),
     }
     try:
+        if config.prompt_end is None and is_conversational(next(iter(train))):
+            config.prompt_end = marker_of(model, training)
         trainer = SFTTrainer(
             model=model.model_name_or_path,
             args=training,
@@ -226,6 +135,56 @@ def make_trainer(training: Any, model: Any, config: ReftConfig, train: Any, test
     # With label smoothing the labels do not reach the model; locations do.
     trainer.data_collator = ReftDataCollator(trainer.data_collator, config)
     return trainer
+
+
+def marker_of(model: Any, training: Any) -> list[int] | None:
+    """What the base model's chat template puts before answers, for whole conversations without labels; None if nothing.
+
+    Training does without it: the labels show where prompts end.
+    """
+    if training.chat_template_path:
+        return None  # another template takes the place of the tokenizer's own
+    tokenizer = AutoTokenizer.from_pretrained(
+        model.model_name_or_path, revision=model.model_revision, trust_remote_code=training.trust_remote_code
+    )
+    try:
+        return chat_prompt_end(tokenizer)
+    except ValueError as error:
+        print(f"{PROGRAM}: the adapter's config gets no prompt_end. {error}", file=sys.stderr)
+        return None
+
+
+def what_is_trained(trainer: Any, config: ReftConfig) -> str:
+    """How much is trained, and the first example with its edited tokens between « and »."""
+    trainable, total = trainer.accelerator.unwrap_model(trainer.model).get_nb_trainable_parameters()
+    batch = trainer.data_collator([next(iter(trainer.train_dataset))])
+    ids, edited = batch["input_ids"][0].tolist(), columns_of(batch[KEY][0])
+    labels = batch["labels"][0].tolist()
+    start = next((column for column in range(1, len(ids)) if labels[column] != IGNORED), len(ids))
+    decode = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    behind = {column - start for column in edited if column >= start}
+    return (
+        f"Training {trainable:,} of {total:,} parameters: {config.intervention} of rank {config.r} at "
+        f"{config.positions}, learning rate {trainer.args.learning_rate:g}.\n"
+        f"The first example, with the edited tokens between « and »:\n"
+        f"  prompt  {with_marks(decode, ids[:start], edited)}\n"
+        f"  answer  {with_marks(decode, ids[start:], behind)}"
+    )
+
+
+def what_next(folder: str, data: Any) -> str:
+    """Where the adapter is, and the commands to talk with it and to look into it."""
+    row = next(iter(data))
+    prompt = row.get("prompt", "...")
+    if isinstance(prompt, list):
+        prompt = prompt[-1]["content"]
+    where = shlex.quote(folder)
+    asked = shlex.quote(prompt if isinstance(prompt, str) and len(prompt) <= 200 else "...")
+    return (
+        f"The adapter is in {folder}. To talk with it, and to see what it edits:\n"
+        f"  python -m peft_reft chat {where}\n"
+        f"  python -m peft_reft inspect {where} --prompt {asked}"
+    )
 
 
 def end(trainer: Any) -> None:
@@ -246,23 +205,22 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit status: 0, or 2 if something that the user gave cannot be used (a line on stderr says what).
     """
-    usage = f"{PROGRAM} --model MODEL --dataset DATA [--reft_positions f7+l7] [--config FILE] [options of trl sft]"
-    classes = (ReftArguments, ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
     try:
         # The data are looked at before the model is loaded, which may take minutes.
-        config, script, training, model, mixture = Parser(classes, prog=PROGRAM, usage=usage).parse(argv)
+        config, script, training, model, mixture = Parser().parse(argv)
         train, test = load_data(script, training, mixture)
         trainer = make_trainer(training, model, config, train, test)
     except UserError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2
+    trainer.accelerator.print(what_is_trained(trainer, config))
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     if test is not None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     trainer.save_model(training.output_dir)
-    trainer.accelerator.print(f"The adapter is in {training.output_dir}")
+    trainer.accelerator.print(what_next(training.output_dir, train))
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
     end(trainer)

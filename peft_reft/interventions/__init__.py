@@ -22,6 +22,7 @@ from peft_reft.interventions.registry import (
     REGISTRY,
     build_intervention,
     intervention_names,
+    nearest_name,
     register_intervention,
 )
 
@@ -43,6 +44,7 @@ __all__ = [
     "intervention_names",
     "kind_of",
     "low_rank_edit",
+    "nearest_name",
     "orthonormal_rows",
     "register_intervention",
     "stack_factors",

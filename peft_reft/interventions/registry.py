@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
+import re
 from functools import cache
 from typing import Any
 
@@ -33,6 +35,18 @@ KEYWORDS = ("dropout", "act_fn", "init_weights", "train_bias")  # what a constru
 def intervention_names() -> list[str]:
     """Names that `ReftConfig(intervention=...)` accepts at the moment."""
     return sorted(REGISTRY)
+
+
+def nearest_name(name: object) -> str | None:
+    """The registered name that a misspelt one probably means; None without a good guess.
+
+    >>> nearest_name("lorefft"), nearest_name("LoReFT"), nearest_name("lora")
+    ('loreft', 'loreft', None)
+    """
+    if not isinstance(name, str) or len(name) > 100:
+        return None
+    close = difflib.get_close_matches(re.sub(r"[\W_]", "", name.lower()), intervention_names(), n=1, cutoff=0.7)
+    return close[0] if close else None
 
 
 def register_intervention(name: str, cls: type[nn.Module]) -> None:

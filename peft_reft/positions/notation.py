@@ -103,7 +103,11 @@ def _term(text: str, spec: str) -> Term:
     cls = None if match is None else TERMS.get(match[1])
     numbers = {"always": True, "never": False}  # whether there must be one
     if match is None or cls is None or bool(match[2]) is not numbers.get(cls.number, bool(match[2])):
-        raise ValueError(f"positions={_short(spec)} is not a position spec: {_short(text)} is no term. {_GRAMMAR}")
+        guess = suggestion(spec)
+        raise ValueError(
+            f"positions={_short(spec)} is not a position spec: {_short(text)} is no term. "
+            f"{f'Did you mean {guess!r}? ' if guess else ''}{_GRAMMAR}"
+        )
     if len(match[2]) > LONGEST:
         raise ValueError(f"positions={_short(spec)}: {_short(text)} names more tokens than any model takes.")
     if match[2] and int(match[2]) < 1:
@@ -112,6 +116,30 @@ def _term(text: str, spec: str) -> Term:
             "least 1."
         )
     return cls(int(match[2] or 1))
+
+
+def suggestion(spec: str) -> str | None:
+    """The spec that a misspelt one probably means; None without a good guess.
+
+    Repairs what is often mistaken: a 1 or a capital I for the letter l, capital letters, spaces, other separators, two
+    ends without a plus between them, and a number without a letter, which names the first tokens.
+
+    >>> suggestion("f7+17"), suggestion("F7 + L7"), suggestion("f7l7"), suggestion("first")
+    ('f7+l7', 'f7+l7', 'f7+l7', None)
+    """
+    text = re.sub(r"\bI(?=[0-9])", "l", spec.strip(" +,;"))
+    text = re.sub(r"[\s,;+&]+", "+", text.lower())
+    letters = "".join(symbol for symbol in TERMS if len(symbol) == 1)
+    text = re.sub(rf"(?<=[0-9])(?=[{letters}])", "+", text)
+    terms = text.split("+")
+    if len(terms) > 1:  # a 1 after a first term is the letter l: "17" is "l7"
+        terms = [terms[0], *(re.sub(r"^1(?=[1-9])|^(?=1$)", "l", term) for term in terms[1:])]
+    terms = [re.sub(r"^(?=[0-9])", "f", term) if number == 0 else term for number, term in enumerate(terms)]
+    guess = "+".join(terms)
+    try:
+        return str(parse_positions(guess)) if guess != spec else None
+    except ValueError:
+        return None
 
 
 def _short(text: str) -> str:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from peft_reft.tuner.config import ReftConfig
 
@@ -52,7 +52,8 @@ class Attempt:
     def run(self, trainer: Trainer) -> float:
         """Train with transformers' Trainer or any of its kind; every evaluation in between is reported.
 
-        Give it `eval_strategy` and `eval_steps` to evaluate during training: without, nothing can be given up early.
+        The trainer's progress bars and printed logs are switched off: `search` prints a line about each trial. Give it
+        `eval_strategy` and `eval_steps` to evaluate during training; otherwise nothing can be given up early.
 
         Returns:
             The metric of the model that the training ended with.
@@ -69,10 +70,12 @@ class Attempt:
             )
         reporter = _Reporter(self, self._metric, isinstance(trainer.eval_dataset, dict))
         trainer.add_callback(reporter)
+        for callback in (PrinterCallback, ProgressCallback):  # a search prints one line about each trial
+            trainer.remove_callback(callback)
         try:
             trainer.train()
         except optuna.TrialPruned:
-            trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)  # closes progress bars
+            trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)  # closes what is open
             raise
         if reporter.step == trainer.state.global_step and not trainer.args.load_best_model_at_end:
             return reporter.value

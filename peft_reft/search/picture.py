@@ -19,6 +19,7 @@ def draw_trials(study: optuna.Study, space: SearchSpace, metric: str) -> Figure:
     Dots are complete trials, crosses were given up (at their last score), the ring is the best.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     done = [trial for trial in study.trials if trial.state.name in ("COMPLETE", "PRUNED")]
     trials = [trial for trial in done if trial.value is not None]  # of one that was given up, its last score
@@ -54,6 +55,11 @@ def draw_trials(study: optuna.Study, space: SearchSpace, metric: str) -> Figure:
         axes.grid(axis="y", alpha=0.3)
     panels[0].locator_params(axis="x", integer=True)
     panels[1].set_xscale("log")
+    ticks = rate_ticks(*space.learning_rate)
+    panels[1].set_xticks(ticks, [f"{rate:.4g}" for rate in ticks])
+    panels[1].xaxis.set_minor_locator(NullLocator())  # matplotlib labels these too where a range is narrow
+    edge = 1.1 * (space.learning_rate[1] / space.learning_rate[0]) ** 0.04
+    panels[1].set_xlim(space.learning_rate[0] / edge, space.learning_rate[1] * edge)
     for axes in panels[len(columns) :]:
         axes.set_visible(False)
     for axes in panels[: len(columns) : 3]:
@@ -61,3 +67,21 @@ def draw_trials(study: optuna.Study, space: SearchSpace, metric: str) -> Figure:
     count = sum(trial.state.name == "COMPLETE" for trial in done)
     figure.suptitle(f"{count} complete trials (dots), {len(done) - count} given up (crosses); ring: the best")
     return figure
+
+
+def rate_ticks(low: float, high: float) -> list[float]:
+    """Learning rates to label on a logarithmic axis: two to five round numbers from `low` to `high`.
+
+    Powers of ten if there are enough of them, else also their halves and fifths, else both ends and their middle.
+
+    >>> rate_ticks(1e-4, 1e-1), rate_ticks(1e-4, 1e-2), rate_ticks(1e-3, 4e-3), rate_ticks(1e-3, 1.5e-3)
+    ([0.0001, 0.001, 0.01, 0.1], [0.0001, 0.001, 0.01], [0.001, 0.002, 0.004], [0.001, 0.0012, 0.0015])
+    """
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1,), (1, 3), (1, 2, 5)):
+        ticks = [float(f"{step}e{exponent}") for exponent in exponents for step in steps]
+        ticks = [tick for tick in ticks if low <= tick * (1 + 1e-9) and tick <= high * (1 + 1e-9)]
+        if len(ticks) >= 3:
+            return ticks[:: math.ceil(len(ticks) / 5)]
+    ends = (low, math.sqrt(low * high), high)
+    return sorted({float(f"{rate:.2g}") for rate in ends if low != high or rate == low})

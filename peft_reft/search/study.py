@@ -1,4 +1,4 @@
-"""Running a search on top of Optuna: going on where it stopped, telling how it goes, and what it leaves in its folder.
+"""Running a search on top of Optuna: it continues where it stopped, reports its progress, and leaves a folder.
 
 Optuna proposes (TPE), gives up on what falls behind (median pruning) and keeps the trials in a SQLite file.
 """
@@ -80,7 +80,8 @@ def search(
         n_trials: finished trials in the end, those given up early and those of earlier calls included.
         seed: of the proposals; None for another one each time.
         pruner: Optuna's, in place of the median rule, which begins once five trials are complete.
-        progress: is given a line about each finished trial; None for silence.
+        progress: is given a line about each finished trial, and one that says where the best config is; None for
+            silence.
 
     Raises:
         ValueError: before any training, for settings that cannot be; or if no trial got a score.
@@ -145,6 +146,8 @@ def search(
     save_best(result, metric, folder)
     with staged(folder) as stage:
         draw_trials(study, space, metric).savefig(stage / PICTURE, format="png")
+    if progress is not None:
+        progress(last_line(result, metric, folder))
     return result
 
 
@@ -214,6 +217,16 @@ def line_about(study: optuna.Study, trial: optuna.trial.FrozenTrial, n_trials: i
     return (
         f"{len(done)}/{n_trials}  trial {trial.number}: {outcome}  [{in_words(trial.params)}]  {seconds[-1]:.0f} s; "
         f"{best}; about {left / 60:.0f} min left"
+    )
+
+
+def last_line(result: SearchResult, metric: str, folder: Path) -> str:
+    """Where the best config is, and how to load it."""
+    best = folder / BEST
+    return (
+        f"Best: trial {result.trial} with {metric} {result.value:.4g}  [{in_words(result.params)}]. Its config is in "
+        f"{best}: ReftConfig.from_pretrained({str(best)!r}), learning_rate={result.learning_rate:.4g}. "
+        f"All trials: {folder / PICTURE}"
     )
 
 

@@ -13,7 +13,7 @@ from peft.utils.peft_types import PeftType
 from transformers import AutoTokenizer
 from transformers.activations import ACT2FN
 
-from peft_reft.interventions import intervention_names
+from peft_reft.interventions import intervention_names, nearest_name
 from peft_reft.positions import parse_positions
 from peft_reft.tuner.files import staged
 from peft_reft.tuner.neighbours import AFTER_SAVING
@@ -150,9 +150,11 @@ class ReftConfig(PeftConfig):
             if not is_int(rank) or rank < 1:
                 raise ValueError(f"{name}={shown(rank)} is not a rank; it must be an integer of at least 1.")
         if self.intervention not in intervention_names():
+            meant = nearest_name(self.intervention)
             raise ValueError(
-                f"intervention={shown(self.intervention)} is unknown; use one of {', '.join(intervention_names())}, or "
-                "call peft_reft.register_intervention with your own class first."
+                f"intervention={shown(self.intervention)} is unknown. {f'Did you mean {meant!r}? ' if meant else ''}"
+                f"Use one of {', '.join(intervention_names())}, or call "
+                "peft_reft.register_intervention with your own class first."
             )
         spec = parse_positions(self.positions)
         if not isinstance(self.share_weights, bool) and self.share_weights != "position":

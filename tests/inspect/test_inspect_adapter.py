@@ -514,10 +514,17 @@ def test_the_heat_map_s_axes_are_tokens_and_blocks_and_its_colours_the_table(fou
     assert (torch.tensor(picture[..., :3]) - grey).abs().amax(-1).lt(0.01).float().mean() > 0.05  # two of five tokens
 
 
-def test_long_prompts_leave_out_what_is_not_edited(tokenizer):
+def test_long_runs_of_unedited_tokens_are_one_column(tokenizer):
     model = reft_model(tiny_model("llama"), positions="f2+m1+l1", task_type="CAUSAL_LM")
-    figure = inspect_adapter(model, " ".join(["one"] * 30 + ["two"]), tokenizer, effects=False).plot(max_tokens=20)
-    assert labels_of(figure.axes[0]) == ["one", "one", GAP, "one", GAP, "two"]
+    found = inspect_adapter(model, " ".join(["one"] * 30 + ["two"]), tokenizer, effects=False)
+    axes = found.plot().axes[0]
+    assert labels_of(axes) == ["one", "one", f"{GAP} 13", "one", f"{GAP} 14", "two"]
+    assert axes.get_images()[0].get_array()[0].mask.tolist() == [False, False, True, False, True, False]
+    assert len(labels_of(found.plot(max_unedited=None).axes[0])) == 31
+    answered = inspect_adapter(model, " ".join(["one"] * 9), tokenizer, answers="two two two two", effects=False)
+    axes = answered.plot().axes[0]
+    assert labels_of(axes)[-2:] == ["one", f"{GAP} 4"], "prompt and answer are not one run"
+    assert axes.lines[0].get_xdata()[0] == len(labels_of(axes)) - 1.5
 
 
 def test_other_values_adapters_and_prompts_can_be_drawn(found):

@@ -9,8 +9,10 @@ import gc
 import json
 import math
 import os
+import re
 import signal
 from itertools import pairwise
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -25,6 +27,7 @@ from peft_reft import ReftConfig, get_interventions
 from peft_reft.blocks.numbering import pick_layers
 from peft_reft.positions import parse_positions
 from peft_reft.search import SearchSpace, block_choices, search, study
+from peft_reft.search.picture import draw_trials, rate_ticks
 
 CONFIG = ReftConfig(task_type="SEQ_CLS", intervention="direft")
 SPACE = SearchSpace(blocks=block_choices(6), learning_rate=(1e-4, 1e-1))
@@ -203,7 +206,7 @@ def test_what_falls_behind_is_given_up(metric, sign, tmp_path):
     pruned = [trial.number for trial in result.study.trials if trial.state.name == "PRUNED"]
     assert pruned == [6]
     assert steps[6] == [10] and steps[7] == steps[2] == [10, 20, 30]
-    assert [line.split()[0] for line in lines] == [f"{n}/8" for n in range(1, 9)]
+    assert [line.split()[0] for line in lines[:-1]] == [f"{n}/8" for n in range(1, 9)]
     assert "given up at step 10" in lines[6] and "given up" not in lines[2]
     assert result.trial not in (2, 6)
 
@@ -316,6 +319,35 @@ def test_the_best_trial_is_saved_as_a_config_that_loads_and_there_is_a_picture(t
     assert left == ["best", "trials.db", "trials.png"], "nothing temporary stays"
 
 
+def test_the_last_line_says_where_the_best_config_is(tmp_path):
+    lines = []
+    result = run(closeness, tmp_path / "found", n_trials=4, progress=lines.append)
+    assert len(lines) == 5 and lines[-1].startswith(f"Best: trial {result.trial} with score {result.value:.4g}")
+    folder = re.search(r"from_pretrained\('(.*?)'\)", lines[-1])[1]
+    assert ReftConfig.from_pretrained(folder).to_dict() == result.config.to_dict()
+    assert f"learning_rate={result.learning_rate:.4g}" in lines[-1] and "trials.png" in lines[-1]
+
+
+@pytest.mark.parametrize("low", [1e-4, 9e-4, 1e-3, 2.5e-3])
+@pytest.mark.parametrize("ratio", [1.0, 1.2, 2, 4, 10, 30, 100, 1e5])
+def test_learning_rates_have_two_to_five_round_labels_within_the_range(low, ratio):
+    ticks = rate_ticks(low, low * ratio)
+    assert len(ticks) == 1 if ratio == 1 else 2 <= len(ticks) <= 5
+    assert ticks == sorted(ticks) and ticks[0] >= low * 0.95 and ticks[-1] <= low * ratio * 1.05
+    assert len({f"{tick:.4g}" for tick in ticks}) == len(ticks)
+    assert all(len(f"{tick:.4g}") <= 7 for tick in ticks)
+
+
+def test_the_picture_of_a_narrow_range_labels_nothing_else(tmp_path):
+    space = SearchSpace(blocks={"all": None}, learning_rate=(1e-3, 4e-3))
+    result = run(closeness, tmp_path, space, n_trials=4)
+    figure = draw_trials(result.study, space, "score")
+    figure.savefig(tmp_path / "narrow.png")
+    axis = figure.axes[1].xaxis
+    assert [text.get_text() for text in axis.get_ticklabels()] == ["0.001", "0.002", "0.004"]
+    assert list(axis.get_minorticklocs()) == []
+
+
 # Trainers.
 
 
@@ -369,6 +401,21 @@ def test_a_trainer_is_trained_with_the_settings_and_scored_by_its_metric(tmp_pat
         assert trial.value == logged[4]
         assert trainer.args.learning_rate == trial.params["learning_rate"]
         assert trainer.model.peft_config["default"].r == trial.params["rank"]
+
+
+@pytest.mark.parametrize("disable_tqdm", [True, False])
+def test_a_trainer_of_a_search_prints_nothing(tmp_path, capfd, disable_tqdm):
+    def objective(attempt):
+        return attempt.run(trainer_for(attempt, tmp_path, disable_tqdm=disable_tqdm, logging_steps=1))
+
+    alone = trainer_for(SimpleNamespace(number="alone", config=CONFIG, learning_rate=0.01), tmp_path)
+    capfd.readouterr()
+    alone.train()
+    assert "eval_accuracy" in capfd.readouterr().out, "a trainer by itself prints its evaluations"
+    space = SearchSpace.of(tiny_model("bert", "classifier"))
+    run(objective, tmp_path / "search", space, metric="eval_accuracy", n_trials=1)
+    captured = capfd.readouterr()
+    assert "eval_" not in captured.out and "it/s" not in captured.err and "train_loss" not in captured.out
 
 
 def test_a_trainer_that_is_given_up_stops_at_that_evaluation(tmp_path):

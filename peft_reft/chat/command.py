@@ -1,0 +1,66 @@
+"""The command line: `python -m peft_reft chat DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import transformers
+
+from peft_reft.chat.loading import adapter_folders, add_loading_arguments, load_adapters
+from peft_reft.chat.session import Session
+from peft_reft.chat.talker import Talker
+
+
+def main(argv: list[str]) -> int:
+    """`python -m peft_reft chat DIR`: returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m peft_reft chat",
+        description="Talk with an adapter in the terminal. /help lists what can be said to the program itself.",
+    )
+    add_loading_arguments(parser)
+    arguments = parser.parse_args(argv)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        folders = adapter_folders(arguments.directories)
+        model, tokenizer = load_adapters(folders, arguments.model, arguments.dtype, arguments.device)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    transformers.set_seed(arguments.seed)
+    talker = Talker(model, tokenizer, arguments.max_new_tokens, arguments.temperature)
+    names = list(folders)
+    session = Session(talker, names, arguments.system, adapter=names[0])
+    print(f"{', '.join(names)} on {model.config.name_or_path}. /help lists the commands, /quit ends.")
+    if getattr(tokenizer, "chat_template", None) is None:
+        print("The tokenizer has no chat template: each line is given to the model as it is, without the lines before.")
+    talk(session)
+    return 0
+
+
+def talk(session: Session) -> None:
+    """Read lines and answer them, until the end of the input or /quit."""
+    while True:
+        try:
+            line = input("you> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not sys.stdin.isatty():
+            print(line)  # a terminal shows what is typed; a transcript should have it, too
+        if not line.strip():
+            continue
+        if line.startswith("/"):
+            said = session.command(line)
+            if said is None:
+                return
+            print(said)
+            continue
+        print(f"{session.speaker}> ", end="", flush=True)
+        try:
+            for piece in session.answer(line):
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            pass
+        print()

@@ -1,0 +1,118 @@
+"""Answers of a model with adapters, piece by piece, with the adapters and strengths that each call names."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+from peft_reft.tuner.model import set_strength
+
+Message = dict[str, str]
+
+
+class StopWhen(StoppingCriteria):
+    """Ends a generation when an event is set."""
+
+    def __init__(self, event: threading.Event):
+        self.event = event
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> Any:
+        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
+
+
+@dataclass
+class Talker:
+    """A model with adapters that answers conversations.
+
+    Attributes:
+        model: a `PeftModel` in eval mode, whose adapters are all there.
+        tokenizer: of the base model; without a chat template it is given the last message as it is.
+        max_new_tokens: of an answer.
+        temperature: 0 for the likeliest token.
+    """
+
+    model: Any
+    tokenizer: Any
+    max_new_tokens: int = 200
+    temperature: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def prompt_ids(self, messages: list[Message]) -> list[int]:
+        """The tokens of a conversation, ready for the answer."""
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            return list(self.tokenizer(messages[-1]["content"])["input_ids"])
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def stream(self, messages: list[Message], strengths: Mapping[str, float]) -> Iterator[str]:
+        """The answer to a conversation, in pieces as they are generated.
+
+        Args:
+            messages: of a chat, the last of them the user's.
+            strengths: of the adapters that edit, by name; none of them: the base model answers.
+
+        The generation ends when the iterator is closed. One answer is generated at a time: a second call waits.
+
+        Raises:
+            Exception: what `generate` raised.
+        """
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        stop, failures = threading.Event(), list[BaseException]()
+
+        def work() -> None:
+            try:
+                with self.using(strengths):
+                    self._generate(messages, streamer, stop)
+            except BaseException as error:
+                failures.append(error)
+                streamer.end()
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            yield from (piece for piece in streamer if piece)
+        finally:
+            stop.set()
+            thread.join()
+        if failures:
+            raise failures[0]
+
+    @contextmanager
+    def using(self, strengths: Mapping[str, float]) -> Iterator[None]:
+        """The model with these adapters at these strengths, for one caller at a time; none of them: the base model.
+
+        Raises:
+            ValueError: for an adapter that is not there, or a strength that is no finite number.
+        """
+        with self._lock:
+            if not strengths:
+                with self.model.disable_adapter():
+                    yield
+                return
+            self.model.base_model.set_adapter(list(strengths), inference_mode=True)
+            for name, strength in strengths.items():
+                set_strength(self.model, strength, name)
+            yield
+
+    @torch.no_grad()
+    def _generate(self, messages: list[Message], streamer: Any, stop: threading.Event) -> None:
+        ids = torch.tensor([self.prompt_ids(messages)], device=self.model.device)
+        sampling = (
+            {"do_sample": True, "temperature": self.temperature} if self.temperature > 0 else {"do_sample": False}
+        )
+        pad = self.tokenizer.pad_token_id
+        self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=self.max_new_tokens,
+            pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
+            streamer=streamer,
+            stopping_criteria=StoppingCriteriaList([StopWhen(stop)]),
+            **sampling,
+        )

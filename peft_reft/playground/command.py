@@ -1,0 +1,49 @@
+"""The command line: `python -m peft_reft playground DIR [DIR ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+
+import transformers
+
+from peft_reft.chat.loading import adapter_folders, add_loading_arguments, load_adapters
+from peft_reft.chat.talker import Talker
+from peft_reft.playground.replies import Replies
+
+PROGRAM = "python -m peft_reft playground"
+
+
+def main(argv: list[str]) -> int:
+    """`python -m peft_reft playground DIR [DIR ...]`: returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Talk with adapters and their base model side by side, in a web page of this machine only.",
+    )
+    add_loading_arguments(parser)
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    parser.add_argument("--no-browser", action="store_true", help="do not open the page in the browser")
+    arguments = parser.parse_args(argv)
+    missing = [name for name in ("gradio", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:  # before the model is loaded, which may take minutes
+        print(f"{PROGRAM} needs {' and '.join(missing)}: pip install 'peft-reft[playground]'", file=sys.stderr)
+        return 1
+    transformers.logging.set_verbosity_error()
+    try:
+        folders = adapter_folders(arguments.directories)
+        model, tokenizer = load_adapters(folders, arguments.model, arguments.dtype, arguments.device)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    transformers.set_seed(arguments.seed)
+    from peft_reft.playground.page import build, serve
+
+    talker = Talker(model, tokenizer, arguments.max_new_tokens, arguments.temperature)
+    page = build(Replies(talker, arguments.system), list(folders), str(model.config.name_or_path))
+    try:
+        serve(page, arguments.port, not arguments.no_browser)
+    except OSError as error:
+        print(f"{PROGRAM}: the page cannot be served: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,107 @@
+"""The page: two chats, a switch and a slider per adapter, the prompt's tokens, and the heat map."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from peft_reft.playground.replies import Replies, Talk, adapter_colors
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio is imported
+
+import gradio as gr
+
+ADDRESS = "127.0.0.1"
+# The themes of Gradio fetch their fonts from the network.
+THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+
+
+def build(replies: Replies, names: list[str], base: str) -> Any:
+    """The page as a `gradio.Blocks`.
+
+    Args:
+        replies: what it shows.
+        names: of the adapters; the first of them is switched on.
+        base: name of the base model.
+    """
+    with gr.Blocks(title="peft-reft playground", analytics_enabled=False) as page:
+        talk = gr.State(Talk)
+        gr.Markdown(f"### {', '.join(names)} on {base}")
+        with gr.Row():
+            left = gr.Chatbot(label="base model", elem_id="base", render_markdown=False, height=340)
+            right = gr.Chatbot(label="with adapters", elem_id="adapted", render_markdown=False, height=340)
+        with gr.Row():
+            message = gr.Textbox(show_label=False, placeholder="Say something", elem_id="message", scale=8)
+            send = gr.Button("Send", variant="primary", elem_id="send", scale=1)
+            clear = gr.Button("New chat", elem_id="clear", scale=1)
+        switches, sliders = [], []
+        for number, name in enumerate(names):
+            with gr.Row():
+                switches.append(gr.Checkbox(number == 0, label=name, elem_id=f"on-{name}", scale=1))
+                sliders.append(
+                    gr.Slider(
+                        -1,
+                        2,
+                        1,
+                        step=0.05,
+                        label=f"strength of {name}",
+                        elem_id=f"strength-{name}",
+                        scale=5,
+                        info="0: the base model, 1: as trained",
+                    )
+                )
+        tokens = gr.HighlightedText(
+            label="the last prompt; coloured: edited",
+            elem_id="tokens",
+            color_map=adapter_colors(names),
+            show_legend=True,
+            combine_adjacent=True,
+            show_inline_category=False,
+        )
+        show = gr.Button("Heat map of the last prompt", elem_id="heat")
+        plot = gr.Plot(show_label=False, elem_id="plot")
+
+        def answer(talk: Talk, text: str, *settings: Any) -> Iterator[tuple[Any, ...]]:
+            if not text.strip():
+                yield talk, text, talk.base, talk.adapted, replies.tokens(talk)
+                return
+            on, strengths = settings[: len(names)], settings[len(names) :]
+            chosen = {name: float(strength) for name, is_on, strength in zip(names, on, strengths) if is_on}
+            for shown in replies.answer(talk, text, chosen):
+                yield shown, "", shown.base, shown.adapted, replies.tokens(shown)
+
+        def heat_map(talk: Talk) -> Any:
+            try:
+                return replies.heat_map(talk)
+            except ValueError as error:
+                raise gr.Error(str(error)) from error
+
+        inputs, outputs = [talk, message, *switches, *sliders], [talk, message, left, right, tokens]
+        gr.on([send.click, message.submit], answer, inputs, outputs, concurrency_limit=1, api_visibility="private")
+        show.click(heat_map, [talk], [plot], concurrency_limit=1, api_visibility="private")
+        clear.click(lambda: (Talk(), [], [], []), None, [talk, left, right, tokens], api_visibility="private")
+    return page
+
+
+def serve(page: Any, port: int | None, open_browser: bool) -> None:
+    """Serve the page to this machine only, until Ctrl-C.
+
+    Args:
+        page: from `build`.
+        port: None for the first free one from 7860 on.
+        open_browser: show it there.
+    """
+    page.launch(
+        server_name=ADDRESS,
+        server_port=port,
+        share=False,
+        inbrowser=open_browser,
+        theme=THEME,
+        ssr_mode=False,
+        footer_links=[],
+        quiet=True,
+        prevent_thread_lock=True,
+    )
+    print(f"The playground is at {page.local_url} for this machine only; Ctrl-C ends it.", flush=True)
+    page.block_thread()

@@ -1,0 +1,152 @@
+"""`python -m peft_reft chat`: a conversation driven through a pipe, with what each line should be answered."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import reft_model, tiny_model
+from test_tools import ENVIRONMENT, word_tokenizer
+
+from peft_reft import set_strength
+from peft_reft.chat import command
+from peft_reft.chat.loading import adapter_folders
+from peft_reft.chat.session import HELP, Session, known_commands
+from peft_reft.chat.talker import Talker
+
+TOKENS = 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base model, and a folder with two adapters."""
+    folder = tmp_path_factory.mktemp("chat")
+    base = tiny_model("llama")
+    base.save_pretrained(folder / "base")
+    word_tokenizer().save_pretrained(folder / "base")
+    base.name_or_path = str(folder / "base")
+    for number, name in enumerate(("loud", "quiet")):
+        model = reft_model(tiny_model("llama"), seed=number + 1, task_type="CAUSAL_LM", positions="f1+l2")
+        model.peft_config["default"].base_model_name_or_path = str(folder / "base")
+        model.save_pretrained(folder / "adapters" / name)
+    return folder
+
+
+def expected(said, adapter=None, strength=1.0):
+    """The answer to a conversation, generated without the command: what it decodes to, and its tokens as text."""
+    seed = {"loud": 1, "quiet": 2}.get(adapter)
+    model = tiny_model("llama")
+    if seed is not None:
+        model = reft_model(model, seed=seed, task_type="CAUSAL_LM", positions="f1+l2")
+        set_strength(model, strength)
+    tokenizer = word_tokenizer()
+    roles = ("user", "assistant") * len(said)
+    messages = [{"role": role, "content": text} for role, text in zip(roles, said)]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def test_a_conversation_through_a_pipe(folder):
+    """Who answers, at what strength, to which conversation: each answer is the one that generate gives for it."""
+    lines = ["w3 w4", "/base", "w5", "/adapter quiet", "/strength 0.5", "/new", "w6 w7", "/quit", "never"]
+    arguments = [sys.executable, "-m", "peft_reft", "chat", str(folder / "adapters"), "--max-new-tokens", str(TOKENS)]
+    done = subprocess.run(
+        arguments, input="\n".join(lines), capture_output=True, text=True, env=ENVIRONMENT, cwd=folder, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    first = expected(["w3 w4"], "loud")
+    second = expected(["w3 w4", first, "w5"])
+    third = expected(["w6 w7"], "quiet", 0.5)
+    answers = [line.strip() for line in done.stdout.splitlines() if not line.startswith(("you>", "The "))]
+    assert answers == [
+        f"loud, quiet on {folder / 'base'}. /help lists the commands, /quit ends.",
+        f"loud> {first}",
+        f"base> {second}",
+        "quiet answers.",
+        f"quiet 0.5> {third}",
+    ]
+    assert third not in (expected(["w6 w7"], "quiet"), expected(["w6 w7"]))
+
+
+@pytest.fixture
+def session():
+    model = reft_model(tiny_model("llama"), task_type="CAUSAL_LM", positions="f1+l2", adapter="loud")
+    return Session(Talker(model, word_tokenizer(), max_new_tokens=TOKENS), ["loud"], adapter="loud")
+
+
+def test_answers_come_in_pieces_and_the_conversation_is_kept(session):
+    pieces = list(session.answer("w3 w4"))
+    assert len(pieces) > 1
+    assert "".join(pieces).strip() == expected(["w3 w4"], "loud")
+    assert [message["role"] for message in session.messages] == ["user", "assistant"]
+
+
+def test_an_answer_that_is_cut_short_ends_the_generation(session):
+    session.talker.max_new_tokens = 100
+    answer = session.answer("w3 w4")
+    piece = next(answer)
+    answer.close()
+    assert session.messages[-1] == {"role": "assistant", "content": piece.strip()}
+    assert "".join(session.answer("w5"))  # the next one is not kept waiting
+
+
+def test_what_generate_raises_is_raised_here(session):
+    session.adapter = "nothing"
+    with pytest.raises(ValueError, match="nothing"):
+        list(session.answer("w3"))
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("/help", HELP),
+        ("/strenght 2", "/strenght is no command. Did you mean /strength? /help lists them."),
+        ("/xyz", "/xyz is no command. /help lists them."),
+        ("/adapter", "The adapters are loud."),
+        ("/adapter lout", "There is no adapter 'lout'. Did you mean loud? The adapters are loud."),
+        ("/strength much", "'much' is no strength; give a number, as in /strength 0.5"),
+        ("/strength nan", "'nan' is no strength; give a number, as in /strength 0.5"),
+        ("/strength 1.5", "The strength is 1.5."),
+        ("/quit", None),
+    ],
+)
+def test_commands(line, said, session):
+    assert session.command(line) == said
+
+
+def test_the_help_lists_every_command(session):
+    for name in known_commands():
+        assert "is no command" not in (session.command(f"/{name}") or "")
+
+
+def test_folders_of_the_same_name_get_names_of_their_own(folder, tmp_path):
+    shutil.copytree(folder / "adapters" / "loud", tmp_path / "v1.0")
+    found = adapter_folders([str(folder / "adapters"), str(folder / "adapters" / "loud"), str(tmp_path / "v1.0")])
+    assert list(found) == ["loud", "quiet", "loud_2", "v1_0"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no-such-folder"], "no saved adapter"),
+        (["adapters/loud", "--model", "no-such-model"], "no-such-model"),
+    ],
+)
+def test_what_cannot_be_loaded_ends_as_one_line(arguments, message, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    assert command.main(arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and message in error[0]
+
+
+def test_without_a_chat_template_the_line_itself_is_the_prompt(session):
+    session.talker.tokenizer.chat_template = None
+    ids = session.talker.tokenizer("w3 w4", return_tensors="pt")
+    model = session.talker.model
+    generated = model.generate(**ids, max_new_tokens=TOKENS, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    answer = session.talker.tokenizer.decode(generated, skip_special_tokens=True)
+    assert "".join(session.answer("w3 w4")).strip() == answer
