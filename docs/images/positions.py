@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_reft import ReftConfig
 from peft_reft.inspect import inspect_adapter
-from peft_reft.positions.notation import mark, parse_positions
+from peft_reft.positions import mark, parse_positions
 from peft_reft.positions.prompts import IGNORED, Prompts, Tokens, find_prompts
 
 IMAGES = Path(__file__).parent

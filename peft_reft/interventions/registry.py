@@ -90,7 +90,7 @@ def build_intervention(
         ValueError: if b is to keep its value and the class has no say in that.
     """
     cls = REGISTRY[name]
-    taken = _keywords_of(cls)
+    taken = _keywords_of(cls)  # type: ignore[arg-type]
     if not train_bias and "train_bias" not in taken:
         raise ValueError(
             f"train_bias=False has no meaning for the intervention {name!r}: the constructor of {cls.__name__} takes "
@@ -101,7 +101,7 @@ def build_intervention(
 
 
 @cache
-def _keywords_of(cls: Any) -> tuple[str, ...]:
+def _keywords_of(cls: type[nn.Module]) -> tuple[str, ...]:
     """Which of the optional keywords the constructor of an intervention takes."""
     parameters = inspect.signature(cls).parameters
     any_of_them = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())

@@ -46,6 +46,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         active_adapters: list[str]
         disable_adapters: bool
 
+        def delete_adapter(self, adapter_name: str) -> None: ...
+
     def __init__(self, block: nn.Module, width: int, layout: Layout = PLAIN):
         super().__init__()
         self.width = width
