@@ -180,8 +180,8 @@ class ReftModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """`...reft_interventions.<adapter>.0.basis` -> `...reft_interventions.0.basis`."""
-        return without_adapter(key, adapter_name)
+        """`...reft_interventions.<adapter>.0.basis` -> `...reft_interventions.0.basis`, without what torch.compile adds."""
+        return own_name(without_adapter(key, adapter_name))
 
     @classmethod
     def _get_adapter_state_dict(
@@ -295,7 +295,7 @@ def get_interventions(model: nn.Module, adapter_name: str | None = None) -> dict
             raise ValueError(f"The active ReFT adapters are {active}; name the one to look at with adapter_name.")
         adapter_name = active[0]
     found = {
-        block: layer.reft_interventions[adapter_name]
+        own_name(block): layer.reft_interventions[adapter_name]
         for block, layer in layers.items()
         if adapter_name in layer.reft_interventions
     }
