@@ -6,6 +6,8 @@ the model can be traced; its lists of modules (`structure`). The tokens' columns
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
 
 from peft_reft.blocks.compiled import own_modules, own_name, present_names
@@ -13,9 +15,9 @@ from peft_reft.blocks.declared import DeclaredStack, declared_stacks
 from peft_reft.blocks.layout import PLAIN, Layout
 from peft_reft.blocks.limits import no_blocks, refuse_unsound
 from peft_reft.blocks.structure import structural_shape, structural_stacks
-from peft_reft.blocks.tracing.layouts import traced_layout
-from peft_reft.blocks.tracing.stacks import traced_stacks
-from peft_reft.blocks.tracing.traced_model import TracedModel
+
+if TYPE_CHECKING:  # the room for tracing is entered when it is needed: most models need none
+    from peft_reft.blocks.tracing.traced_model import TracedModel
 
 
 def find_blocks(model: nn.Module) -> list[list[str]]:
@@ -83,6 +85,8 @@ class ModelBlocks:
             for stack in stacks:
                 refuse_unsound(self.model, stack)
             return stacks
+        from peft_reft.blocks.tracing.stacks import traced_stacks
+
         stacks = traced_stacks(self._trace()) or structural_stacks(self.model)
         if not stacks:
             modules = own_modules(self.model)
@@ -94,6 +98,8 @@ class ModelBlocks:
         for stack in self._declaration():
             if name in stack.names:
                 return stack.width, PLAIN
+        from peft_reft.blocks.tracing.layouts import traced_layout
+
         traced = self._trace()
         layout = traced_layout(traced, name)
         if layout is None:  # not run in the trace, such as a vision tower
@@ -107,6 +113,8 @@ class ModelBlocks:
 
     def _trace(self) -> TracedModel:
         if self._traced is None:
+            from peft_reft.blocks.tracing.traced_model import TracedModel
+
             self._traced = TracedModel(self.model)
             self.ids_per_row = self._traced.entry.ids_per_row
             self.was_traced = True

@@ -67,6 +67,7 @@ class ForwardEntry:
         self.causal = causal
         self.layers = list(layers)
         self.path = Path(module, blocks)
+        self.idle = ForwardContext(state, (), Given(), role, depth, idle=True)
         self.replaced: Any = module.__dict__.get("forward")  # accelerate and TRL put theirs there, too
         self.passive = False
         parameters = inspect.signature(type(module).forward).parameters.values()
@@ -97,10 +98,14 @@ class ForwardEntry:
         outer = running.context
         if self.passive or (outer is not None and outer.idle and outer.depth < self.depth):
             return self.__wrapped__(*args, **kwargs)
-        if running.replica is not None:
+        if STEP in kwargs and kwargs[STEP].edits_nothing:
+            del kwargs[STEP]
+            context = self.idle
+        elif running.replica is not None:
             return self._of_replica()(*args, **kwargs)
-        own = {name: kwargs.pop(name) for name in OWN_ARGUMENTS if name in kwargs}
-        context = self.context(outer, args, kwargs, own)
+        else:
+            own = {name: kwargs.pop(name) for name in OWN_ARGUMENTS if name in kwargs}
+            context = self.context(outer, args, kwargs, own)
         if context is outer:
             return self.__wrapped__(*args, **kwargs)
         is_recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()

@@ -121,6 +121,14 @@ class Step(NamedTuple):
     generation: Generation
     past: int
 
+    @property
+    def edits_nothing(self) -> bool:
+        """Whether it holds generated tokens only, and no adapter edits those."""
+        generation = self.generation
+        if generation.tokens is None or self.past < generation.tokens.valid.shape[1]:
+            return False
+        return not generation.edits_answers or generation.locations is not None
+
 
 class MethodEntry:
     """Stands in for a method of a model, as an attribute of the instance.
@@ -178,6 +186,7 @@ class GenerateEntry(MethodEntry):
         if intervention_locations is None and outer is not None and not outer.started:
             generation.locations = outer.locations  # that `generate` only passes the call on
         running.generation = generation
+        self.state.unlabelled = False
         try:
             return self.__wrapped__(*args, **kwargs)
         finally:

@@ -180,7 +180,7 @@ class ReftModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """`...reft_interventions.<adapter>.0.basis` -> `...reft_interventions.0.basis`, without what torch.compile adds."""
+        """`...reft_interventions.<adapter>.0.basis` -> `...reft_interventions.0.basis`; names are the base model's."""
         return own_name(without_adapter(key, adapter_name))
 
     @classmethod
