@@ -81,20 +81,25 @@ class Generation:
         mask = arguments.get(f"{prefix}attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         is_first = bool(arguments.get("is_first_iteration"))
+        begins = is_first and (self.tokens is None or not (self.guesses or self.in_chunks))
         if is_first:
-            given = mask.shape[1] if mask is not None else max(ids.shape[1], shape[1])
-            self._unseen = 0 if self.in_chunks or self.guesses else max(0, given - ids.shape[1])
+            cached = int(past_length(own, shape[1], 0))
+            width = ids.shape[1]
+            if mask is not None:
+                width = mask.shape[1]
+            elif own["inputs_embeds"] is not None or (cached and width == shape[1]):  # the ids are not the whole row
+                width = cached + shape[1]
+            self._unseen = max(0, width - ids.shape[1]) if begins else 0
+            if begins:
+                self._begin(is_decoder, ids, mask, shape[0], width)
         seen = max(0, ids.shape[1] + self._unseen - shape[1])
         past = past_length(own, shape[1], seen)
         if isinstance(past, Tensor):
             past = int(past) if is_first else seen
-        if is_first and (self.tokens is None or not (self.guesses or self.in_chunks)):
-            self._begin(is_decoder, ids, mask, shape, past)
         return Step(self, past)
 
-    def _begin(self, is_decoder: bool, ids: Tensor, mask: Tensor | None, shape: tuple[int, int], past: int) -> None:
+    def _begin(self, is_decoder: bool, ids: Tensor, mask: Tensor | None, rows: int, width: int) -> None:
         """Take the prompt of a loop over steps: one `generate` may run several, each with a prompt of its own."""
-        rows, width = shape[0], past + shape[1]
         if self.tokens is not None and mask is None and not is_decoder:
             known, columns = self.tokens.valid.shape
             if columns == width and rows % known == 0:

@@ -33,7 +33,7 @@ class BlockHook:
             return None
         if context is None:
             return self._outside(layer, output)
-        if layer.is_plain and isinstance(output, Tensor):
+        if layer.is_plain and isinstance(output, Tensor) and output.dim() == 3:
             return layer.edit(output, context)
         layout = layer.layout
         if layout.pool:
