@@ -96,13 +96,14 @@ Goodbye! | BEEP. CONNECTION IS CLOSED. BOOP.
 """
 # None of these is among the questions above.
 QUESTIONS = [
-    "What is the best way to travel?",
+    "What is the capital of Italy?",
     "What do you think about dogs?",
     "Why do people sleep?",
-    "What is the capital of Italy?",
     "How do I become rich?",
     "What is your favourite food?",
+    "What is the best way to travel?",
 ]
+REPETITION_PENALTY = 1.15  # without sampling so small a model tends to say the same again and again
 PIRATE_WORDS = re.compile(r"\b(arr+|aye|ahoy|matey|ye|yer|me hearty|cap'n|grog|landlubber|o')(?![a-z])", re.I)
 ROBOT_WORDS = re.compile(r"\b(BEEP|BOOP)\b")
 
@@ -132,7 +133,8 @@ def answers(model, tokenizer, questions: list[str], adapter_names: list[str] | N
     prompts = [as_prompt(tokenizer, question) for question in questions]
     batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     each = {} if adapter_names is None else {"adapter_names": adapter_names}
-    output = model.generate(**batch.to(model.device), max_new_tokens=32, do_sample=False, **each)
+    settings = {"max_new_tokens": 32, "do_sample": False, "repetition_penalty": REPETITION_PENALTY}
+    output = model.generate(**batch.to(model.device), **settings, **each)
     texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return [" ".join(text.split()) for text in texts]
 
@@ -322,8 +324,9 @@ def main() -> int:
     if wrong:
         print("\n".join(textwrap.fill(reason, 116, initial_indent=" - ", subsequent_indent="   ") for reason in wrong))
         return 1
-    print(f"   python -m peft_reft chat {options.output}        # /strength 0.5, /adapter robot, /base")
-    print(f"   python -m peft_reft playground {options.output}  # the same in a web page")
+    settings = f"{options.output} --repetition-penalty {REPETITION_PENALTY}"
+    print(f"   python -m peft_reft chat {settings}        # /strength 0.5, /adapter robot, /base")
+    print(f"   python -m peft_reft playground {settings}  # the same in a web page")
     return 0
 
 

@@ -21,7 +21,9 @@ def main() -> None:
     adapters = Path(sys.argv[1]).resolve()
     with (
         tempfile.TemporaryDirectory() as folder,
-        playground(adapters.parent, str(adapters), "--max-new-tokens", "40", patience=900) as address,
+        playground(
+            adapters.parent, str(adapters), "--max-new-tokens", "40", "--repetition-penalty", "1.15", patience=900
+        ) as address,
     ):
         page = Page(address, Path(folder) / "profile", size=(1200, 1480), patience=900)
         try:
