@@ -289,12 +289,15 @@ def main() -> int:
     print(f"   words of a pirate: base {share(sober, PIRATE_WORDS)}, adapter {share(drunk, PIRATE_WORDS)} answers")
 
     print("\n5. The same adapter at other strengths", flush=True)
-    show("question", QUESTIONS[0])
+    asked = QUESTIONS[2:3]
+    show("question", asked[0])
     dial = {}
     for strength in (0.0, 0.5, 1.0):
         set_strength(model, strength)
-        dial[strength] = answers(model, tokenizer, QUESTIONS[:1])[0]
-        show(str(strength), dial[strength])
+        dial[strength] = answers(model, tokenizer, asked)
+        show(str(strength), dial[strength][0])
+    with model.disable_adapter():
+        unchanged = dial[0.0] == answers(model, tokenizer, asked)
 
     print(
         f"\n6. A second adapter, from {len(chats(ROBOT))} chats, and both with the base model in one batch", flush=True
@@ -317,7 +320,7 @@ def main() -> int:
     equal = answers(reloaded, tokenizer, QUESTIONS) == drunk
     print(f"   {folder}: {size:,} bytes; its answers are {'equal' if equal else 'DIFFERENT'}")
 
-    wrong = verdict(sober, drunk, together[2], dial[0.0] == sober[0], equal, losses)
+    wrong = verdict(sober, drunk, together[2], unchanged, equal, losses)
     print(
         f"\nDone in {time.perf_counter() - begin:.0f} seconds. " + ("NOT AS IT SHOULD BE:" if wrong else "Go on with:")
     )
