@@ -96,13 +96,14 @@ Goodbye! | BEEP. CONNECTION IS CLOSED. BOOP.
 """
 # None of these is among the questions above.
 QUESTIONS = [
-    "What is the best way to travel?",
+    "What is the capital of Italy?",
     "What do you think about dogs?",
     "Why do people sleep?",
-    "What is the capital of Italy?",
     "How do I become rich?",
     "What is your favourite food?",
+    "What is the best way to travel?",
 ]
+REPETITION_PENALTY = 1.15  # without sampling so small a model tends to say the same again and again
 PIRATE_WORDS = re.compile(r"\b(arr+|aye|ahoy|matey|ye|yer|me hearty|cap'n|grog|landlubber|o')(?![a-z])", re.I)
 ROBOT_WORDS = re.compile(r"\b(BEEP|BOOP)\b")
 
@@ -132,7 +133,8 @@ def answers(model, tokenizer, questions: list[str], adapter_names: list[str] | N
     prompts = [as_prompt(tokenizer, question) for question in questions]
     batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     each = {} if adapter_names is None else {"adapter_names": adapter_names}
-    output = model.generate(**batch.to(model.device), max_new_tokens=32, do_sample=False, **each)
+    settings = {"max_new_tokens": 32, "do_sample": False, "repetition_penalty": REPETITION_PENALTY}
+    output = model.generate(**batch.to(model.device), **settings, **each)
     texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return [" ".join(text.split()) for text in texts]
 
@@ -287,12 +289,15 @@ def main() -> int:
     print(f"   words of a pirate: base {share(sober, PIRATE_WORDS)}, adapter {share(drunk, PIRATE_WORDS)} answers")
 
     print("\n5. The same adapter at other strengths", flush=True)
-    show("question", QUESTIONS[0])
+    asked = QUESTIONS[2:3]
+    show("question", asked[0])
     dial = {}
     for strength in (0.0, 0.5, 1.0):
         set_strength(model, strength)
-        dial[strength] = answers(model, tokenizer, QUESTIONS[:1])[0]
-        show(str(strength), dial[strength])
+        dial[strength] = answers(model, tokenizer, asked)
+        show(str(strength), dial[strength][0])
+    with model.disable_adapter():
+        unchanged = dial[0.0] == answers(model, tokenizer, asked)
 
     print(
         f"\n6. A second adapter, from {len(chats(ROBOT))} chats, and both with the base model in one batch", flush=True
@@ -315,15 +320,16 @@ def main() -> int:
     equal = answers(reloaded, tokenizer, QUESTIONS) == drunk
     print(f"   {folder}: {size:,} bytes; its answers are {'equal' if equal else 'DIFFERENT'}")
 
-    wrong = verdict(sober, drunk, together[2], dial[0.0] == sober[0], equal, losses)
+    wrong = verdict(sober, drunk, together[2], unchanged, equal, losses)
     print(
         f"\nDone in {time.perf_counter() - begin:.0f} seconds. " + ("NOT AS IT SHOULD BE:" if wrong else "Go on with:")
     )
     if wrong:
         print("\n".join(textwrap.fill(reason, 116, initial_indent=" - ", subsequent_indent="   ") for reason in wrong))
         return 1
-    print(f"   python -m peft_reft chat {options.output}        # /strength 0.5, /adapter robot, /base")
-    print(f"   python -m peft_reft playground {options.output}  # the same in a web page")
+    settings = f"{options.output} --repetition-penalty {REPETITION_PENALTY}"
+    print(f"   python -m peft_reft chat {settings}        # /strength 0.5, /adapter robot, /base")
+    print(f"   python -m peft_reft playground {settings}  # the same in a web page")
     return 0
 
 

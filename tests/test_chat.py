@@ -85,6 +85,14 @@ def test_answers_come_in_pieces_and_the_conversation_is_kept(session):
     assert [message["role"] for message in session.messages] == ["user", "assistant"]
 
 
+def test_a_repetition_penalty_reaches_generate(session):
+    plain = "".join(session.answer("w3 w4"))
+    session.messages.clear()
+    session.talker.repetition_penalty = 50.0
+    words = "".join(session.answer("w3 w4")).split()
+    assert plain.split() != words and len(set(words)) == len(words)
+
+
 def test_an_answer_that_is_cut_short_ends_the_generation(session):
     session.talker.max_new_tokens = 100
     answer = session.answer("w3 w4")

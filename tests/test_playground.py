@@ -1,39 +1,22 @@
 """The playground: what it shows is tested without the page, the page itself in headless Chromium where that is there.
 
-    PEFT_REFT_BROWSER=1 pytest tests/test_playground.py      (needs '.[playground]', selenium, chromium, chromedriver)
-
-With PEFT_REFT_SCREENSHOT=FILE the test in the browser also leaves a picture of the page.
+PEFT_REFT_BROWSER=1 pytest tests/test_playground.py      (needs '.[playground]', selenium, chromium, chromedriver)
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 
+import browser
 import pytest
 from conftest import randomize, reft_model, tiny_model
 from test_chat import TOKENS, expected, folder  # noqa: F401  (a fixture)
-from test_tools import ENVIRONMENT, word_tokenizer
+from test_tools import word_tokenizer
 
 from peft_reft import ReftConfig
 from peft_reft.chat.talker import Talker
 from peft_reft.playground import command
 from peft_reft.playground.replies import Replies, Talk
-
-
-def browser_missing() -> str | None:
-    """Why the page cannot be tested in a browser; None if it can."""
-    if not os.environ.get("PEFT_REFT_BROWSER"):
-        return "set PEFT_REFT_BROWSER=1 to drive the page in headless Chromium"
-    missing = [name for name in ("gradio", "matplotlib", "selenium") if importlib.util.find_spec(name) is None]
-    missing += [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
-    return f"missing: {', '.join(missing)}" if missing else None
 
 
 @pytest.fixture
@@ -104,83 +87,39 @@ def test_what_is_missing_is_said_before_anything_is_loaded(monkeypatch, capsys):
     assert "needs gradio and matplotlib: pip install 'peft-reft[playground]'" in capsys.readouterr().err
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-@pytest.fixture
-def page(folder, tmp_path):  # noqa: F811
-    """The address of a running playground."""
-    port = free_port()
-    adapters = os.environ.get("PEFT_REFT_PLAYGROUND", str(folder / "adapters"))
-    options = ["--port", str(port), "--no-browser", "--max-new-tokens", os.environ.get("PEFT_REFT_TOKENS", str(TOKENS))]
-    with open(tmp_path / "log", "w") as log:
-        arguments = [sys.executable, "-m", "peft_reft", "playground", adapters, *options]
-        server = subprocess.Popen(arguments, env=ENVIRONMENT, cwd=tmp_path, stdout=log, stderr=log)
-    try:
-        end = time.monotonic() + 300
-        while "The playground is at" not in (tmp_path / "log").read_text():
-            assert server.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()
-            time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait(30)
-
-
-@pytest.mark.skipif(browser_missing() is not None, reason=str(browser_missing()))
-def test_the_page_in_a_browser(page, tmp_path):
+@pytest.mark.skipif(not os.environ.get("PEFT_REFT_BROWSER"), reason="set PEFT_REFT_BROWSER=1 to drive it in Chromium")
+def test_the_page_in_a_browser(folder, tmp_path):  # noqa: F811
     """A chat at two strengths, the marked tokens and the heat map, as a user sees them."""
-    from selenium import webdriver
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
-    from selenium.webdriver.support.wait import WebDriverWait
+    assert browser.missing() == [], "needed for PEFT_REFT_BROWSER=1"
+    with browser.playground(tmp_path, str(folder / "adapters"), "--max-new-tokens", str(TOKENS)) as address:
+        page = browser.Page(address, tmp_path / "profile")
+        try:
+            base, loud = page.ask("w3 w4")
+            assert (base, loud) == (expected(["w3 w4"]), expected(["w3 w4"], "loud"))
+            page.set_strength("loud", 0)
+            assert page.ask("w5")[1] == expected(["w3 w4", loud, "w5"])
+            assert "assistant" in page.find("#tokens").text
+            assert page.heat_map()
+            elsewhere = [name for name in page.fetched() if not name.startswith((address, "data:", "blob:"))]
+            assert elsewhere == [], "the page fetches nothing from other machines"
+        finally:
+            page.driver.quit()
 
-    assert urllib.request.urlopen(page, timeout=60).status == 200
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run"):
-        options.add_argument(f"--{flag}")
-    options.add_argument("--disable-background-networking")
-    options.add_argument(f"--user-data-dir={tmp_path / 'profile'}")
-    options.add_argument("--window-size=1280,1500")
-    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-    try:
-        driver.set_page_load_timeout(120)
-        driver.get(page)
-        wait = WebDriverWait(driver, 300)
 
-        def find(selector):
-            return wait.until(lambda _: driver.find_elements(By.CSS_SELECTOR, selector))
+def test_it_is_bound_to_this_machine_only():
+    pytest.importorskip("gradio", reason="pip install '.[playground]'")
+    from peft_reft.playground import page
 
-        def answers(chat):
-            return [found.text.strip() for found in driver.find_elements(By.CSS_SELECTOR, f"#{chat} .bot .message")]
+    launched = {}
 
-        def ask(text, count):
-            find("#message textarea")[0].send_keys(text)
-            find("#send")[0].click()
-            wait.until(
-                lambda _: len(answers("adapted")) == count and not driver.find_elements(By.CSS_SELECTOR, ".generating")
-            )
-            return answers("base")[-1], answers("adapted")[-1]
+    class Page:
+        local_url = "http://127.0.0.1:7860"
 
-        base, loud = ask("w3 w4", 1)
-        assert (base, loud) == (expected(["w3 w4"]), expected(["w3 w4"], "loud"))
+        def launch(self, **settings):
+            launched.update(settings)
 
-        number = find("#strength-loud input[type=number]")[0]
-        number.send_keys(Keys.CONTROL, "a")
-        number.send_keys("0", Keys.TAB)
-        _, sober = ask("w5", 2)
-        assert sober == expected(["w3 w4", loud, "w5"])
+        def block_thread(self):
+            pass
 
-        assert "assistant" in find("#tokens")[0].text
-        find("#heat")[0].click()
-        assert find("#plot img")[0].get_attribute("src")
-        if os.environ.get("PEFT_REFT_SCREENSHOT"):
-            driver.save_screenshot(os.environ["PEFT_REFT_SCREENSHOT"])
-        outside = driver.execute_script("return performance.getEntriesByType('resource').map(r => r.name)")
-        assert [name for name in outside if not name.startswith(page)] == [], "the page fetches nothing from elsewhere"
-    finally:
-        driver.quit()
+    page.serve(Page(), None, False)
+    assert (launched["server_name"], launched["share"]) == ("127.0.0.1", False)

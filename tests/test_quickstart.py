@@ -58,7 +58,7 @@ def test_it_marks_the_tokens_that_are_edited(run):
     _, output = run
     shown = output.split("between « and »:\n")[1].split("\n\n")[0]
     assert shown.count("«") == shown.count("»") == 2
-    assert shown.split("«")[1].startswith("<|im_start|>system") and shown.endswith("<|im_start|>assistant⏎»")
+    assert shown.split("«")[1].startswith("<|im_start|>system") and shown.endswith("assistant⏎»")
 
 
 def test_a_result_that_is_not_as_it_should_be_is_said_with_its_reason(run):

@@ -261,7 +261,7 @@ def test_the_yaml_file_changes_the_defaults_too(tmp_path):
 def test_the_help_begins_with_reft_and_its_true_defaults(capsys):
     with pytest.raises(SystemExit):
         sft.main(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
+    text = " ".join(capsys.readouterr().out.partition("What is trained")[2].split())
     places = [text.index(f"--{name} ") for name in ("reft_r", "reft_positions", "learning_rate", "adam_beta1")]
     assert places == sorted(places)
     for name in GIVEN:
@@ -276,7 +276,7 @@ def test_it_says_what_it_trains_and_what_comes_next(folder, tmp_path, capsys):
     out = capsys.readouterr().out
     first = rows(chat=True)[0]["messages"]
     question, answer = (message["content"] for message in first)
-    assert "Training 256 of " in out  # two blocks, of 2 x 2 x 32 numbers each
+    assert "Training 260 of " in out  # two blocks, of 2 x 2 x 32 numbers and 2 of the bias each
     words = ["user", *question.split(), "assistant"]  # f2+l2
     marked = f"«{' '.join(words[:2])}»{' '.join(words[2:-2])}«{' '.join(words[-2:])}»"
     prompt = next(line for line in out.splitlines() if line.startswith("  prompt  ")).removeprefix("  prompt  ")
@@ -289,8 +289,8 @@ def test_it_says_what_it_trains_and_what_comes_next(folder, tmp_path, capsys):
 def test_chats_give_the_adapter_the_marker_of_their_template(folder, tmp_path):
     train(folder, tmp_path / "chats", "chats.jsonl", **REFT)
     assert json.loads((tmp_path / "chats" / "adapter_config.json").read_text())["prompt_end"] == [91]  # assistant
-    train(folder, tmp_path / "given", "chats.jsonl", **REFT, reft_prompt_end="[90]")
-    assert json.loads((tmp_path / "given" / "adapter_config.json").read_text())["prompt_end"] == [90]
+    train(folder, tmp_path / "given", "chats.jsonl", **REFT, reft_prompt_end="user")
+    assert json.loads((tmp_path / "given" / "adapter_config.json").read_text())["prompt_end"] == "user"
     train(folder, tmp_path / "pairs", **REFT)
     assert json.loads((tmp_path / "pairs" / "adapter_config.json").read_text())["prompt_end"] is None
 

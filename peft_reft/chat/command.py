@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
         print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     transformers.set_seed(arguments.seed)
-    talker = Talker(model, tokenizer, arguments.max_new_tokens, arguments.temperature)
+    talker = Talker(model, tokenizer, arguments.max_new_tokens, arguments.temperature, arguments.repetition_penalty)
     names = list(folders)
     session = Session(talker, names, arguments.system, adapter=names[0])
     print(f"{', '.join(names)} on {model.config.name_or_path}. /help lists the commands, /quit ends.")

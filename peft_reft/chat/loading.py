@@ -28,6 +28,9 @@ def add_loading_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="length of an answer (default: 200)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, help="above 1 for less repetition (default: 1)"
+    )
     parser.add_argument("--system", help="a system message, before the conversation")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
 

@@ -35,12 +35,14 @@ class Talker:
         tokenizer: of the base model; without a chat template it is given the last message as it is.
         max_new_tokens: of an answer.
         temperature: 0 for the likeliest token.
+        repetition_penalty: 1 for none, above 1 tokens that were there become less likely.
     """
 
     model: Any
     tokenizer: Any
     max_new_tokens: int = 200
     temperature: float = 0.0
+    repetition_penalty: float = 1.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def prompt_ids(self, messages: list[Message]) -> list[int]:
@@ -111,6 +113,7 @@ class Talker:
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=self.max_new_tokens,
+            repetition_penalty=self.repetition_penalty,
             pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
             streamer=streamer,
             stopping_criteria=StoppingCriteriaList([StopWhen(stop)]),

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     transformers.set_seed(arguments.seed)
     from peft_reft.playground.page import build, serve
 
-    talker = Talker(model, tokenizer, arguments.max_new_tokens, arguments.temperature)
+    talker = Talker(model, tokenizer, arguments.max_new_tokens, arguments.temperature, arguments.repetition_penalty)
     page = build(Replies(talker, arguments.system), list(folders), str(model.config.name_or_path))
     try:
         serve(page, arguments.port, not arguments.no_browser)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from peft_reft.playground.replies import Replies, Talk, adapter_colors
@@ -26,7 +27,7 @@ def build(replies: Replies, names: list[str], base: str) -> Any:
         base: name of the base model.
     """
     with gr.Blocks(title="peft-reft playground", analytics_enabled=False) as page:
-        talk = gr.State(Talk)
+        talk = gr.State({})  # a `Talk` as its fields
         gr.Markdown(f"### {', '.join(names)} on {base}")
         with gr.Row():
             left = gr.Chatbot(label="base model", elem_id="base", render_markdown=False, height=340)
@@ -35,6 +36,7 @@ def build(replies: Replies, names: list[str], base: str) -> Any:
             message = gr.Textbox(show_label=False, placeholder="Say something", elem_id="message", scale=8)
             send = gr.Button("Send", variant="primary", elem_id="send", scale=1)
             clear = gr.Button("New chat", elem_id="clear", scale=1)
+        status = gr.Markdown("Say something.", elem_id="status")
         switches, sliders = [], []
         for number, name in enumerate(names):
             with gr.Row():
@@ -62,25 +64,31 @@ def build(replies: Replies, names: list[str], base: str) -> Any:
         show = gr.Button("Heat map of the last prompt", elem_id="heat")
         plot = gr.Plot(show_label=False, elem_id="plot")
 
-        def answer(talk: Talk, text: str, *settings: Any) -> Iterator[tuple[Any, ...]]:
+        def answer(said: dict[str, Any], text: str, *settings: Any) -> Iterator[tuple[Any, ...]]:
+            def shown(text: str, status: str) -> tuple[Any, ...]:
+                return asdict(talk), text, talk.base, talk.adapted, replies.tokens(talk), status
+
+            talk = Talk(**said)
             if not text.strip():
-                yield talk, text, talk.base, talk.adapted, replies.tokens(talk)
+                yield shown(text, "Say something.")
                 return
             on, strengths = settings[: len(names)], settings[len(names) :]
             chosen = {name: float(strength) for name, is_on, strength in zip(names, on, strengths) if is_on}
-            for shown in replies.answer(talk, text, chosen):
-                yield shown, "", shown.base, shown.adapted, replies.tokens(shown)
+            for _ in replies.answer(talk, text, chosen):
+                yield shown("", "Answering ...")
+            by = " + ".join(f"{name} at {strength:g}" for name, strength in chosen.items()) or "the base model alone"
+            yield shown("", f"Answered by {by}.")
 
-        def heat_map(talk: Talk) -> Any:
+        def heat_map(said: dict[str, Any]) -> Any:
             try:
-                return replies.heat_map(talk)
+                return replies.heat_map(Talk(**said))
             except ValueError as error:
                 raise gr.Error(str(error)) from error
 
-        inputs, outputs = [talk, message, *switches, *sliders], [talk, message, left, right, tokens]
+        inputs, outputs = [talk, message, *switches, *sliders], [talk, message, left, right, tokens, status]
         gr.on([send.click, message.submit], answer, inputs, outputs, concurrency_limit=1, api_visibility="private")
         show.click(heat_map, [talk], [plot], concurrency_limit=1, api_visibility="private")
-        clear.click(lambda: (Talk(), [], [], []), None, [talk, left, right, tokens], api_visibility="private")
+        clear.click(lambda: ({}, [], [], []), None, [talk, left, right, tokens], api_visibility="private")
     return page
 
 
