@@ -78,6 +78,7 @@ class ForwardContext:
     training: bool = False
     device: torch.device | None = None
     _edits: list[Edit] | None = None
+    _latest: list[Edit] | None = None
     _others: dict[Any, ForwardContext] = field(default_factory=dict)
 
     def edits_of(self, layer: Any, h: Tensor) -> Sequence[Edit]:
@@ -88,9 +89,14 @@ class ForwardContext:
         """
         if self.columns is None:
             return self._of_shape(h).edits_of(layer, h)
-        if self._edits is None:
-            self.prepare()
         edits = self._edits
+        if edits is None:  # the first hidden state of a shape that only blocks know, or a block that is run again
+            if torch.is_grad_enabled():
+                # By itself: a checkpoint that runs the block again does the same work, and a reentrant one has a
+                # backward pass of its own, which must not run into a graph that all blocks share.
+                edits = self._latest = self._plan([layer])
+            else:
+                edits = self._edits = self._plan(self.layers)
         if edits and (h.shape[0] != self.rows or h.shape[1] != self.columns):
             names = sorted({str(spec) for spec in layer.position_specs.values()})
             raise ValueError(
@@ -98,7 +104,7 @@ class ForwardContext:
                 f"{self.columns} columns of tokens, so that positions={names[0]!r} cannot be placed in them. Exclude "
                 "that block (exclude_modules=...), or target modules that keep one vector per token."
             )
-        return edits or ()
+        return edits
 
     def prepare(self) -> None:
         """Work out the edits of all layers, before a block runs: not within a checkpoint, which would do it again."""
@@ -166,7 +172,7 @@ class ForwardContext:
     def edits_something(self) -> bool:
         """Whether some token was edited. Waits for the device."""
         contexts = [self, *self._others.values()]
-        edits = [edit for context in contexts for edit in context._edits or ()]
+        edits = [edit for context in contexts for edit in context._edits or context._latest or ()]
         return any(edit.keep.is_meta or bool((edit.keep != 0).any()) for edit in edits)
 
     # Hidden states that are not those of the call's tokens.
@@ -203,21 +209,8 @@ class ForwardContext:
         return self._others[key]
 
     def replayed(self) -> ForwardContext:
-        """This context for a reentrant checkpoint's second run of the blocks.
-
-        Each such run has a backward pass of its own, which must not run into the graph that made the factors of all
-        blocks: here each layer's are worked out by themselves.
-        """
-        return ReplayedContext(**{name: getattr(self, name) for name in self.__dataclass_fields__ if name[0] != "_"})
-
-
-class ReplayedContext(ForwardContext):
-    """A context that works out the edits of each layer by itself."""
-
-    def edits_of(self, layer: Any, h: Tensor) -> Sequence[Edit]:
-        if self.columns is None:
-            return super().edits_of(layer, h)
-        return self._plan([layer])
+        """This context for a reentrant checkpoint's second run of blocks: see `edits_of`."""
+        return replace(self, _edits=None, _others={})
 
 
 def pooled(find: Callable[[PositionSpec], Prompts], pool: int, columns: int) -> Callable[[PositionSpec], Prompts]:
