@@ -160,12 +160,15 @@ def test_what_is_no_reft_adapter_is_refused_in_one_line(tmp_path, capsys):
     assert "cannot be read" in refused(path, capsys)
     save_file({"something": torch.zeros(2)}, weights)
     assert "none of its 1 tensors" in refused(path, capsys)
+    config = path / "adapter_config.json"
+    whole = config.read_text()
+    config.write_text(whole.replace('"f1+l1"', '"x9"'))
+    assert "'x9' is no term" in refused(path, capsys)
+    config.write_text(whole)
     weights.unlink()
     assert "no adapter_model.safetensors" in refused(path, capsys)
-    (path / "adapter_config.json").write_text("{")
+    config.write_text("{")
     assert "cannot be read as JSON" in refused(path, capsys)
-    (path / "adapter_config.json").write_text('{"peft_type": "REFT", "positions": "x9"}')
-    assert "'x9' is no term" in refused(path, capsys)
 
 
 def test_a_stranger_s_names_steer_no_terminal(tmp_path, capsys):

@@ -93,7 +93,7 @@ def kinds(spec: str, prompts: Prompts, row: int = 0) -> list[str | None]:
     """The kind of the term that edits each column of a row, None for columns that are not edited."""
     parsed = parse_positions(spec)
     marks = mark(parsed, prompts)[row]  # [G, S]
-    return [next((t.kind for t, m in zip(parsed.terms, column) if m), None) for column in marks.T.tolist()]
+    return [next((t.symbol for t, m in zip(parsed.terms, column) if m), None) for column in marks.T.tolist()]
 
 
 def labelled(tokens: list[str], answer: list[bool], turns: str = "first") -> Prompts:

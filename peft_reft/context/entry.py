@@ -220,7 +220,7 @@ class ForwardEntry:
                 outermost = self.state.entries[0].module
                 message = notices.LABELS_AROUND.format(outer=type(outermost).__name__, inner=type(self.module).__name__)
                 notices.object_to(self.state, self.module, message, "labels around")
-        elif self.state.unlabelled:
+        elif self.state.unlabelled and not _are_classes(given.labels):
             notices.warn_of_unlabelled(self.state, self.module)
         return True
 
@@ -304,6 +304,11 @@ class ForwardEntry:
 
 def _aligned(given: Given, shape: tuple[int, int]) -> Tensor | None:
     return aligned_labels(given.labels, given.shift_labels, *shape)[0]
+
+
+def _are_classes(labels: Any) -> bool:
+    """Whether the outermost module got labels of whole rows [B]: it classifies, and no prompt ends in its rows."""
+    return isinstance(labels, Tensor) and labels.dim() == 1
 
 
 class StayOutermost:

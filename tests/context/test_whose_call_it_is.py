@@ -218,17 +218,20 @@ def test_generated_tokens_are_counted_with_a_recurrent_state_as_in_whole_forward
 @pytest.mark.parametrize("positions", ["all", "f1+l1"])
 @pytest.mark.parametrize("name", RECURRENT)
 def test_a_forward_that_continues_a_recurrent_state_edits_nothing(name, positions):
+    """With one token: the states of Mamba models are not continued with several, with an adapter or without."""
     model = recurrent(name, positions=positions)
     ids = batch(8)["input_ids"]
     argument = "state" if name == "rwkv" else "cache_params"
     with torch.no_grad():
-        first = model(input_ids=ids[:, :6], use_cache=True)
+        first = model(input_ids=ids[:, :7], use_cache=True)
         if argument not in first:
             pytest.skip(f"{name} returns no {argument}: {list(first)}")
-        continued = model(input_ids=ids[:, 6:], **{argument: first[argument]}, use_cache=True).logits
-        edited = list(range(6)) if positions == "all" else [0, 5]
+        continued = model(input_ids=ids[:, 7:], **{argument: first[argument]}, use_cache=True).logits
+        edited = list(range(7)) if positions == "all" else [0, 6]
         whole = model(input_ids=ids, intervention_locations=torch.tensor([edited]), use_cache=False).logits
-    torch.testing.assert_close(continued, whole[:, 6:], rtol=1e-3, atol=1e-3)
+        other = model(input_ids=ids, intervention_locations=torch.tensor([[*edited, 7]]), use_cache=False).logits
+    torch.testing.assert_close(continued, whole[:, 7:], rtol=1e-3, atol=1e-3)
+    assert (other[:, 7:] - continued).abs().max() > 1e-2
 
 
 # One `generate` made of several.
