@@ -217,6 +217,7 @@ GIVEN = {
     "dropout": ("0.1", 0.1),
     "act_fn": ("gelu", "gelu"),
     "init_weights": ("false", False),
+    "train_bias": ("false", False),
 }
 
 

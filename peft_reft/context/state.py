@@ -29,10 +29,11 @@ class Running(threading.local):
         replica: the replica of a module that nn.DataParallel is about to run.
     """
 
-    context: ForwardContext | None = None
-    generation: Generation | None = None
-    adapter_names: list[str] | None = None
-    replica: nn.Module | None = None
+    def __init__(self) -> None:  # which is called in every thread
+        self.context: ForwardContext | None = None
+        self.generation: Generation | None = None
+        self.adapter_names: list[str] | None = None
+        self.replica: nn.Module | None = None
 
     def __reduce__(self) -> Any:
         return Running, ()  # a copied or pickled model runs nothing
