@@ -132,7 +132,8 @@ def test_commands_are_listed_and_called(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft_reft.info", type("info", (), {"main": staticmethod(lambda argv: argv)}))
     assert command_line.main(["info", "-m", "x"]) == ["-m", "x"]
     monkeypatch.setitem(sys.modules, "trl", None)
-    monkeypatch.delitem(sys.modules, "peft_reft.integrations.sft", raising=False)
+    for name in ("peft_reft.sft", "peft_reft.integrations.sft"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     assert command_line.main(["sft"]) == 1
     assert "needs 'trl', which is not installed" in capsys.readouterr().err
 

@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from peft_reft import ReftConfig
 from peft_reft.blocks import PLAIN, ModelBlocks, find
 from peft_reft.blocks.declared import declared_stacks
+from peft_reft.blocks.tracing import traced_model
 from peft_reft.blocks.tracing.layouts import traced_layout
 from peft_reft.blocks.tracing.stacks import traced_stacks
 from peft_reft.blocks.tracing.traced_model import TracedModel
@@ -40,7 +41,7 @@ def test_a_plain_model_takes_an_adapter_without_a_trace(family, monkeypatch):
     model = tiny_model(family)
     before = logits(model, inputs_of(model))
     with monkeypatch.context() as context:
-        context.setattr(find, "TracedModel", refuse)
+        context.setattr(traced_model, "TracedModel", refuse)
         adapted = randomize(get_peft_model(model, ReftConfig(r=2)).eval())
         blocks = ModelBlocks(model)
         block = blocks.stacks()[0][0]
