@@ -994,3 +994,14 @@ def test_a_peft_model_in_use_stays_within_the_vocabulary(inputs):
     model = reft_model(tiny_model("llama"), **CAUSAL)
     model.resize_token_embeddings(VOCAB + 4, mean_resizing=False)
     assert logits(model, inputs).shape[-1] == VOCAB + 4
+
+
+def test_a_model_around_one_with_adapters_has_names_of_its_own_for_the_blocks(inputs):
+    """PEFT warns of it, and LoRA takes it."""
+    inner = randomize(get_peft_model(tiny_model("llama"), ReftConfig(target_modules="model.layers.0", r=2, **CAUSAL)))
+    before = logits(inner.eval(), inputs)
+    with pytest.warns(UserWarning, match="a second time"):
+        outer = get_peft_model(inner, ReftConfig(target_modules="base_model.model.model.layers.1", r=2, **CAUSAL))
+    randomize(outer)
+    assert list(get_interventions(outer)) == ["base_model.model.model.layers.1"]
+    assert not torch.allclose(logits(outer.eval(), inputs), before, atol=1e-3)

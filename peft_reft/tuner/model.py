@@ -94,6 +94,8 @@ class ReftModel(BaseTuner):
             }
             kwargs["state_dict"] = {without_child(key): tensor for key, tensor in kwargs["state_dict"].items()}
         self._state = state = state_of(model) or ModelState(ModelBlocks(model))
+        # A model around the one that has adapters already has names of its own for the same blocks.
+        self._blocks = state.blocks if state.blocks.model is model else ModelBlocks(model)
         self._adapter_name = adapter_name
         self._is_checked = False
         try:
@@ -115,7 +117,7 @@ class ReftModel(BaseTuner):
 
     def _prepare_model(self, peft_config: ReftConfig, model: nn.Module) -> None:
         maybe_include_all_linear_layers(peft_config, model)  # PEFT expands "all-linear" after this method only
-        blocks = self._state.blocks
+        blocks = self._blocks
         matched, excluded = choose_targets(peft_config, model, blocks)
         present = present_names(model)  # what PEFT will ask about
         self._matched, self._excluded = ({present[name] for name in names} for names in (matched, excluded))
