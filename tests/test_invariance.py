@@ -1,19 +1,11 @@
-"""The result of an adapter depends on the text alone: not on padding, batch mates, packing or checkpointing."""
+"""The result of an adapter depends on the text alone: not on padding, batch mates or packing."""
 
-import functools
 import threading
 
 import pytest
 import torch
-from conftest import HIDDEN, batch, logits, randomize, reft_model, tiny_model
-from peft import get_peft_model
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
-    CheckpointImpl,
-    apply_activation_checkpointing,
-    checkpoint_wrapper,
-)
+from conftest import HIDDEN, batch, logits, reft_model, tiny_model
 
-from peft_reft import ReftConfig
 from peft_reft.positions import IGNORED
 from peft_reft.tuner.injection import state_of
 
@@ -191,50 +183,6 @@ def test_a_decoders_prompt_ends_with_the_token_that_predicts_its_first_label(lab
     handle.remove()
     changed = (seen[0] != seen[1]).any(-1)[0]
     assert changed.nonzero().flatten().tolist() == [column]
-
-
-def gradients(model, batches):
-    """Gradients of one loss over several forwards, taken in a single backward."""
-    loss = sum((-1) ** i * model(**inputs, use_cache=False).loss for i, inputs in enumerate(batches))
-    loss.backward()
-    return {
-        name.replace("_checkpoint_wrapped_module.", ""): p.grad.clone()
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
-
-
-@pytest.mark.parametrize("positions", ["f2+l2", "all"])
-@pytest.mark.parametrize("how", ["transformers", "transformers reentrant", *CheckpointImpl], ids=str)
-def test_checkpointed_blocks_give_exact_gradients_with_two_forwards_before_one_backward(how, positions):
-    def fresh():
-        torch.manual_seed(0)
-        return randomize(get_peft_model(tiny_model("llama"), ReftConfig(task_type="CAUSAL_LM", positions=positions)))
-
-    batches = []
-    for lengths, prompt in (((9, 6), 5), ((4, 7, 3), 2)):
-        inputs = batch(*lengths)
-        tokens = torch.arange(max(lengths)) >= prompt
-        batches.append(
-            {**inputs, "labels": torch.where(tokens & inputs["attention_mask"].bool(), inputs["input_ids"], IGNORED)}
-        )
-    expected = gradients(fresh().train(), batches)
-    model = fresh()
-    model.enable_input_require_grads()
-    if isinstance(how, CheckpointImpl):
-        block = type(model.get_base_model().model.layers[0])
-        apply_activation_checkpointing(
-            model,
-            checkpoint_wrapper_fn=functools.partial(checkpoint_wrapper, checkpoint_impl=how),
-            check_fn=lambda module: isinstance(module, block),
-        )
-    else:
-        model.gradient_checkpointing_enable({"use_reentrant": "reentrant" in how})
-    found = gradients(model.train(), batches)
-    assert found.keys() == expected.keys()
-    for name, grad in expected.items():
-        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-6)
-        assert grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

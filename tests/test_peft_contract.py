@@ -52,7 +52,7 @@ def trainable(model: nn.Module) -> set[str]:
 
 
 def train(model: nn.Module, inputs: dict, steps: int = 2) -> None:
-    """A few optimizer steps on whatever the model puts out first."""
+    """A few optimizer steps on the first output of the model."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(steps):
         output = model(**inputs)

@@ -114,7 +114,7 @@ def check_gradients(model, inputs) -> None:
     for name, parameter in model.named_parameters():
         if ".reft_interventions." in name:
             assert parameter.grad is not None and parameter.grad.dtype == torch.float32, name
-            # Nothing reads what the last block puts out for the first tokens.
+            # Nothing reads the output of the last block for the first tokens.
             if f"layers.{BLOCKS - 1}.reft.reft_interventions.default.0" not in name:
                 assert parameter.grad.abs().max().item() > 0, name
         else:

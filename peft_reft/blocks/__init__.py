@@ -9,7 +9,7 @@ from peft_reft.blocks.find import ModelBlocks, find_blocks
 from peft_reft.blocks.layout import OWN, PLAIN, Layout, edit_hidden_state, hidden_state_of
 from peft_reft.blocks.limits import refuse_unsound
 from peft_reft.blocks.numbering import block_number, group_by_stack, pick_layers
-from peft_reft.blocks.structure import block_width
+from peft_reft.blocks.structure import block_width, input_embedding
 
 __all__ = [
     "OWN",
@@ -23,6 +23,7 @@ __all__ = [
     "find_blocks",
     "group_by_stack",
     "hidden_state_of",
+    "input_embedding",
     "own_modules",
     "own_name",
     "pick_layers",

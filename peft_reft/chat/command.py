@@ -7,9 +7,8 @@ import sys
 
 import transformers
 
-from peft_reft.chat.loading import adapter_folders, add_loading_arguments, load_adapters
+from peft_reft.chat.loading import add_loading_arguments, open_talker
 from peft_reft.chat.session import Session
-from peft_reft.chat.talker import Talker
 
 
 def main(argv: list[str]) -> int:
@@ -20,20 +19,15 @@ def main(argv: list[str]) -> int:
     )
     add_loading_arguments(parser)
     arguments = parser.parse_args(argv)
-    transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        folders = adapter_folders(arguments.directories)
-        model, tokenizer = load_adapters(folders, arguments.model, arguments.dtype, arguments.device)
+        talker, names = open_talker(arguments)
     except (ValueError, OSError, ImportError) as error:
         print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    transformers.set_seed(arguments.seed)
-    talker = Talker(model, tokenizer, arguments.max_new_tokens, arguments.temperature, arguments.repetition_penalty)
-    names = list(folders)
     session = Session(talker, names, arguments.system, adapter=names[0])
-    print(f"{', '.join(names)} on {model.config.name_or_path}. /help lists the commands, /quit ends.")
-    if getattr(tokenizer, "chat_template", None) is None:
+    print(f"{', '.join(names)} on {talker.model.config.name_or_path}. /help lists the commands, /quit ends.")
+    if getattr(talker.tokenizer, "chat_template", None) is None:
         print("The tokenizer has no chat template: each line is given to the model as it is, without the lines before.")
     talk(session)
     return 0

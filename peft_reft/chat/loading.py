@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from peft_reft.chat.talker import Talker
 from peft_reft.tuner.files import read_config
 
 
@@ -33,6 +35,20 @@ def add_loading_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--system", help="a system message, before the conversation")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+
+
+def open_talker(arguments: Namespace) -> tuple[Talker, list[str]]:
+    """What the arguments of `add_loading_arguments` ask for, and the names of its adapters.
+
+    Raises:
+        ValueError, OSError, ImportError: if something cannot be loaded; the message says what.
+    """
+    transformers.logging.set_verbosity_error()
+    folders = adapter_folders(arguments.directories)
+    model, tokenizer = load_adapters(folders, arguments.model, arguments.dtype, arguments.device)
+    transformers.set_seed(arguments.seed)
+    talker = Talker(model, tokenizer, arguments.max_new_tokens, arguments.temperature, arguments.repetition_penalty)
+    return talker, list(folders)
 
 
 def adapter_folders(directories: Sequence[str]) -> dict[str, Path]:

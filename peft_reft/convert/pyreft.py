@@ -137,7 +137,7 @@ def block_of(representation: Any, structure: Structure | None) -> str:
     if "." in component:  # a path in the model
         *path, side = re.sub(r"\[(\d+)\]", r".\1", component.removeprefix(PEFT_PREFIX)).split(".")
         if side == "input" and path[-1].isdigit() and int(path[-1]) > 0:
-            path[-1] = str(int(path[-1]) - 1)  # what a block is given is what the one before it put out
+            path[-1] = str(int(path[-1]) - 1)  # a block's input is the output of the block before
         elif side != "output":
             raise ConversionError(
                 f"The component {component!r} is not the output of a module, nor the input of a block that has one "

@@ -129,7 +129,7 @@ class Structure:
         return {name for name, _ in self.model.named_parameters() if name.startswith(wanted)} if wanted else set()
 
     def width_of(self, name: str) -> int:
-        """The width of the hidden states that a module puts out."""
+        """The width of the hidden states that a module returns."""
         return self._blocks.shape_of(name)[0]
 
 

@@ -2,7 +2,7 @@
 
 No model is loaded, nothing is executed and nothing is fetched. reading.py reads the files, measuring.py looks at the
 parameters of a block, words.py puts the config into words, adapter.py has it all together, command.py is the command.
-What an adapter does to the tokens of a prompt is told by `peft_reft.inspect`.
+`peft_reft.inspect` shows what an adapter does to the tokens of a prompt.
 """
 
 from peft_reft.info.adapter import AdapterInfo, adapter_info

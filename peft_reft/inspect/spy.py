@@ -19,7 +19,7 @@ class Note:
 
     Attributes:
         block: its name.
-        call: 0, or the how-many-eth call in this forward.
+        call: number of the call in this forward, from 0.
         deltas: by adapter.
     """
 

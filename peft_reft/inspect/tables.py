@@ -25,8 +25,8 @@ class Inspection:
 
             - prompt, block, depth, adapter: number of the prompt, name and number of the block, name of the adapter.
               Several active adapters have a row each, and one for their sum, under their names joined by "+".
-            - stack: "encoder" or "decoder", "" in other models; call: 0, or the how-many-eth call of a block that runs
-              several times.
+            - stack: "encoder" or "decoder", "" in other models; call: number of the call, from 0, of a block that runs
+              several times in a forward.
             - position, column: number of the token without and with padding, both from 0.
             - token, token_id: its text, and its id (-1 where the model is given no ids).
             - part: "prompt" or "answer".

@@ -30,9 +30,10 @@ class ReftDataCollator:
 
     The batch gets `intervention_locations`, a LongTensor [B, G, P]: per row and position group the columns to edit,
     left to right, -1 = unused. P is the largest number in `positions` (times the documents of a packed row; the number
-    of columns for "all"). The prompt's end is told by `labels`, `shift_labels` or, of TRL's preference trainers, by
-    `completion_mask`. Batches of TRL's KTO trainer get no locations if they do not hold for their `KL_input_ids` too;
-    that trainer passes labels. Examples that bring `intervention_locations` of their own ([P] or [G, P]) keep them.
+    of columns for "all"). The end of the prompt is taken from `labels`, `shift_labels` or, with TRL's preference
+    trainers, `completion_mask`. Batches of TRL's KTO trainer get no locations if they do not hold for their
+    `KL_input_ids` too; that trainer passes labels. Examples that bring `intervention_locations` of their own ([P] or
+    [G, P]) keep them.
 
     It passes for an instance of what it wraps, and reads and sets the wrapped collator's attributes.
     """

@@ -6,10 +6,7 @@ import argparse
 import importlib.util
 import sys
 
-import transformers
-
-from peft_reft.chat.loading import adapter_folders, add_loading_arguments, load_adapters
-from peft_reft.chat.talker import Talker
+from peft_reft.chat.loading import add_loading_arguments, open_talker
 from peft_reft.playground.replies import Replies
 
 PROGRAM = "python -m peft_reft playground"
@@ -29,18 +26,14 @@ def main(argv: list[str]) -> int:
     if missing:  # before the model is loaded, which may take minutes
         print(f"{PROGRAM} needs {' and '.join(missing)}: pip install 'peft-reft[playground]'", file=sys.stderr)
         return 1
-    transformers.logging.set_verbosity_error()
     try:
-        folders = adapter_folders(arguments.directories)
-        model, tokenizer = load_adapters(folders, arguments.model, arguments.dtype, arguments.device)
+        talker, names = open_talker(arguments)
     except (ValueError, OSError, ImportError) as error:
         print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    transformers.set_seed(arguments.seed)
     from peft_reft.playground.page import build, serve
 
-    talker = Talker(model, tokenizer, arguments.max_new_tokens, arguments.temperature, arguments.repetition_penalty)
-    page = build(Replies(talker, arguments.system), list(folders), str(model.config.name_or_path))
+    page = build(Replies(talker, arguments.system), names, str(talker.model.config.name_or_path))
     try:
         serve(page, arguments.port, not arguments.no_browser)
     except OSError as error:

@@ -8,6 +8,7 @@ Shape letters: B rows, S columns.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,7 +19,7 @@ from peft_reft.positions.prompts import Prompts
 
 
 @dataclass(frozen=True)
-class Term:
+class Term(ABC):
     """One term of a spec.
 
     Attributes:
@@ -27,6 +28,7 @@ class Term:
         number: how a number follows them: "always", "never" or "optional".
         exclusive: it names every prompt token, so that only terms for generated tokens can stand with it.
         generated: it names generated tokens, none of the prompt.
+        bounded: it names at most `count` tokens of a document, each of which is one of `count` positions.
         overlaps: a prompt token that it names may also be named by an earlier term, and then belongs to that one.
     """
 
@@ -35,6 +37,7 @@ class Term:
     number: ClassVar[str] = "always"
     exclusive: ClassVar[bool] = False
     generated: ClassVar[bool] = False
+    bounded: ClassVar[bool] = True
     overlaps: ClassVar[bool] = False
 
     def __str__(self) -> str:
@@ -43,8 +46,9 @@ class Term:
     @property
     def width(self) -> int | None:
         """The most tokens that the term can name in a document; None if only the document's length bounds it."""
-        return self.count
+        return self.count if self.bounded else None
 
+    @abstractmethod
     def mask(self, prompts: Prompts, prefix: Tensor | int) -> Tensor:
         """Bool [B, S]: the tokens that the term names.
 
@@ -52,16 +56,15 @@ class Term:
             prompts: where the prompts lie.
             prefix: [B, 1] or [B, S], how many tokens the term "f" of the same spec names; 0 without one.
         """
-        raise NotImplementedError
 
     def slot(self, prompts: Prompts) -> Tensor:
-        """Long [B, S]: which of the term's `count` positions a token is, where `mask` is True; only with a width."""
-        raise NotImplementedError
+        """Long [B, S]: which of the term's `count` positions a token is, where `mask` is True; of bounded terms."""
+        raise NotImplementedError(f"{str(self)!r} names any number of tokens: they have no positions to number.")
 
     @property
+    @abstractmethod
     def words(self) -> str:
         """What the term names, as in "the first 2 tokens"."""
-        raise NotImplementedError
 
 
 class First(Term):
@@ -121,11 +124,8 @@ class Every(Term):
     """eK: every K-th token of the prompt."""
 
     symbol = "e"
+    bounded = False
     overlaps = True
-
-    @property
-    def width(self) -> None:
-        return None
 
     def mask(self, prompts: Prompts, prefix: Tensor | int) -> Tensor:
         return prompts.inside & (prompts.order % self.count == self.count - 1)
@@ -139,12 +139,9 @@ class Generated(Term):
     """d, dK: every, or every K-th, generated token; in training the tokens of an answer."""
 
     symbol = "d"
+    bounded = False
     number = "optional"
     generated = True
-
-    @property
-    def width(self) -> None:
-        return None
 
     def mask(self, prompts: Prompts, prefix: Tensor | int) -> Tensor:
         if prompts.answer is None or prompts.answer_order is None:
@@ -160,12 +157,9 @@ class All(Term):
     """all: every token of the prompt."""
 
     symbol = "all"
+    bounded = False
     number = "never"
     exclusive = True
-
-    @property
-    def width(self) -> None:
-        return None
 
     def mask(self, prompts: Prompts, prefix: Tensor | int) -> Tensor:
         return prompts.inside

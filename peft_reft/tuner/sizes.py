@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import PretrainedConfig
 
+from peft_reft.blocks import input_embedding
 from peft_reft.positions.notation import parse_positions
 
 if TYPE_CHECKING:
@@ -154,11 +155,7 @@ def vocabulary_of(model: Any) -> int | None:
     size = getattr(config.get_text_config(), "vocab_size", None)
     if not isinstance(size, int):
         return None
-    try:
-        embedding = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        embedding = None
-    return max(size, getattr(embedding, "num_embeddings", 0))
+    return max(size, getattr(input_embedding(model), "num_embeddings", 0))
 
 
 def rows_of(model: nn.Module, name: str) -> int | None:

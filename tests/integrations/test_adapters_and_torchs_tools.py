@@ -182,7 +182,8 @@ def test_two_forwards_before_one_backward_give_exact_gradients_of_checkpointed_b
     found = gradients(model.train(), batches)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        assert gradient.abs().max() > 0
     assert max(gradient.abs().max() for gradient in expected.values()) > 1e-3
 
 

@@ -59,7 +59,7 @@ DIFFERENT = {
     "mixed models": r"[Mm]ixed",
     "hot-swapping other ranks or fewer layers is refused": r"test_hotswap_(works_different|missing_key|extra_key)",
     "another error for the same thing": r"test_targeting_trainable_tokens_raises",
-    "a module of OPT that puts out all rows as one": r"(pretrained|(load|inject)_adapter)_low_cpu_mem_usage_works",
+    "a module of OPT that returns all rows as one": r"(pretrained|(load|inject)_adapter)_low_cpu_mem_usage_works",
     "a stand-in is not tied": r"when_model_is_tied(_standalone)?\[|test_save_pretrained_auto",
     "merging": r"test_load_merged_and_unmerged",
 }
