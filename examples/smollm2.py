@@ -7,6 +7,7 @@ other programs.
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import torch
@@ -48,6 +49,10 @@ def smollm2(folder: Path) -> Path:
     # The weights are plain float32 by now, but the model still calls itself quantised and would not be saved.
     model.hf_quantizer, model.is_quantized = None, False
     del model.config.quantization_config
+    unfinished = folder / "unfinished"
     tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)  # last: its file says that the folder is complete
+    model.save_pretrained(unfinished)
+    for file in sorted(unfinished.iterdir()):
+        os.replace(file, folder / file.name)  # the weights last: their file says that the folder is complete
+    unfinished.rmdir()
     return folder

@@ -12,6 +12,7 @@ from test_tools import ENVIRONMENT, word_tokenizer
 
 from peft_reft import set_strength
 from peft_reft.chat import command
+from peft_reft.chat.command import talk
 from peft_reft.chat.loading import adapter_folders
 from peft_reft.chat.session import HELP, Session, known_commands
 from peft_reft.chat.talker import Talker
@@ -100,6 +101,21 @@ def test_an_answer_that_is_cut_short_ends_the_generation(session):
     answer.close()
     assert session.messages[-1] == {"role": "assistant", "content": piece.strip()}
     assert "".join(session.answer("w5"))  # the next one is not kept waiting
+
+
+REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}w3"
+
+
+def test_a_conversation_that_the_template_refuses_is_not_kept(session, monkeypatch, capsys):
+    session.talker.tokenizer.chat_template = REFUSES
+    session.system = "w9"
+    lines = iter(["w4", "w5"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, None) or (_ for _ in ()).throw(EOFError))
+    talk(session)
+    assert capsys.readouterr().out.count("does not take the roles system, user: TemplateError: no system role") == 2
+    assert session.messages == []
+    session.system = None
+    assert "".join(session.answer("w4"))
 
 
 def test_what_generate_raises_is_raised_here(session):

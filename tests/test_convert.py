@@ -628,6 +628,29 @@ def test_what_pyreft_has_no_place_for(settings, message, tmp_path):
     assert not (tmp_path / "theirs").exists()
 
 
+@pytest.mark.parametrize("targets", [["encoder.block.0", "decoder.block.1"], ["encoder.block.0.layer.1"]])
+def test_pyreft_numbers_the_blocks_of_one_stack(targets, tmp_path):
+    model = get_peft_model(tiny_model("t5"), ReftConfig(r=2, target_modules=targets, task_type="SEQ_2_SEQ_LM"))
+    model.save_pretrained(tmp_path / "ours")
+    with pytest.raises(ConversionError, match="numbers the blocks of one stack"):
+        to_pyreft(tmp_path / "ours", tmp_path / "theirs")
+    assert not (tmp_path / "theirs").exists()
+
+
+@pytest.mark.parametrize("option", [{"head": False}, {"base_model_name_or_path": "x"}])
+def test_options_that_an_export_does_not_take_are_refused(option, tmp_path):
+    get_peft_model(base("llama"), ReftConfig(r=2)).save_pretrained(tmp_path / "ours")
+    with pytest.raises(ConversionError, match=f"{next(iter(option))}=.*leave it out"):
+        convert(tmp_path / "ours", tmp_path / "theirs", to="pyreft", **option)
+    assert not (tmp_path / "theirs").exists()
+
+
+def test_names_from_a_file_steer_no_terminal(tmp_path):
+    made = from_adapterhub(ADAPTERHUB / "loreft-roberta", tmp_path / "ours")
+    made.notes.append("left out: a\x1b]0;evil\x07")
+    assert "a\\x1b]0;evil\\x07" in str(made) and "\x1b" not in str(made)
+
+
 # R as torch stores it.
 
 

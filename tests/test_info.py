@@ -171,6 +171,20 @@ def test_what_is_no_reft_adapter_is_refused_in_one_line(tmp_path, capsys):
     assert "cannot be read as JSON" in refused(path, capsys)
 
 
+def test_settings_and_tensors_of_other_types_are_refused_or_shown(tmp_path, capsys):
+    saved(tmp_path)
+    config, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    whole, tensors = json.loads(config.read_text()), load_file(weights)
+    for value in (["a"], 5):
+        config.write_text(json.dumps({**whole, "task_type": value}))
+        assert f"task_type is {value!r}" in refused(tmp_path, capsys)
+    config.write_text(json.dumps(whole))
+    for dtype in (torch.float8_e4m3fn, torch.bool):
+        save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, weights)
+        assert main([str(tmp_path)]) == 0
+        assert "loreft" in capsys.readouterr().out
+
+
 def test_a_stranger_s_names_steer_no_terminal(tmp_path, capsys):
     saved(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())

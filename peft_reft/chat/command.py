@@ -57,4 +57,6 @@ def talk(session: Session) -> None:
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
             pass
+        except ValueError as error:
+            print(error, end="")
         print()

@@ -79,6 +79,8 @@ def load_adapters(
         folders: by the adapters' names.
         model_name: of the base model; None for the one that the first adapter names.
 
+    No code of theirs is run. (transformers would ask on the terminal by default, and take piped input for the answer.)
+
     Raises:
         ValueError: if no base model is named, it cannot be loaded, or an adapter does not fit it.
     """
@@ -87,7 +89,7 @@ def load_adapters(
     if not name:
         raise ValueError(f"{str(first)!r} does not name its base model; give it with --model.")
     try:
-        base: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        base: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"The base model {name!r} cannot be loaded; --model names another. {error}") from error
     model: Any = None
@@ -97,5 +99,5 @@ def load_adapters(
         else:
             model.load_adapter(folder, adapter_name=adapter)
     has_tokenizer = (first / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(first if has_tokenizer else name)
+    tokenizer = AutoTokenizer.from_pretrained(first if has_tokenizer else name, trust_remote_code=False)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer

@@ -45,13 +45,19 @@ class Session:
         return self.adapter if self.strength == 1 else f"{self.adapter} {self.strength:g}"
 
     def answer(self, text: str) -> Iterator[str]:
-        """The answer to a message, in pieces; a part that was shown stays in the conversation if it is cut short."""
-        self.messages.append({"role": "user", "content": text})
+        """The answer to a message, in pieces; a part that was shown stays in the conversation if it is cut short.
+
+        Raises:
+            ValueError: if the chat template refuses the conversation, which is then as before.
+        """
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         strengths = {} if self.adapter is None else {self.adapter: self.strength}
+        asked = [*system, *self.messages, {"role": "user", "content": text}]
+        self.talker.prompt_ids(asked)
+        self.messages.append(asked[-1])
         said = ""
         try:
-            for piece in self.talker.stream([*system, *self.messages], strengths):
+            for piece in self.talker.stream(asked, strengths):
                 said += piece
                 yield piece
         finally:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
+from peft_reft.tuner.files import one_line
 from peft_reft.tuner.model import set_strength
 
 Message = dict[str, str]
@@ -46,10 +47,18 @@ class Talker:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def prompt_ids(self, messages: list[Message]) -> list[int]:
-        """The tokens of a conversation, ready for the answer."""
+        """The tokens of a conversation, ready for the answer.
+
+        Raises:
+            ValueError: if the chat template does not take these roles in this order.
+        """
         if getattr(self.tokenizer, "chat_template", None) is None:
             return list(self.tokenizer(messages[-1]["content"])["input_ids"])
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # jinja2's own classes, and whatever a template raises
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(f"The chat template does not take the roles {roles}: {one_line(error)}") from error
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def stream(self, messages: list[Message], strengths: Mapping[str, float]) -> Iterator[str]:

@@ -196,7 +196,15 @@ def convert(
             raise ConversionError(
                 f"{source} is a ReFT adapter of PEFT already. Use to='pyreft' (--to pyreft) to export it."
             )
-        given = {"positions": positions, "model": model, "kind": kind, "act_fn": act_fn, "task_type": task_type}
+        given = {
+            "positions": positions,
+            "model": model,
+            "kind": kind,
+            "head": None if head else False,
+            "base_model_name_or_path": base_model_name_or_path,
+            "act_fn": act_fn,
+            "task_type": task_type,
+        }
         _refuse(given, f"{source} says itself what it is")
         return to_pyreft(source, dst, overwrite=overwrite)
     if to == "pyreft":

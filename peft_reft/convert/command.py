@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from peft_reft.convert import convert
+from peft_reft.tuner.files import printable
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,6 +40,6 @@ def run(argv: Sequence[str]) -> int:
     try:
         print(convert(told.pop("src"), told.pop("dst"), head=head, **told))
     except (ValueError, OSError) as error:
-        print(f"python -m peft_reft convert: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"python -m peft_reft convert: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     return 0

@@ -18,6 +18,7 @@ from peft_reft.blocks.numbering import block_number, group_by_stack
 from peft_reft.convert.structure import Structure
 from peft_reft.positions import parse_positions
 from peft_reft.tuner.config import ReftConfig
+from peft_reft.tuner.files import printable
 from peft_reft.tuner.keys import PEFT_PREFIX, FileKey
 
 WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # task types whose head PEFT trains and saves in any case
@@ -112,7 +113,7 @@ class Conversion:
             lines.append(f"head:       {', '.join(config.modules_to_save or [])}")
         if self.dst is not None:
             lines.append(f"written to: {self.dst}")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return printable("\n".join([*lines, *(f"note: {note}" for note in self.notes)]))
 
 
 def assemble(

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from peft_reft.blocks import group_by_stack
 from peft_reft.convert.conversion import Conversion, ConversionError, Edit, is_orthonormal
 from peft_reft.convert.pyreft import KINDS, ROTATION, WITH_BASIS_ROTATED, natural
 from peft_reft.convert.rotation import orthogonal_parameters
@@ -77,8 +78,9 @@ def write_pyreft(made: Conversion, dst: Path, overwrite: bool, src: Path) -> Non
         ConversionError: for edits of other modules than blocks, or if there is something at `dst`.
     """
     kind = made.config.intervention
-    numbers = {block: int(block.rsplit(".")[-1]) for block in made.edits if re.search(r"(^|\.)\d+$", block)}
-    if len(set(numbers.values())) != len(made.edits):
+    # The only number in such a name is its last part.
+    numbers = {b: int(b.rsplit(".")[-1]) for b in made.edits if re.fullmatch(r"(?:[^.]*[^.\d][^.]*\.)*\d+", b)}
+    if len(numbers) != len(made.edits) or len(group_by_stack(list(numbers))) != 1:
         raise ConversionError(
             f"The adapter edits {', '.join(made.edits)}; pyreft numbers the blocks of one stack, and cannot name these."
         )

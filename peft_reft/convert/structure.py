@@ -6,6 +6,7 @@ its config on the meta device, which takes no memory; no code of a model that is
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable
 from typing import Any, TypeAlias, Union
@@ -97,7 +98,7 @@ class Structure:
         if name in self._modules:
             return name
         longer = [own for own in self._modules if own.endswith(f".{name}")]
-        shorter = [own for own in self._modules if name.endswith(f".{own}") and own not in ("",)]
+        shorter = [own for own in self._modules if name.endswith(f".{own}")]
         found = longer or [own for own in shorter if len(own) == max(map(len, shorter))]
         if len(found) != 1:
             raise ValueError(
@@ -126,7 +127,7 @@ class Structure:
     def tensors_of(self, modules: Iterable[str]) -> set[str]:
         """Names of the parameters in these modules."""
         wanted = tuple(f"{module}." for module in modules)
-        return {name for name, _ in self.model.named_parameters() if name.startswith(wanted)} if wanted else set()
+        return {name for name, _ in self.model.named_parameters() if name.startswith(wanted)}
 
     def width_of(self, name: str) -> int:
         """The width of the hidden states that a module returns."""
@@ -148,7 +149,7 @@ def on_meta(model: str | os.PathLike[str] | PretrainedConfig) -> nn.Module:
     named = [getattr(transformers, name, None) for name in getattr(config, "architectures", None) or []]
     classes = [found for found in named if isinstance(found, type) and issubclass(found, PreTrainedModel)]
     auto: Any = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
-    build: Any = classes[0] if classes else auto.from_config
+    build: Any = classes[0] if classes else functools.partial(auto.from_config, trust_remote_code=False)
     try:
         with torch.device("meta"):
             return build(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from peft_reft.info.words import (
     weights_in_words,
 )
 from peft_reft.positions import parse_positions
-from peft_reft.tuner.files import read_adapter
+from peft_reft.tuner.files import printable, read_adapter
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,7 @@ class AdapterInfo:
             "warning": "some parameters are infinite or NaN" if self.finite is False else "",
         }
         text = "\n".join(f"{name:<14}{text}" for name, text in lines.items() if text) + "\n\n" + self.table()
-        # Names come from the file: they may hold nothing by which a terminal could be steered.
-        return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
+        return printable(text)
 
     def blocks_in_words(self) -> str:
         """How many blocks are edited, and which."""
@@ -151,8 +151,8 @@ def adapter_info(directory: str | Path, look_at_weights: bool = True) -> Adapter
         edited=positions_in_words(spec),
         prompt=prompt_in_words(config),
         weights=weights_in_words(config, spec),
-        task_type=config.get("task_type"),
-        base_model=config.get("base_model_name_or_path"),
+        task_type=_name("task_type", config),
+        base_model=_name("base_model_name_or_path", config),
         blocks=[block_info(name, groups, config, look_at_weights) for name, groups in stored.items()],
         parameters=sum(tensor.numel() for tensor in tensors),
         other_parameters=sum(tensor.numel() for tensor in others.values()),
@@ -160,6 +160,15 @@ def adapter_info(directory: str | Path, look_at_weights: bool = True) -> Adapter
         dtypes=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}),
         file=saved.file.name,
         size=saved.file.stat().st_size,
-        finite=all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point()) if look_at_weights else None,
+        finite=all(bool(t.float().isfinite().all()) for t in tensors if t.is_floating_point())
+        if look_at_weights
+        else None,
         config=config,
     )
+
+
+def _name(key: str, config: Mapping[str, Any]) -> str | None:
+    value = config.get(key)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{key} is {value!r} in the adapter's config; it must be a name or null.")
+    return value

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from peft_reft.info.adapter import adapter_info
+from peft_reft.tuner.files import printable
 
 
 def main(argv: list[str]) -> int:
@@ -19,7 +20,7 @@ def main(argv: list[str]) -> int:
     try:
         info = adapter_info(arguments.directory)
     except ValueError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {printable(str(error))}", file=sys.stderr)
         return 2
     print(info.as_json() if arguments.json else info)
     return 0

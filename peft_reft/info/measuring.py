@@ -73,8 +73,12 @@ def built(config: Mapping[str, Any], width: int, rank: int, tensors: Mapping[str
     parameters = dict(module.named_parameters())
     if {key: p.shape for key, p in parameters.items()} != {key: t.shape for key, t in tensors.items()}:
         return None
+    if not all(tensor.is_floating_point() for tensor in tensors.values()):
+        return None
     for key, tensor in tensors.items():
-        parameters[key].data = tensor
+        parameters[key].data = (
+            tensor.float() if tensor.element_size() == 1 else tensor
+        )  # torch cannot compute in float8
     return module
 
 

@@ -99,14 +99,15 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
         raise ValueError("the adapter does not name its base model; give it with --model.")
     auto = getattr(transformers, AUTO_CLASSES.get(str(config.get("task_type")), "AutoModelForCausalLM"))
     more = {} if arguments.num_labels is None else {"num_labels": arguments.num_labels}
-    base = auto.from_pretrained(name, dtype=arguments.dtype, **more)
+    base = auto.from_pretrained(name, dtype=arguments.dtype, trust_remote_code=False, **more)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model = PeftModel.from_pretrained(base.to(device), arguments.directory)
     except RuntimeError as error:
         raise ValueError(f"the adapter does not fit {name!r}; a classifier may need --num-labels: {error}") from error
     has_tokenizer = (Path(arguments.directory) / "tokenizer_config.json").is_file()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.directory if has_tokenizer else name)
+    source = arguments.directory if has_tokenizer else name
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     return model.eval(), tokenizer
 
 

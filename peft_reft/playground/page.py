@@ -74,8 +74,12 @@ def build(replies: Replies, names: list[str], base: str) -> Any:
                 return
             on, strengths = settings[: len(names)], settings[len(names) :]
             chosen = {name: float(strength) for name, is_on, strength in zip(names, on, strengths) if is_on}
-            for _ in replies.answer(talk, text, chosen):
-                yield shown("", "Answering ...")
+            try:
+                for _ in replies.answer(talk, text, chosen):
+                    yield shown("", "Answering ...")
+            except ValueError as error:
+                yield shown(text, str(error))
+                return
             by = " + ".join(f"{name} at {strength:g}" for name, strength in chosen.items()) or "the base model alone"
             yield shown("", f"Answered by {by}.")
 

@@ -57,7 +57,12 @@ class Replies:
             talk: what was said before; it grows.
             question: the user's message.
             strengths: of the adapters that are switched on.
+
+        Raises:
+            ValueError: if the chat template refuses the conversation, which is then as before.
         """
+        for messages in (talk.base, talk.adapted):
+            self.talker.prompt_ids(self.with_system([*messages, {"role": "user", "content": question}]))
         talk.strengths = dict(strengths)
         for messages in (talk.base, talk.adapted):
             messages.append({"role": "user", "content": question})

@@ -110,8 +110,9 @@ def search(
         sitting = None if seed is None else seed + len(study.trials)
         study.sampler = optuna.samplers.TPESampler(seed=sitting)
         start = space.start(config)
-        if start is not None:
-            study.enqueue_trial(start, skip_if_exists=True)
+        kept = [trial for trial in study.trials if trial.state.name != "FAIL"]  # what was interrupted is tried again
+        if start is not None and not any(start.items() <= _asked(trial).items() for trial in kept):
+            study.enqueue_trial(start)
         study.pruner = pruner or optuna.pruners.MedianPruner()
 
         def run(trial: optuna.Trial) -> float:
@@ -149,6 +150,11 @@ def search(
     if progress is not None:
         progress(last_line(result, metric, folder))
     return result
+
+
+def _asked(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
+    """The settings of a trial: those it was enqueued with, or has run with."""
+    return {**trial.system_attrs.get("fixed_params", {}), **trial.params}
 
 
 def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
@@ -213,9 +219,10 @@ def line_about(study: optuna.Study, trial: optuna.trial.FrozenTrial, n_trials: i
         steps = trial.intermediate_values
         outcome = f"given up at step {max(steps)} with {steps[max(steps)]:.4g}" if steps else "diverged"
     best = f"best {study.best_trial.value:.4g} (trial {study.best_trial.number})" if scored(study) else "no best yet"
+    took = trial.duration.total_seconds() if trial.duration is not None else 0.0
     left = sum(seconds) / len(seconds) * max(0, n_trials - len(done))
     return (
-        f"{len(done)}/{n_trials}  trial {trial.number}: {outcome}  [{in_words(trial.params)}]  {seconds[-1]:.0f} s; "
+        f"{len(done)}/{n_trials}  trial {trial.number}: {outcome}  [{in_words(trial.params)}]  {took:.0f} s; "
         f"{best}; about {left / 60:.0f} min left"
     )
 

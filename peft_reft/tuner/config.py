@@ -243,8 +243,8 @@ def prompt_end_ids(config: ReftConfig, tokenizer: Any = None, model_name_or_path
         return tuple(config.prompt_end)
     if tokenizer is None:
         name = config.base_model_name_or_path or model_name_or_path
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
+        try:  # an adapter's config may name any model: none of its code is run
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:
             raise ValueError(
                 f"prompt_end={config.prompt_end!r} needs the tokenizer of {name!r}, which cannot be loaded. Pass token "

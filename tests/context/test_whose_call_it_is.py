@@ -234,6 +234,21 @@ def test_a_forward_that_continues_a_recurrent_state_edits_nothing(name, position
     assert (other[:, 7:] - continued).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("name", ["mamba", "falcon_mamba", "mamba2"])
+def test_embeddings_of_a_prompt_count_as_its_ids_do_with_a_recurrent_state(name):
+    """The ids of a step are then those of the generated tokens alone, and no cache tells how many columns there are."""
+    model = recurrent(name, positions="l1+d2")
+    ids = batch(6, 6)["input_ids"]
+    settings = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    embeds = model.get_input_embeddings()(ids)
+    by_ids, by_embeds = model.generate(input_ids=ids, **settings), model.generate(inputs_embeds=embeds, **settings)
+    for one, other in zip(by_ids.logits, by_embeds.logits):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
+    with model.disable_adapter():
+        plain = model.generate(input_ids=ids, **settings)
+    assert any((one - other).abs().max() > 1e-2 for one, other in zip(plain.logits, by_ids.logits))
+
+
 # One `generate` made of several.
 
 

@@ -89,6 +89,24 @@ def test_pads_that_look_at_every_column_are_read():
     right_or_told(model, clean, LEFT, input_ids=inputs["input_ids"], attention_mask=additive(looks))
 
 
+@pytest.mark.parametrize("wide", [9, 16])
+def test_the_mask_of_a_forward_behind_a_cache_is_read_where_its_columns_are(wide):
+    """With labels, such a forward is edited; its tokens are the last five columns, of which the second row has four."""
+    model, clean = family(), tiny_model("llama")
+    ids = batch(9, 9)["input_ids"]
+    mask = torch.ones(2, wide, dtype=torch.long)
+    mask[1, 4] = 0
+    labels = torch.full((2, 5), -100)
+    labels[:, 4] = 5
+
+    def cache():
+        with torch.no_grad():
+            return clean(ids[:, :4], use_cache=True).past_key_values
+
+    given = {"input_ids": ids[:, 4:], "attention_mask": mask, "labels": labels}
+    right_or_told(model, clean, [[0, 2, 3], [1, 2, 3]], past_key_values=cache, **given)
+
+
 def test_a_4d_mask_of_one_row_holds_for_all():
     model, clean = family(), tiny_model("llama")
     ids = batch(6, 6)["input_ids"]

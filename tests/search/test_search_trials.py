@@ -280,6 +280,18 @@ def test_an_interruption_reaches_the_caller_and_costs_one_trial(error, tmp_path)
     assert states == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
 
 
+def test_the_config_itself_is_tried_first_also_after_an_interruption(tmp_path):
+    def stop(attempt):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(stop, tmp_path, n_trials=2)
+    trials = run(closeness, tmp_path, n_trials=2).study.trials
+    assert [trial.state.name for trial in trials] == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert trials[0].params == trials[1].params != trials[2].params
+    assert len(run(closeness, tmp_path, n_trials=3).study.trials) == 4  # and is not tried again
+
+
 @pytest.mark.parametrize(
     "changed",
     [
