@@ -13,6 +13,7 @@ from peft_reft import integrations as _integrations
 from peft_reft.integrations.chat_template import chat_prompt_end
 from peft_reft.integrations.collator import ReftDataCollator
 from peft_reft.interventions import Intervention, register_intervention
+from peft_reft.tuner.combine import set_subspaces
 from peft_reft.tuner.config import ReftConfig
 from peft_reft.tuner.model import ReftModel, get_interventions, set_strength
 
@@ -26,6 +27,7 @@ __all__ = [
     "get_interventions",
     "register_intervention",
     "set_strength",
+    "set_subspaces",
 ]
 
 _register.register()

@@ -22,7 +22,7 @@ class Edit(NamedTuple):
         places: long [n * m], the edited vectors of the state as [B * S, d], those of each of n interventions in a row;
             None: all of its vectors, for each intervention.
         keep: [m, 1], or [n, m, 1] for several interventions, a factor for each vector's edit: 0 for places that only
-            fill up the shape.
+            fill up the shape. Where R has parts that do not all act alike, r in the place of 1.
         blocks: by the number of the layer, the factors of n interventions, without a leading dimension for n = 1; or
             the interventions themselves, which are then called.
         called: whether they are.
@@ -51,7 +51,7 @@ class Edit(NamedTuple):
         if keep.dim() == 3:
             selected = selected.expand(len(keep), -1, -1) if places is None else selected.unflatten(0, keep.shape[:2])
         if called:
-            delta = _call(block, selected) * keep
+            delta = _call(block, selected) * keep if keep.shape[-1] == 1 else _call(block, selected, keep)
         elif autocast:
             with torch.autocast(h.device.type, enabled=False):
                 delta = low_rank_edit(selected, block, keep)
@@ -69,8 +69,9 @@ class Edit(NamedTuple):
         return (flat if out is h else out.flatten(0, 1)).index_add(0, places, delta).view_as(h)
 
 
-def _call(modules: Sequence[nn.Module], selected: Tensor) -> Tensor:
+def _call(modules: Sequence[nn.Module], selected: Tensor, keep: Tensor | None = None) -> Tensor:
     """The edits of interventions that are called as modules: of [m, d] for one, of [n, m, d] for several."""
     if selected.dim() == 2:
-        return edit_of(modules[0], selected)
-    return torch.stack([edit_of(module, h) for module, h in zip(modules, selected)])
+        return edit_of(modules[0], selected, keep)
+    kept = [None] * len(modules) if keep is None else keep
+    return torch.stack([edit_of(module, h, own) for module, h, own in zip(modules, selected, kept)])

@@ -34,7 +34,12 @@ from peft_reft.context.replay import Path
 from peft_reft.context.state import ModelState
 from peft_reft.positions import PositionSpec, Prompts, Tokens
 
-OWN_ARGUMENTS = ("intervention_locations", "adapter_names", STEP)  # taken out of the call: the model does not know them
+OWN_ARGUMENTS = (
+    "intervention_locations",
+    "adapter_names",
+    "subspaces",
+    STEP,
+)  # taken out of the call: the model does not know them
 
 
 class ForwardEntry:
@@ -191,8 +196,13 @@ class ForwardEntry:
             names = generation.adapter_names
         else:
             names = self.state.running.adapter_names
+        subspaces = own.get("subspaces")
+        if subspaces is not None:
+            subspaces = self.state.check_subspaces(subspaces, shape[0] if shape else None, names)
+        elif generation is not None and (step is not None or self.role == "encoder"):
+            subspaces = generation.subspaces
         labels, shift_labels = arguments.get("labels"), arguments.get("shift_labels")
-        return Given(labels, shift_labels, False, locations, names, step, generation is not None)
+        return Given(labels, shift_labels, False, locations, names, subspaces, step, generation is not None)
 
     def _shows_prompts(
         self, given: Given, arguments: Mapping[str, Any], shape: tuple[int, int] | None, is_outermost: bool

@@ -16,6 +16,7 @@ from torch import Tensor
 from peft_reft.context.edit import Edit
 from peft_reft.context.plan import Plan, plan_for
 from peft_reft.context.state import ModelState
+from peft_reft.context.subspaces import Choices, repeated
 from peft_reft.positions import Places, PositionSpec, Prompts, Tokens, find_prompts, places_at, places_of
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Given:
         used: the labels were passed to a module that predicts tokens with them, so that they show prompts.
         locations: `intervention_locations` as [B, G, P], or None.
         adapter_names: the adapter of each row, or None for the active ones in every row.
+        subspaces: which named parts of R act in each row; None for those that are set for the model.
         step: which step of a running `generate` the call is, if it is one.
         in_generate: the call was made while `generate` runs.
     """
@@ -40,6 +42,7 @@ class Given:
     used: bool = False
     locations: Tensor | None = None
     adapter_names: list[str] | None = None
+    subspaces: Choices | None = None
     step: Step | None = None
     in_generate: bool = False
 
@@ -118,7 +121,10 @@ class ForwardContext:
             plan = Plan(layers, None if names is None else list(dict.fromkeys(names)), once=True)
         else:
             plan = plan_for(self.state.plans, layers, names)
-        return plan.edits(self._places, (self.rows, self.columns), names, self.training)
+        choices = self.given.subspaces
+        if choices is not None:
+            choices = repeated(choices, self.rows, self.given.in_generate)
+        return plan.edits(self._places, (self.rows, self.columns), names, self.training, choices)
 
     def places(self, spec: PositionSpec, share_weights: bool | str, h: Tensor) -> Places | None:
         """Where this call edits the hidden state `h` [B, S, d] by a spec; None for nowhere."""

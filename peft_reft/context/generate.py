@@ -26,6 +26,7 @@ from peft_reft.context.arguments import (
     window_of,
 )
 from peft_reft.context.state import ModelState
+from peft_reft.context.subspaces import Choices
 from peft_reft.positions import PositionSpec, Prompts, Tokens, generated, mark
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Generation:
         tokens: the rows of the prompt; None until an encoder-decoder's decoder has started.
         locations: what the caller passed as `intervention_locations`, [B, G, P], or None.
         adapter_names: the adapter of each row, or None.
+        subspaces: which named parts of R act in each row, or None.
         edits_answers: some adapter edits generated tokens too.
         guesses: the first step may hold guessed tokens behind the prompt.
         in_chunks: the prompt is run in several steps.
@@ -53,6 +55,7 @@ class Generation:
         self.tokens = tokens
         self.locations: Tensor | None = None
         self.adapter_names: list[str] | None = None
+        self.subspaces: Choices | None = None
         self.edits_answers = state.edits_answers()
         self.guesses = self.in_chunks = self.started = False
         self.decoder_columns: int | None = None
@@ -178,7 +181,12 @@ class GenerateEntry(MethodEntry):
     name = "generate"
 
     def __call__(
-        self, *args: Any, intervention_locations: Any = None, adapter_names: list[str] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        intervention_locations: Any = None,
+        adapter_names: list[str] | None = None,
+        subspaces: Any = None,
+        **kwargs: Any,
     ) -> Any:
         names = list(inspect.signature(self.__wrapped__).parameters)
         generation = self._generation({**dict(zip(names, args)), **kwargs}, intervention_locations)
@@ -190,6 +198,12 @@ class GenerateEntry(MethodEntry):
             generation.adapter_names = outer.adapter_names
         if intervention_locations is None and outer is not None and not outer.started:
             generation.locations = outer.locations  # that `generate` only passes the call on
+        if subspaces is not None:
+            by_row = generation.adapter_names or running.adapter_names
+            rows = None if generation.tokens is None else generation.tokens.valid.shape[0]
+            generation.subspaces = self.state.check_subspaces(subspaces, rows, by_row)
+        elif outer is not None and not outer.started:
+            generation.subspaces = outer.subspaces
         running.generation = generation
         self.state.unlabelled = False
         try:

@@ -51,6 +51,12 @@ NOTHING_EDITED = (
     "nothing: the positions name no token of these prompts. Look at a batch's intervention_locations (-1 = unused), "
     "and at the lengths of its prompts."
 )
+SUBSPACES_TOGETHER = (
+    "A training forward of a ReFT model got no `subspaces`, so that every row trains all of {names}. To train them "
+    "apart, give the data set a column `subspaces`, wrap the trainer's collator in peft_reft.ReftDataCollator("
+    "collator, config), and pass remove_unused_columns=False; packing drops such a column. To train one of them, or "
+    "all together on purpose, say so with peft_reft.set_subspaces(model, [...])."
+)
 MARKER_MISSING = (
     "A row without the marker prompt_end={marker} was given to a ReFT model, without labels or intervention_locations: "
     "the whole row counts as its prompt."
@@ -107,6 +113,8 @@ def look_at_training(context: ForwardContext, covered: dict[PositionSpec, Tensor
     if state.training_forwards is None:
         return
     state.training_forwards += 1
+    if context.given.subspaces is None:
+        warn_of_subspaces_together(state)
     for spec, of_rows in covered.items():
         if (spec.depends_on_the_end or spec.count("f") > 1) and of_rows.any():
             rows = ", ".join(map(str, of_rows.nonzero().flatten().tolist()[:8]))
@@ -118,6 +126,20 @@ def look_at_training(context: ForwardContext, covered: dict[PositionSpec, Tensor
             state.forwards_without_edit = -1
     if state.training_forwards >= FORWARDS_LOOKED_AT:
         state.training_forwards = None
+
+
+def warn_of_subspaces_together(state: ModelState) -> None:
+    """Say so if the parts of an active adapter are trained together and nothing says that they are to be."""
+    for layer in state.layers:
+        for name in () if layer.disable_adapters else layer.active_adapters:
+            parts = layer.subspaces.get(name, ())
+            if len(parts) > 1 and name not in layer.chosen_subspaces and _is_trained(layer, name):
+                state.warn_once(SUBSPACES_TOGETHER.format(names=list(parts)), "subspaces together")
+                return
+
+
+def _is_trained(layer: Any, name: str) -> bool:
+    return any(parameter.requires_grad for parameter in layer.reft_interventions[name].parameters())
 
 
 def describe(mask: Any) -> str:

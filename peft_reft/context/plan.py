@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_reft.context.edit import Edit
-from peft_reft.context.state import BASE
+from peft_reft.context.subspaces import BASE, Choice, Choices, by_direction, strengths
 from peft_reft.interventions import FactorMemo, Factors, Kind, kind_of, stack_factors
 from peft_reft.positions import Places, PositionSpec
 
@@ -35,6 +35,8 @@ class Family:
         groups: [L][A], a block's interventions of an adapter, one per position group.
         kind: what the interventions have in common; None if they are to be called as modules.
         memo: remembers their factors; None for a plan that is used once.
+        parts: [A], ranks of the named parts of R, by name; {} for adapters without.
+        chosen: [A], the strengths of the parts that act where a call says nothing; None for all.
     """
 
     spec: PositionSpec
@@ -45,6 +47,8 @@ class Family:
     groups: list[list[nn.ModuleList]]
     kind: Kind | None
     memo: FactorMemo | None
+    parts: list[Mapping[str, int]]
+    chosen: list[Choice]
 
     def __post_init__(self) -> None:
         places: dict[int, int] = {}
@@ -100,7 +104,10 @@ class Family:
 
 
 class Alike(NamedTuple):
-    """What the interventions of an adapter have in common next to some layers; `scale` may differ within a family."""
+    """What the interventions of an adapter have in common next to some layers.
+
+    `scale`, the names of parts and what is chosen among them may differ within a family.
+    """
 
     spec: PositionSpec
     share_weights: bool | str
@@ -108,6 +115,8 @@ class Alike(NamedTuple):
     groups: int
     kinds: tuple[Kind, ...] | None
     place: int
+    parts: tuple[tuple[str, int], ...]
+    chosen: tuple[tuple[str, float], ...] | None
 
 
 Members = dict[str, dict[Alike, list[tuple[int, Any]]]]  # by adapter: numbers of layers, and the groups next to them
@@ -139,6 +148,8 @@ class Plan:
                     len(groups),
                     None if None in kinds else kinds,  # type: ignore[arg-type]
                     id(layer) if None in kinds else layer.width,  # those that are called are called one by one
+                    tuple(layer.subspaces.get(name, {}).items()),
+                    tuple(layer.chosen_subspaces[name].items()) if name in layer.chosen_subspaces else None,
                 )
                 members.setdefault(name, {}).setdefault(alike, []).append((layer.number, groups))
         self.families = _families(members, by_row=names is not None, once=once)
@@ -149,6 +160,7 @@ class Plan:
         shape: tuple[int, int],
         rows: Sequence[str] | None,
         training: bool,
+        choices: Choices | None = None,
     ) -> list[Edit]:
         """The edits of a call.
 
@@ -157,13 +169,14 @@ class Plan:
             shape: B and S of the hidden state.
             rows: the adapter of each row; None for the active ones in every row.
             training: whether entries are dropped.
+            choices: which named parts of R act in each row; None if the call says nothing.
         """
         edits = []
         for family in self.families:
             chosen = None if rows is None else [number for number, name in enumerate(rows) if name in family.names]
             places = None if chosen == [] else places_of(family.spec, family.share_weights)
             if places is not None:
-                edits.append(_edit(family, places, shape, rows, chosen, training))
+                edits.append(_edit(family, places, shape, rows, chosen, training, choices))
         return edits
 
 
@@ -174,7 +187,7 @@ def _families(members: Members, by_row: bool, once: bool) -> list[Family]:
         for alike, found in by_kind.items():
             fits = by_row and alike.kinds is not None and not alike.kinds[0].dropout  # which is drawn per adapter
             numbers = tuple(number for number, _ in found)
-            key = (alike._replace(scale=1.0), numbers) if fits else (name, alike, numbers)
+            key = (alike._replace(scale=1.0, parts=(), chosen=None), numbers) if fits else (name, alike, numbers)
             together.setdefault(key, []).append((name, alike, found))
     families = []
     for parts in together.values():
@@ -189,6 +202,8 @@ def _families(members: Members, by_row: bool, once: bool) -> list[Family]:
                 groups=[[part[2][place][1] for part in parts] for place in range(len(found))],
                 kind=None if alike.kinds is None else alike.kinds[0],
                 memo=None if once else FactorMemo(),
+                parts=[dict(own.parts) for _, own, _ in parts],
+                chosen=[None if own.chosen is None else dict(own.chosen) for _, own, _ in parts],
             )
         )
     return families
@@ -201,18 +216,22 @@ def _edit(
     rows: Sequence[str] | None,
     chosen: list[int] | None,
     training: bool,
+    choices: Choices | None,
 ) -> Edit:
     """The edit of a family.
 
     Args:
         rows: the adapter of each row; None if all rows have the family's one.
         chosen: numbers of the rows that take part.
+        choices: which named parts of R act in each row.
     """
     adapters = None
     if rows is not None and chosen is not None and len(family.names) > 1:
         adapters = [family.names.index(rows[row]) for row in chosen]
     if family.kind is None:
         index, keep = _flat(family, places, shape, chosen, None)
+        if family.parts[0]:
+            keep = _parted(family, keep, shape, chosen, None, choices)
         return Edit(index, keep, family.blocks(None, keep.dim() == 3), called=True)
     device = family.kind.device
     if places.keep.device != device:
@@ -220,6 +239,8 @@ def _edit(
     index, keep = _flat(family, places, shape, chosen, adapters)
     blocks = family.blocks(adapters, keep.dim() == 3)
     keep = keep.to(torch.promote_types(family.kind.dtype, torch.float32))
+    if family.kind.parts:
+        keep = _parted(family, keep, shape, chosen, adapters, choices)
     dropout = family.kind.dropout if training else 0.0
     return Edit(index, keep, blocks, False, dropout, torch.is_autocast_enabled(device.type))
 
@@ -249,6 +270,23 @@ def _flat(
     if keep.shape[1] == 1:
         return index, keep.reshape(-1, 1)
     return index, keep.transpose(0, 1).flatten(1).unsqueeze(-1)
+
+
+def _parted(
+    family: Family,
+    keep: Tensor,
+    shape: tuple[int, int],
+    chosen: list[int] | None,
+    adapters: list[int] | None,
+    choices: Choices | None,
+) -> Tensor:
+    """`Edit.keep` of interventions with named parts, of which not all may act: by direction where that is so."""
+    rows = list(range(shape[0])) if chosen is None else chosen
+    like = keep if keep.is_floating_point() else keep.float()
+    of_rows = strengths(family.parts, family.chosen, choices, rows, adapters, like)
+    if of_rows is None:
+        return keep
+    return by_direction(keep, of_rows, family.count, by_row=len(family.names) > 1)
 
 
 def plan_for(kept: dict[Any, Plan], layers: Sequence[Any], names: Sequence[str] | None) -> Plan:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from peft_reft.context.subspaces import BASE, Choices, read_choices
+
 if TYPE_CHECKING:
     from peft_reft.context.entry import ForwardEntry
     from peft_reft.context.forward import ForwardContext
     from peft_reft.context.generate import Generation
-
-BASE = "__base__"  # the adapter name of rows without an edit, as everywhere in PEFT
 
 
 class Running(threading.local):
@@ -88,6 +88,21 @@ class ModelState:
                 "edit."
             )
         return list(names)
+
+    def check_subspaces(self, given: Any, rows: int | None, names: Sequence[str] | None) -> Choices:
+        """The `subspaces` of a call.
+
+        Args:
+            given: as passed.
+            rows: how many rows the call has; None if that is not known yet.
+            names: the adapter of each row; None for the active ones in every row.
+
+        Raises:
+            ValueError: if no adapter of the call has what they name, or they are not one entry per row.
+        """
+        known = {name: parts for layer in self.layers for name, parts in layer.subspaces.items()}
+        active = {name for layer in self.layers for name in layer.active_adapters}
+        return read_choices(given, rows, known, names, active)
 
     def specs(self) -> set[Any]:
         """The position specs of the adapters that can be active: all of a model's, since rows choose among them."""

@@ -17,6 +17,7 @@ from peft_reft.info.words import (
     number,
     positions_in_words,
     prompt_in_words,
+    subspaces_in_words,
     weights_in_words,
 )
 from peft_reft.positions import parse_positions
@@ -32,6 +33,7 @@ class AdapterInfo:
         positions, edited: the notation, and the same in words.
         prompt: where the prompt ends, in words.
         weights: what is shared, in words.
+        subspaces: the named parts of R with their ranks, in words; "" if there are none.
         blocks: one entry per stored set of interventions: per edited block, or a single one if all blocks share.
         parameters: trained numbers of the interventions.
         other_parameters: numbers stored beside them (`modules_to_save`, token embeddings), and `other_tensors`
@@ -48,6 +50,7 @@ class AdapterInfo:
     edited: str
     prompt: str
     weights: str
+    subspaces: str
     task_type: str | None
     base_model: str | None
     blocks: list[BlockInfo]
@@ -71,6 +74,7 @@ class AdapterInfo:
             "prompt": self.prompt,
             "weights": self.weights,
             "blocks": self.blocks_in_words(),
+            "subspaces": self.subspaces,
             "rank": f"{self.ranks_in_words()}, of width {', '.join(map(str, widths)) or '?'}",
             "parameters": self.parameters_in_words(),
             "size": f"{in_bytes(self.size)} ({self.file})",
@@ -151,6 +155,7 @@ def adapter_info(directory: str | Path, look_at_weights: bool = True) -> Adapter
         edited=positions_in_words(spec),
         prompt=prompt_in_words(config),
         weights=weights_in_words(config, spec),
+        subspaces=subspaces_in_words(config),
         task_type=_name("task_type", config),
         base_model=_name("base_model_name_or_path", config),
         blocks=[block_info(name, groups, config, look_at_weights) for name, groups in stored.items()],

@@ -9,6 +9,7 @@ from torch import nn
 
 from peft_reft.interventions import REGISTRY
 from peft_reft.positions import PositionSpec
+from peft_reft.tuner.subspaces import as_subspaces
 
 
 def equation_of(kind: str) -> str:
@@ -56,6 +57,21 @@ def weights_in_words(config: Mapping[str, Any], spec: PositionSpec) -> str:
     else:
         text = "one intervention per block, for all its positions"
     return text + ("; the same for all blocks" if config.get("share_layers") else "")
+
+
+def subspaces_in_words(config: Mapping[str, Any]) -> str:
+    """The named parts of R, in their order; "" if there are none.
+
+    >>> subspaces_in_words({"subspaces": [["german", 4], ["formal", 2]], "frozen_subspaces": ["german"]})
+    'german (rank 4, keeps its values), formal (rank 2)'
+    """
+    parts, frozen = as_subspaces(config.get("subspaces")), config.get("frozen_subspaces") or []
+    if parts is None:
+        return ""
+    if not isinstance(parts, dict) or not isinstance(frozen, list):
+        raise ValueError(f"subspaces is {parts!r} in the adapter's config; it must be pairs of name and rank, or null.")
+    kept = {name: ", keeps its values" for name in frozen if isinstance(name, str)}
+    return ", ".join(f"{name} (rank {rank}{kept.get(name, '')})" for name, rank in parts.items())
 
 
 def in_bytes(size: int) -> str:

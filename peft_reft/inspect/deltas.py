@@ -5,6 +5,7 @@ Shape letters: B rows, S columns, G position groups, d width, r rank.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from peft_reft.context.forward import ForwardContext
+from peft_reft.context.subspaces import repeated, strengths
 from peft_reft.interventions import edit_of
 from peft_reft.tuner.layer import ReftLayer
 
@@ -53,21 +55,52 @@ def deltas_of(layer: ReftLayer, h: Tensor, context: ForwardContext, together: st
             continue
         interventions: Any = layer.reft_interventions[name]
         marks = marks_of(layer, name, layer.share_weights[name], h, context)
-        delta, angles = torch.zeros_like(exact), unknown.clone()
-        for intervention, mark in zip(interventions, marks.unbind(1)):
-            where = mark > 0
-            if where.any():
-                edit = edit_of(intervention, h[where]).to(exact) * mark[where, None] * layer.scaling[name]
-                delta[where] += edit
-                angles[:, where] = angles_to(getattr(intervention, "subspace", None), exact[where], edit)
+        terms = terms_of(layer, name, h, context)
         edited = marks.amax(1) > 0
-        numbers = {**lengths(exact, delta, edited), **dict(zip(ANGLES, angles))}
-        found.append(Deltas(name, edited, numbers, terms_of(layer, name, h, context)))
-        total += delta
-        touched |= edited
-    if [deltas.adapter for deltas in found] != [together]:
+        for label, rows, keep in directions_of(layer, name, h, context):
+            delta, angles = torch.zeros_like(exact), unknown.clone()
+            for intervention, mark in zip(interventions, marks.unbind(1)):
+                where = mark > 0
+                if where.any():
+                    own = None if keep is None else keep.unsqueeze(1).expand(*h.shape[:2], -1)[where]
+                    edit = edit_of(intervention, h[where], own).to(exact) * mark[where, None] * layer.scaling[name]
+                    delta[where] += edit
+                    subspace = getattr(intervention, "subspace", None)
+                    subspace = subspace[rows] if isinstance(subspace, Tensor) else None
+                    angles[:, where] = angles_to(subspace, exact[where], edit)
+            numbers = {**lengths(exact, delta, edited), **dict(zip(ANGLES, angles))}
+            found.append(Deltas(label, edited, numbers, terms))
+            if label == name:
+                total += delta
+                touched |= edited
+    if [name for name in layer.active_adapters if name in layer.reft_interventions] != [together]:
         found.append(Deltas(together, touched, {**lengths(exact, total, touched), **dict(zip(ANGLES, unknown))}, []))
     return found
+
+
+def directions_of(
+    layer: ReftLayer, name: str, h: Tensor, context: ForwardContext
+) -> Iterator[tuple[str, slice, Tensor | None]]:
+    """The adapter as a whole, then each of its named subspaces if it has several.
+
+    Yields:
+        Its name, "adapter:subspace" for a subspace; which rows of R it is; and how strongly each direction acts in each
+        row [B, r], None where all act as trained.
+    """
+    parts = layer.subspaces.get(name, {})
+    given = context.given.subspaces
+    choices = None if given is None else repeated(given, len(h), context.given.in_generate)
+    like = torch.ones(1, device=h.device)
+    acting = None
+    if parts:
+        acting = strengths([parts], [layer.chosen_subspaces.get(name)], choices, range(len(h)), None, like)
+    yield name, slice(None), acting
+    first = 0
+    for part, size in parts.items() if len(parts) > 1 else ():
+        mask = like.new_zeros(len(h), sum(parts.values()))
+        mask[:, first : first + size] = 1
+        yield f"{name}:{part}", slice(first, first + size), mask if acting is None else mask * acting
+        first += size
 
 
 def marks_of(layer: ReftLayer, name: str, share: bool | str, h: Tensor, context: ForwardContext) -> Tensor:

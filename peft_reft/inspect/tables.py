@@ -24,7 +24,8 @@ class Inspection:
         edits: a row for each prompt, block, adapter and token without padding. Its keys:
 
             - prompt, block, depth, adapter: number of the prompt, name and number of the block, name of the adapter.
-              Several active adapters have a row each, and one for their sum, under their names joined by "+".
+              Several active adapters have a row each, and one for their sum, under their names joined by "+". An
+              adapter with subspaces also has a row for each of them, under "adapter:subspace".
             - stack: "encoder" or "decoder", "" in other models; call: number of the call, from 0, of a block that runs
               several times in a forward.
             - position, column: number of the token without and with padding, both from 0.

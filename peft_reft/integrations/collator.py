@@ -13,10 +13,12 @@ import torch
 from peft.utils.peft_types import TaskType
 from torch import Tensor
 
+from peft_reft.context.subspaces import read_choices
 from peft_reft.positions import IGNORED, Tokens, align_shift_labels, document_starts, locate, parse_positions
 from peft_reft.tuner.config import ReftConfig, prompt_end_ids
 
 KEY = "intervention_locations"
+SUBSPACES = "subspaces"
 KL = "KL_"  # TRL's KTO trainer runs two sets of rows per batch; the names of the second begin so
 
 
@@ -35,6 +37,10 @@ class ReftDataCollator:
     `KL_input_ids` too; that trainer passes labels. Examples that bring `intervention_locations` of their own ([P] or
     [G, P]) keep them.
 
+    Examples that say which of the config's `subspaces` are theirs, in a column of that name (a name, a list of names,
+    {name: strength}, None for all), give the batch `subspaces`: their strengths [B, K] for K subspaces in the config's
+    order. Collators that know nothing of such a column drop it.
+
     It passes for an instance of what it wraps, and reads and sets the wrapped collator's attributes.
     """
 
@@ -51,6 +57,40 @@ class ReftDataCollator:
         self.__dict__.update(inner_collator=inner_collator, config=config)
 
     def __call__(self, features: list[Any], *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(f, Mapping) and SUBSPACES in f for f in features):
+            choices = [f.get(SUBSPACES) for f in features]
+            features = [{name: value for name, value in f.items() if name != SUBSPACES} for f in features]
+            batch = self._with_locations(features, *args, **kwargs)
+            batch[SUBSPACES] = self._strengths(choices, batch)
+            return batch
+        return self._with_locations(features, *args, **kwargs)
+
+    def _strengths(self, choices: list[Any], batch: Mapping[str, Any]) -> Tensor:
+        """The strengths [B, K] of the config's K subspaces in the rows of a batch.
+
+        Raises:
+            ValueError: for names that the config does not have, or examples packed into fewer rows.
+        """
+        parts = self.config.subspaces
+        if parts is None:
+            raise ValueError(
+                "The examples have a column `subspaces`, but the config has none. Give the collator the adapter's own "
+                "config, with ReftConfig(subspaces={...}), or drop the column."
+            )
+        read = read_choices(choices, len(choices), {"": parts}, None, {""})
+        found = torch.tensor([[1.0 if c is None else c.get(name, 0.0) for name in parts] for c in read])
+        rows = next(tensor.shape[0] for tensor in batch.values() if isinstance(tensor, Tensor))
+        times, rest = divmod(rows, len(found))
+        if times and not rest:  # preference trainers make a row of each answer, all chosen ones first
+            return found.repeat(times, 1)
+        if (found == found[0]).all():  # several examples in one row
+            return found[:1].expand(rows, -1)
+        raise ValueError(
+            f"{len(found)} examples with different subspaces were put into {rows} row(s), but a row has its subspaces "
+            "as a whole. Train without packing and padding_free, or sort the examples so that those of a row agree."
+        )
+
+    def _with_locations(self, features: list[Any], *args: Any, **kwargs: Any) -> Any:
         given = [f.get(KEY) if isinstance(f, Mapping) else None for f in features]
         if any(locations is not None for locations in given):
             features = [{name: value for name, value in f.items() if name != KEY} for f in features]

@@ -95,6 +95,7 @@ def section_of(info: AdapterInfo) -> str:
         "Prompt": f"{info.prompt[0].upper()}{info.prompt[1:]}",
         "Intervention": f"`{info.intervention}`: {info.equation or 'of your own, see below'}",
         "Rank": info.ranks_in_words(),
+        **({"Subspaces": info.subspaces} if info.subspaces else {}),
         "Blocks": info.blocks_in_words(),
         "Weights": info.weights,
         "Parameters": info.parameters_in_words(),

@@ -17,10 +17,12 @@ from peft_reft.interventions.equations import (
     low_rank_edit,
 )
 from peft_reft.interventions.orthonormal import orthonormal_rows
+from peft_reft.interventions.parts import PartedRows, ordered_rows
 from peft_reft.interventions.registry import (
     BUILT_IN,
     REGISTRY,
     build_intervention,
+    check_parts,
     intervention_names,
     nearest_name,
     register_intervention,
@@ -39,12 +41,15 @@ __all__ = [
     "LoreftIntervention",
     "NoreftIntervention",
     "OdireftIntervention",
+    "PartedRows",
     "build_intervention",
+    "check_parts",
     "edit_of",
     "intervention_names",
     "kind_of",
     "low_rank_edit",
     "nearest_name",
+    "ordered_rows",
     "orthonormal_rows",
     "register_intervention",
     "stack_factors",

@@ -14,10 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peft_reft.interventions.equations import Factors, Intervention
+from peft_reft.interventions.equations import METHODS, Factors, Intervention
 from peft_reft.interventions.orthonormal import without_autocast
-
-_METHODS = ("forward", "edit", "combine", "directions")
 
 
 class Kind(NamedTuple):
@@ -28,6 +26,8 @@ class Kind(NamedTuple):
     orthonormal: bool
     act_fn: str | None
     train_bias: bool
+    parts: tuple[int, ...]
+    frozen: int
     dropout: float
     r: int
     d: int
@@ -45,15 +45,16 @@ def kind_of(intervention: nn.Module) -> Kind | None:
     if not isinstance(intervention, Intervention):
         return None
     cls = type(intervention)
-    if any(getattr(cls, name) is not getattr(Intervention, name) for name in _METHODS):
+    if any(getattr(cls, name) is not getattr(Intervention, name) for name in METHODS):
         return None
     parameters = intervention._parameters.values()
     if any(p is not None and (type(p) not in (nn.Parameter, Tensor) or p.is_meta or not p.numel()) for p in parameters):
         return None
     own, basis = intervention, intervention.basis
-    choices = (cls.has_source, cls.replaces, cls.orthonormal, own.act_fn, own.train_bias, own.dropout)
+    frozen = own.frozen if own.is_split else 0
+    choices = (cls.has_source, cls.replaces, cls.orthonormal, own.act_fn, own.train_bias, own.parts, frozen)
     r, d = basis.shape
-    return Kind(*choices, r, d, basis.dtype, basis.device)
+    return Kind(*choices, own.dropout, frozen + r, d, basis.dtype, basis.device)
 
 
 def stack_factors(interventions: Sequence[Intervention]) -> Factors:
@@ -67,6 +68,8 @@ def _stack(interventions: Sequence[Intervention]) -> list[Tensor]:
     """The parameters of interventions of one kind, stacked: basis, weight, and bias if they have one."""
     own = [intervention._parameters for intervention in interventions]
     names = ["basis", "weight"] if interventions[0].bias is None else ["basis", "weight", "bias"]
+    if interventions[0].frozen and interventions[0].is_split:
+        return [torch.stack([intervention.rows(name) for intervention in interventions]) for name in names]
     return [torch.stack([parameters[name] for parameters in own]) for name in names]  # type: ignore[misc]
 
 

@@ -16,7 +16,7 @@ Shape letters: d hidden size, r rank, n interventions, m vectors for each.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,9 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from peft_reft.interventions.orthonormal import orthonormal_rows, without_autocast
+from peft_reft.interventions.parts import PartedRows, ordered_rows
+
+METHODS = ("forward", "edit", "combine", "directions")  # of Intervention; who changes one is called as a module
 
 
 class Factors(NamedTuple):
@@ -62,7 +65,8 @@ def low_rank_edit(h: Tensor, factors: Factors, keep: Tensor | None = None) -> Te
     Args:
         h: [m, d] for the factors of one intervention, [n, m, d] for those of n.
         factors: of one intervention, or of n with n as the leading dimension.
-        keep: [m, 1] or [n, m, 1], a factor for each vector's edit (0 drops it).
+        keep: [m, 1] or [n, m, 1], a factor for each vector's edit (0 drops it); or with r in the place of 1, one for
+            each direction of it.
 
     Returns:
         As `h`; one vector ([1, d] or [n, 1, d]) where it is the same for every h and there is no `keep`.
@@ -87,7 +91,7 @@ def low_rank_edit(h: Tensor, factors: Factors, keep: Tensor | None = None) -> Te
     return value @ up
 
 
-class Intervention(nn.Module):
+class Intervention(PartedRows):
     """h + Rᵀ (act(Wh + b) - Rh), with the choices made by a subclass.
 
     Args:
@@ -97,6 +101,7 @@ class Intervention(nn.Module):
         act_fn: name of an activation in `transformers.activations.ACT2FN` for the learned value, or None.
         init_weights: True: the fresh edit is zero wherever the equation allows it; False: random, as pyreft does.
         train_bias: False: b keeps its value. It gets no gradient, whatever requires one.
+        parts: sizes of the parts of R, r together (see parts.py); () for R as a whole.
 
     Attributes:
         weight: W [r, d]; b itself [r] if the learned value does not depend on h.
@@ -126,6 +131,7 @@ class Intervention(nn.Module):
         act_fn: str | None = None,
         init_weights: bool = True,
         train_bias: bool = True,
+        parts: Sequence[int] = (),
     ):
         super().__init__()
         if not 1 <= r <= d:
@@ -138,15 +144,23 @@ class Intervention(nn.Module):
         if act_fn is not None:
             self.act_fn = act_fn
             self.activation = ACT2FN[act_fn]
+        if parts:
+            self.parts = tuple(parts)
         if not train_bias:
             self.train_bias = False
-            self.constant.requires_grad_(False)
+            self.hold()
         self.reset_parameters(init_weights)
 
     @property
     def constant(self) -> nn.Parameter:
         """b, the part of the learned value that does not depend on h: [r]."""
         return self.weight if self.bias is None else self.bias
+
+    def hold(self) -> None:
+        """Take back what was switched on of a bias, or of rows, that keep their values."""
+        super().hold()
+        if not self.train_bias:
+            self.constant.requires_grad_(False)
 
     def reset_parameters(self, identity: bool) -> None:
         """Draw fresh weights; with `identity` so that the edit is zero wherever the equation allows it."""
@@ -165,9 +179,10 @@ class Intervention(nn.Module):
             else:
                 nn.init.kaiming_uniform_(self.basis, a=5**0.5)
             if identity:
-                self._start_from_zero()
+                self.start_from_zero()
 
-    def _start_from_zero(self) -> None:
+    def start_from_zero(self) -> None:
+        """Make the edit zero, with the directions as they are, wherever the equation allows it."""
         if self.bias is not None and self.replaces and self.act is None:
             self.weight.copy_(self.subspace)  # Wh - Rh = 0, and both W and R get gradients
             self.bias.zero_()
@@ -198,11 +213,13 @@ class Intervention(nn.Module):
     @property
     def subspace(self) -> Tensor:
         """The edited directions [r, d]: R (orthonormal rows) or W2."""
-        return self.directions(self.basis)
+        return self.directions(self.rows("basis"))
 
     def directions(self, basis: Tensor) -> Tensor:
         """The edited directions from `basis` [..., r, d]: this intervention's own, or those of many alike."""
-        return orthonormal_rows(basis) if self.orthonormal else basis
+        if not self.orthonormal:
+            return basis
+        return ordered_rows(basis, self.parts) if self.parts else orthonormal_rows(basis)
 
     def combine(self, basis: Tensor, weight: Tensor | None, bias: Tensor) -> Factors:
         """Work out what does not depend on h, for this intervention or for many alike at once.
@@ -226,29 +243,40 @@ class Intervention(nn.Module):
             return Factors(weight.mT, bias, up, up.mT if self.replaces else None, self.act)
         return Factors((weight - up if self.replaces else weight).mT, bias, up)  # (Wh + b) - Rh = (W - R)h + b
 
-    def edit(self, h: Tensor) -> Tensor:
-        """What is added to `h` [..., d], in at least single precision."""
+    def factors(self) -> Factors:
+        """What this intervention multiplies with, all rows together."""
+        basis, weight = self.rows("basis"), self.rows("weight")
+        return (
+            self.combine(basis, None, weight) if self.bias is None else self.combine(basis, weight, self.rows("bias"))
+        )
+
+    def edit(self, h: Tensor, keep: Tensor | None = None) -> Tensor:
+        """What is added to `h` [..., d], in at least single precision; `keep` [..., r] is a factor per direction."""
         with without_autocast(h.device):
-            factors = self.combine(self.basis, None if self.bias is None else self.weight, self.constant)
-            edit = low_rank_edit(h.reshape(-1, h.shape[-1]), factors)
+            of_rows = None if keep is None else keep.reshape(-1, keep.shape[-1])
+            edit = low_rank_edit(h.reshape(-1, h.shape[-1]), self.factors(), of_rows)
             return F.dropout(edit.expand(h.numel() // h.shape[-1], -1).view(h.shape), self.dropout, self.training)
 
-    def forward(self, h: Tensor) -> Tensor:
-        return h + self.edit(h).to(h.dtype)
+    def forward(self, h: Tensor, keep: Tensor | None = None) -> Tensor:
+        return h + (self.edit(h) if keep is None else self.edit(h, keep)).to(h.dtype)
 
     def extra_repr(self) -> str:
-        r, d = self.basis.shape
-        return f"d={d}, r={r}"
+        r, d = self.rows("basis").shape
+        return f"d={d}, r={r}" + (f", parts={self.parts}" if self.parts else "")
 
 
-def edit_of(intervention: nn.Module, h: Tensor) -> Tensor:
-    """What an intervention, built-in or of the user's own, adds to `h` [..., d]."""
+def edit_of(intervention: nn.Module, h: Tensor, keep: Tensor | None = None) -> Tensor:
+    """What an intervention, built-in or of the user's own, adds to `h` [..., d].
+
+    Args:
+        keep: [..., r], a factor for each direction, which interventions with parts take; None for 1.
+    """
     is_own = isinstance(intervention, Intervention) and type(intervention).forward is Intervention.forward
     if is_own and "forward" not in vars(intervention):  # accelerate puts one there that fetches offloaded weights
-        return intervention.edit(h)  # type: ignore[operator]
+        return intervention.edit(h) if keep is None else intervention.edit(h, keep)  # type: ignore[operator]
     dtype = next((p.dtype for p in intervention.parameters() if p.is_floating_point()), h.dtype)
     h = h.to(dtype)  # a module with weights in float32 need not know of models in half precision
-    edited: Tensor = intervention(h)
+    edited: Tensor = intervention(h) if keep is None else intervention(h, keep)
     return edited - h
 
 

@@ -5,19 +5,23 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 from torch import nn
 
 from peft_reft.interventions.equations import (
+    METHODS,
     ConsreftIntervention,
     DireftIntervention,
+    Intervention,
     LobireftIntervention,
     LoreftIntervention,
     NoreftIntervention,
     OdireftIntervention,
 )
+from peft_reft.interventions.parts import PartedRows
 
 # Classes by name; `register_intervention` adds to it.
 REGISTRY: dict[str, type[nn.Module]] = {
@@ -29,7 +33,7 @@ REGISTRY: dict[str, type[nn.Module]] = {
     "lobireft": LobireftIntervention,
 }
 BUILT_IN = frozenset(REGISTRY)
-KEYWORDS = ("dropout", "act_fn", "init_weights", "train_bias")  # what a constructor may take besides d and r
+KEYWORDS = ("dropout", "act_fn", "init_weights", "train_bias", "parts")  # what a constructor may take besides d and r
 
 
 def intervention_names() -> list[str]:
@@ -55,9 +59,9 @@ def register_intervention(name: str, cls: type[nn.Module]) -> None:
     Args:
         name: lower-case identifier that no built-in intervention has. Registering a name again replaces the class.
         cls: `nn.Module` whose constructor takes `(d, r)` and, if it names them (or takes `**kwargs`), the keywords
-            `dropout`, `act_fn`, `init_weights` and `train_bias`; its forward maps [..., d] to [..., d]. Its parameters
-            are what is trained and saved. A subclass of `Intervention` that changes no method is worked out for all
-            blocks at once, and any module may offer `subspace` [r, d].
+            `dropout`, `act_fn`, `init_weights`, `train_bias` and `parts`; its forward maps [..., d] to [..., d]. Its
+            parameters are what is trained and saved. A subclass of `Intervention` that changes no method is worked out
+            for all blocks at once, and any module may offer `subspace` [r, d].
 
     Raises:
         ValueError: if the name is taken by a built-in or is no lower-case identifier.
@@ -83,11 +87,12 @@ def build_intervention(
     act_fn: str | None = None,
     init_weights: bool = True,
     train_bias: bool = True,
+    parts: Sequence[int] = (),
 ) -> nn.Module:
     """A fresh intervention by its name; the keywords go to the constructors that name them.
 
     Raises:
-        ValueError: if b is to keep its value and the class has no say in that.
+        ValueError: if b is to keep its value, or R to have parts, and the class has no say in that.
     """
     cls = REGISTRY[name]
     taken = _keywords_of(cls)  # type: ignore[arg-type]
@@ -96,8 +101,35 @@ def build_intervention(
             f"train_bias=False has no meaning for the intervention {name!r}: the constructor of {cls.__name__} takes "
             "no `train_bias`. Leave it out, or let the class take it."
         )
-    values: dict[str, Any] = dict(zip(KEYWORDS, (dropout, act_fn, init_weights, train_bias)))
-    return cls(d, r, **{key: values[key] for key in taken})
+    if parts:
+        check_parts(name)
+    values: dict[str, Any] = dict(zip(KEYWORDS, (dropout, act_fn, init_weights, train_bias, tuple(parts))))
+    return cls(d, r, **{key: values[key] for key in taken if key != "parts" or parts})
+
+
+def check_parts(name: str) -> None:
+    """Refuse named parts of R for an intervention that has none, or whose directions cannot be switched one by one.
+
+    Raises:
+        ValueError: naming the intervention.
+    """
+    cls = REGISTRY[name]
+    if not issubclass(cls, PartedRows) or "parts" not in _keywords_of(cls):  # type: ignore[arg-type]
+        raise ValueError(
+            f"subspaces have no meaning for the intervention {name!r}: {cls.__name__} has no R whose rows could be "
+            "switched one by one. Use a built-in intervention with R, or a subclass of one."
+        )
+    if issubclass(cls, Intervention) and not cls.orthonormal:
+        raise ValueError(
+            f"subspaces have no meaning for the intervention {name!r}: its directions are free, so that parts of them "
+            "cannot be kept at right angles to each other. Use one with R, such as 'loreft' or 'odireft'."
+        )
+    changed = [method for method in METHODS if getattr(cls, method, None) is not getattr(Intervention, method)]
+    if issubclass(cls, Intervention) and changed:
+        raise ValueError(
+            f"subspaces have no meaning for the intervention {name!r}: {cls.__name__} changes {', '.join(changed)}, so "
+            "that its directions cannot be switched one by one. Use a built-in intervention with R."
+        )
 
 
 @cache

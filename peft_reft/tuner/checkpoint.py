@@ -21,6 +21,7 @@ MEANING = (
     "positions",
     "share_weights",
     "share_layers",
+    "subspaces",
     "prompt_end",
     "turns",
     "act_fn",
@@ -71,6 +72,8 @@ def other_meaning(new: PeftConfig, current: PeftConfig) -> str | None:
     """Which setting gives the weights of two adapters different meanings, in words; None if there is none."""
     for name in MEANING:
         ours, theirs = getattr(current, name), getattr(new, name)
+        if name == "subspaces" and ours and theirs:  # whose order counts
+            ours, theirs = list(ours.items()), list(theirs.items())
         if ours != theirs and (name != "modules_to_save" or {*(ours or ())} != {*(theirs or ())}):
             return f"{name} is {theirs!r} in the new adapter and {ours!r} in the one that it would replace"
     return None

@@ -18,6 +18,7 @@ from peft_reft.positions import parse_positions
 from peft_reft.tuner.files import staged
 from peft_reft.tuner.neighbours import AFTER_SAVING
 from peft_reft.tuner.sizes import check_config_sizes, check_ids, shown
+from peft_reft.tuner.subspaces import as_subspaces, check_subspaces
 
 
 @dataclass
@@ -110,14 +111,38 @@ class ReftConfig(PeftConfig):
         default=True,
         metadata={"help": "False: b keeps its value (0 in a fresh adapter), whatever is switched on and off."},
     )
+    subspaces: dict[str, int] | None = field(
+        default=None,
+        metadata={
+            "help": "Names and ranks of parts of R, in order, adding up to `r`: {'german': 4, 'formal': 4}. Each can "
+            "be switched for itself, by row with `subspaces=` in a call, or with `set_subspaces`."
+        },
+    )
+    frozen_subspaces: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of the first `subspaces` that keep their values; `add_subspace` sets it."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.REFT
+        self.subspaces = as_subspaces(self.subspaces)
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))  # as PEFT's own configs do
         self._validate()
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Ranks of the subspaces, in their order; () if there are none."""
+        return tuple((self.subspaces or {}).values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as PEFT saves them; subspaces as pairs, since PEFT sorts the keys of dictionaries."""
+        values: dict[str, Any] = super().to_dict()
+        if self.subspaces is not None:
+            values["subspaces"] = [[name, rank] for name, rank in self.subspaces.items()]
+        return values
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json, and whatever integrations add to a saved adapter.
@@ -192,6 +217,7 @@ class ReftConfig(PeftConfig):
                 f"act_fn={shown(self.act_fn)} is not an activation of transformers; use one of "
                 f"{', '.join(sorted(ACT2FN))}, or None for a linear edit."
             )
+        check_subspaces(self)
         for name in ("share_layers", "init_weights", "train_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={shown(getattr(self, name))} must be True or False.")

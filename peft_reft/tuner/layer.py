@@ -19,7 +19,7 @@ from peft_reft.blocks import PLAIN, Layout, device_and_dtype
 from peft_reft.context.forward import ForwardContext
 from peft_reft.context.hook import CHILD, BlockHook
 from peft_reft.context.state import ModelState
-from peft_reft.interventions import Intervention, build_intervention
+from peft_reft.interventions import Intervention, PartedRows, build_intervention
 from peft_reft.positions import PositionSpec, parse_positions
 from peft_reft.tuner.config import ReftConfig
 from peft_reft.tuner.keys import COLLECTION
@@ -40,7 +40,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = (COLLECTION,)
-    other_param_names = ("position_specs", "share_weights", "scaling")
+    other_param_names = ("position_specs", "share_weights", "scaling", "subspaces", "chosen_subspaces")
 
     if TYPE_CHECKING:  # properties of BaseTunerLayer
         active_adapters: list[str]
@@ -59,6 +59,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.position_specs: dict[str, PositionSpec] = {}
         self.share_weights: dict[str, bool | str] = {}
         self.scaling: dict[str, float] = {}  # strength of the edits: 0 none, 1 as trained
+        self.subspaces: dict[str, dict[str, int]] = {}  # ranks by name, for adapters that have parts
+        self.chosen_subspaces: dict[str, dict[str, float]] = {}  # their strengths, where not all are on
         self._block = (block,)  # in a tuple, so that it is no submodule
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
@@ -91,6 +93,10 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.position_specs[name] = spec
         self.share_weights[name] = config.share_weights
         self.scaling[name] = 1.0
+        self.chosen_subspaces.pop(name, None)
+        self.subspaces.pop(name, None)
+        if config.subspaces:
+            self.subspaces[name] = dict(config.subspaces)
         if shared is None:
             self._move_adapter_to_device_of_base_layer(name)
 
@@ -104,7 +110,12 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 act_fn=config.act_fn,
                 init_weights=config.init_weights or config.inference_mode,
                 train_bias=config.train_bias,
+                parts=config.parts,
             )
+            if config.frozen_subspaces and isinstance(intervention, PartedRows):
+                intervention.frozen = sum(config.parts[: len(config.frozen_subspaces)])
+                if not config.inference_mode:
+                    intervention.hold()
             if config.inference_mode and isinstance(intervention, Intervention):
                 intervention.erase()
             yield intervention
@@ -153,24 +164,24 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         """The identity: containers such as nn.Sequential run all their children, but the block's hook does the edit."""
         return h
 
-    def hold_biases(self) -> None:
-        """Take back what was switched on of biases that are not to be trained."""
+    def hold(self) -> None:
+        """Take back what was switched on of biases and subspaces that keep their values."""
         for groups in self.reft_interventions.values():
             for intervention in groups:  # type: ignore[attr-defined]
-                if isinstance(intervention, Intervention) and not intervention.train_bias:
-                    intervention.constant.requires_grad_(False)
+                if isinstance(intervention, PartedRows):
+                    intervention.hold()
 
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)
-        self.hold_biases()
+        self.hold()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         super().set_requires_grad(adapter_names, requires_grad)
-        self.hold_biases()
+        self.hold()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode)
-        self.hold_biases()
+        self.hold()
         for name in SHOWN:
             if not hasattr(type(self.block), name):
                 self.block.__dict__[name] = () if name == "other_param_names" else getattr(self, name)

@@ -24,6 +24,7 @@ from peft_reft.tuner.checkpoint import (
     own_tensors,
     warn_of_ignored,
 )
+from peft_reft.tuner.combine import check_sum, config_of_sum, fill_sum, grow, grown, linear_parts
 from peft_reft.tuner.config import ReftConfig, prompt_end_ids
 from peft_reft.tuner.injection import (
     attach_entries,
@@ -166,6 +167,63 @@ class ReftModel(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
+        self._forget_plans()
+
+    # Putting together what was learned apart.
+
+    def add_subspace(self, adapter_name: str, name: str, r: int) -> None:
+        """Grow a trained adapter by a part of R that can be trained, and switched, for itself.
+
+        Its parameters are new ones: make an optimizer afterwards. The earlier parts keep their values, whatever an
+        optimizer does, and the new one is kept at right angles to them. A fresh part changes nothing where the
+        equation allows that.
+
+        Args:
+            adapter_name: an adapter with `subspaces`.
+            name: of the new part.
+            r: its rank.
+
+        Raises:
+            ValueError: if there is no such adapter, it has no subspaces, or one of that name.
+        """
+        config = self.peft_config.get(adapter_name)
+        layers = [layer for layer in reft_layers(self.model).values() if adapter_name in layer.reft_interventions]
+        if not isinstance(config, ReftConfig) or not layers:
+            raise ValueError(f"Adapter {adapter_name} does not exist; the adapters are {sorted(self.peft_config)}.")
+        larger = grown(config, name, r)
+        check_shapes(larger, {type(layer.block).__name__: (layer.width, larger.r) for layer in layers})
+        grow(layers, adapter_name, larger)
+        self.peft_config[adapter_name] = larger
+        self._forget_plans()
+
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        """Add an adapter that is the weighted sum of others: exactly, as one DiReFT adapter of the sum of their ranks.
+
+        The edits are summed as trained, without what `set_strength` and `set_subspaces` say. The new adapter is not
+        active: see `set_adapter`.
+
+        Args:
+            adapters: names of adapters with the same positions.
+            weights: a factor for each; negative ones subtract.
+            adapter_name: the new adapter's name.
+
+        Raises:
+            ValueError: if the sum is not one adapter: other positions or prompts, an activation, modules or tokens
+                trained beside the edits, interventions of one's own; or if the name is taken.
+        """
+        check_adapter_name(adapter_name)
+        check_sum(self.peft_config, adapters, weights, adapter_name)
+        layers = reft_layers(self.model)
+        for name in adapters:  # before anything is changed
+            of_blocks = (own.reft_interventions for own in layers.values() if name in own.reft_interventions)
+            linear_parts(next(of_blocks)[name][0], name)  # type: ignore[index]
+        self.peft_config[adapter_name] = config_of_sum(self.peft_config, adapters, layers)
+        self.inject_adapter(self.model, adapter_name)
+        for layer in reft_layers(self.model).values():
+            if adapter_name in layer.reft_interventions:
+                fill_sum(layer, adapters, weights, adapter_name)
+
+    def _forget_plans(self) -> None:
         state = state_of(self.model)
         if state is not None:
             state.plans.clear()  # which hold the interventions

@@ -56,6 +56,7 @@ def check_config_sizes(config: ReftConfig) -> None:
         "layers_to_transform",
         "rank_pattern",
         "trainable_token_indices",
+        "subspaces",
     ):
         value = getattr(config, name)
         if hasattr(value, "__len__") and len(value) > MOST_NAMES:

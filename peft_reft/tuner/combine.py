@@ -1,0 +1,224 @@
+"""Putting together what was learned apart: choosing subspaces of an adapter, adding one, and sums of adapters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_reft.context.subspaces import choice_of
+from peft_reft.interventions import Intervention, build_intervention
+from peft_reft.tuner.config import ReftConfig
+from peft_reft.tuner.injection import reft_layers, state_of
+from peft_reft.tuner.layer import ReftLayer
+
+SAME = ("positions", "share_weights", "share_layers", "turns", "prompt_end")  # which edits that are summed must share
+APART = ("modules_to_save", "trainable_token_indices")  # which cannot be summed
+
+
+def set_subspaces(model: nn.Module, subspaces: Any, adapter_name: str | None = None) -> None:
+    """Choose which named parts of an adapter's R act, where a call does not say so itself with `subspaces=`.
+
+    Args:
+        model: a `PeftModel`, or a model that adapters were injected into.
+        subspaces: a name, a list of names, {name: strength}; [] for none of them, None for all. It holds until it is
+            set again, and is not saved with the adapter.
+        adapter_name: None for the active adapters that have subspaces.
+
+    Raises:
+        ValueError: if no such adapter has subspaces, or one does not have those that are named.
+    """
+    layers = list(reft_layers(model).values())
+    choice = choice_of(subspaces)
+    active = {name for layer in layers for name in layer.active_adapters}
+    known = {name: parts for layer in layers for name, parts in layer.subspaces.items()}
+    chosen = known.keys() & (active if adapter_name is None else {adapter_name})
+    if not chosen:
+        raise ValueError(
+            f"{'No active ReFT adapter' if adapter_name is None else f'No ReFT adapter {adapter_name!r}'} has "
+            f"subspaces; those with subspaces are {sorted(known)}. Make one with ReftConfig(subspaces={{...}})."
+        )
+    there = {part for name in chosen for part in known[name]}
+    if choice is not None and not there.issuperset(choice):
+        raise ValueError(f"subspaces={subspaces!r} are not all there: {sorted(chosen)} has {sorted(there)}.")
+    for layer in layers:
+        for name in chosen & layer.subspaces.keys():
+            layer.chosen_subspaces.pop(name, None)
+            if choice is not None:
+                layer.chosen_subspaces[name] = dict(choice)
+    state = state_of(model)
+    if state is not None:
+        state.plans.clear()  # which were made with the choice before
+
+
+def grown(config: ReftConfig, name: str, r: int) -> ReftConfig:
+    """The config of an adapter with one more part, whose earlier parts keep their values.
+
+    Raises:
+        ValueError: if the config has no subspaces, or has this one already.
+    """
+    if not config.subspaces:
+        raise ValueError(
+            f"The adapter has no subspaces to which {name!r} could be added. Give its directions a name first: load it "
+            f'with a config that has subspaces={{"first": {config.r}}}, which changes nothing else.'
+        )
+    if name in config.subspaces:
+        raise ValueError(f"The adapter has a subspace {name!r} already; it has {list(config.subspaces)}.")
+    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+        raise ValueError(f"r={r!r} is not a rank; it must be an integer of at least 1.")
+    parts = {**config.subspaces, name: r}
+    return replace(config, r=config.r + r, subspaces=parts, frozen_subspaces=list(config.subspaces))
+
+
+def grow(layers: Sequence[ReftLayer], adapter_name: str, config: ReftConfig) -> None:
+    """Put interventions with one more part in the place of an adapter's.
+
+    Args:
+        config: as `grown` gives it.
+    """
+    seen = set()
+    for layer in layers:
+        groups: Any = layer.reft_interventions[adapter_name]
+        layer.subspaces[adapter_name] = dict(config.subspaces or {})
+        if id(groups) in seen:  # which layers share
+            continue
+        seen.add(id(groups))
+        for number, old in enumerate(groups):
+            groups[number] = _grown_intervention(old, layer.width, config)
+        if adapter_name not in layer.active_adapters:
+            groups.requires_grad_(False)
+
+
+def _grown_intervention(old: Any, width: int, config: ReftConfig) -> nn.Module:
+    new: Any = build_intervention(
+        config.intervention,
+        width,
+        config.r,
+        dropout=config.dropout,
+        act_fn=config.act_fn,
+        init_weights=config.init_weights,
+        train_bias=config.train_bias,
+        parts=config.parts,
+    )
+    new.to(device=old.basis.device, dtype=old.basis.dtype)
+    names = [name for name, parameter in new.named_parameters()]
+    before = {name: old.rows(name).detach() for name in names}
+    with torch.no_grad():
+        new.basis[: len(before["basis"])] = before["basis"]
+        if isinstance(new, Intervention) and config.init_weights:
+            new.start_from_zero()  # with the directions that the new part has beside the earlier ones
+        for name, rows in before.items():
+            new._parameters[name][: len(rows)] = rows
+    new.frozen = len(before["basis"])
+    new.hold()
+    new.train(old.training)
+    return new
+
+
+# Sums of adapters.
+
+
+def check_sum(configs: Mapping[str, Any], adapters: Sequence[str], weights: Sequence[float], name: str) -> None:
+    """Refuse adapters whose weighted sum is not one adapter.
+
+    Raises:
+        ValueError: naming the adapter or the setting.
+    """
+    if not adapters or len(adapters) != len(weights):
+        raise ValueError(
+            f"adapters={list(adapters)!r} and weights={list(weights)!r} must be as many, and at least one of each."
+        )
+    for adapter in adapters:
+        if not isinstance(configs.get(adapter), ReftConfig):
+            raise ValueError(f"Adapter {adapter} does not exist; the ReFT adapters of the model are {sorted(configs)}.")
+    if name in configs:
+        raise ValueError(f"adapter_name={name!r} is the name of an adapter already. Choose another one.")
+    for weight in weights:
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise ValueError(f"weights={list(weights)!r} holds {weight!r}, which is not a finite number.")
+    first = configs[adapters[0]]
+    for adapter in adapters:
+        config = configs[adapter]
+        for field in SAME:
+            if getattr(config, field) != getattr(first, field):
+                raise ValueError(
+                    f"Adapters with different {field} cannot be summed to one: {getattr(first, field)!r} in "
+                    f"{adapters[0]!r}, {getattr(config, field)!r} in {adapter!r}. Activate both instead: "
+                    "model.base_model.set_adapter([...]) sums the edits of active adapters."
+                )
+        if config.act_fn is not None:
+            raise ValueError(
+                f"Adapter {adapter!r} has act_fn={config.act_fn!r}: a sum of edits with an activation is not one edit. "
+                "Activate the adapters together instead, with model.base_model.set_adapter([...])."
+            )
+        for field in APART:
+            if getattr(config, field):
+                raise ValueError(
+                    f"Adapter {adapter!r} has {field}={getattr(config, field)!r}, which cannot be summed: only edits "
+                    "can. Activate the adapters together instead, with model.base_model.set_adapter([...])."
+                )
+
+
+def config_of_sum(
+    configs: Mapping[str, ReftConfig], adapters: Sequence[str], layers: Mapping[str, ReftLayer]
+) -> ReftConfig:
+    """The config of the DiReFT adapter that a sum of adapters is: its rank is the sum of theirs."""
+    ranks = [max([configs[name].r, *(configs[name].rank_pattern or {}).values()]) for name in adapters]
+    first = configs[adapters[0]]
+    blocks = [{name for name, layer in layers.items() if adapter in layer.reft_interventions} for adapter in adapters]
+    targets: dict[str, Any] = {}
+    if any(found != blocks[0] for found in blocks):
+        union = set().union(*blocks)
+        targets = {"target_modules": union, "layers_to_transform": None, "exclude_modules": None}
+    return replace(
+        first,
+        r=sum(ranks),
+        intervention="direft",
+        rank_pattern={},
+        dropout=0.0,
+        train_bias=True,
+        subspaces=None,
+        frozen_subspaces=None,
+        **targets,
+    )
+
+
+@torch.no_grad()
+def fill_sum(layer: ReftLayer, adapters: Sequence[str], weights: Sequence[float], name: str) -> None:
+    """Write the weighted sum of a layer's adapters into the DiReFT adapter `name` of the same layer.
+
+    h + Σ wᵢ Uᵢᵀ(Aᵢh + bᵢ) is DiReFT with the rows of all wᵢUᵢ as W2, of all Aᵢ as W1 and of all bᵢ as b. Every linear
+    equation here has that form: A = W − R where the subspace is replaced, A = 0 where the learned value is a constant.
+
+    Raises:
+        ValueError: for an intervention of the user's own.
+    """
+    targets: Any = layer.reft_interventions[name]
+    for number, target in enumerate(targets):
+        for parameter in target.parameters():
+            parameter.zero_()
+        first = 0
+        for adapter, weight in zip(adapters, weights):
+            if adapter not in layer.reft_interventions:
+                continue
+            up, down, bias = linear_parts(layer.reft_interventions[adapter][number], adapter)  # type: ignore[index]
+            rows = slice(first, first + len(bias))
+            target.basis[rows], target.weight[rows], target.bias[rows] = weight * up, down, bias
+            first += len(bias)
+
+
+def linear_parts(intervention: Any, adapter: str) -> tuple[Tensor, Tensor, Tensor]:
+    """U [r, d], A [r, d] and b [r] of an edit Uᵀ(Ah + b)."""
+    linear = isinstance(intervention, Intervention) and type(intervention).combine is Intervention.combine
+    if not linear or type(intervention).edit is not Intervention.edit:
+        raise ValueError(
+            f"Adapter {adapter!r} has the intervention {type(intervention).__name__}, of which it is not known whether "
+            "it is linear. Sums are of the built-in interventions that take no source."
+        )
+    factors = intervention.factors()
+    down = torch.zeros_like(factors.up) if factors.down is None else factors.down.mT
+    return factors.up, down, factors.bias

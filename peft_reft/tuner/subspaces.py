@@ -1,0 +1,72 @@
+"""Named parts of an adapter's R: what a config says of them, which are on, and growing an adapter by one.
+
+What a call says of its rows is read in context/subspaces.py, the equation of parts stands in interventions/parts.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from peft_reft.interventions import check_parts
+from peft_reft.tuner.sizes import shown
+
+if TYPE_CHECKING:
+    from peft_reft.tuner.config import ReftConfig
+
+LONGEST_NAME = 100
+
+
+def as_subspaces(value: Any) -> Any:
+    """The config's `subspaces` as a dictionary: a file holds pairs, whose order nothing sorts."""
+    if isinstance(value, (list, tuple)):
+        pairs = [tuple(pair) if isinstance(pair, (list, tuple)) else (pair,) for pair in value]
+        if all(len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+            names = [name for name, _ in pairs]
+            if len(set(names)) < len(names):
+                raise ValueError(f"subspaces={shown(value)} names a part twice; each needs a name of its own.")
+            return dict(pairs)
+    return value
+
+
+def check_subspaces(config: ReftConfig) -> None:
+    """Refuse subspaces that no adapter could have.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    parts, frozen = config.subspaces, config.frozen_subspaces
+    if parts is None:
+        if frozen is not None:
+            raise ValueError(f"frozen_subspaces={shown(frozen)} needs subspaces, some of which keep their values.")
+        return
+    if not isinstance(parts, dict) or not parts:
+        raise ValueError(
+            f"subspaces={shown(parts)} must be a dictionary of ranks by name, such as {{'german': 4, 'formal': 4}}, or "
+            "None for R as a whole."
+        )
+    for name, rank in parts.items():
+        if not isinstance(name, str) or not name.strip() or len(name) > LONGEST_NAME or not name.isprintable():
+            raise ValueError(
+                f"subspaces={shown(parts)} has the name {shown(name)}; a name is printable text of at most "
+                f"{LONGEST_NAME} characters."
+            )
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise ValueError(f"subspaces[{name!r}]={shown(rank)} is not a rank; it must be an integer of at least 1.")
+    if sum(parts.values()) != config.r:
+        raise ValueError(
+            f"subspaces={shown(parts)} have {sum(parts.values())} directions together, but r={config.r}. The ranks of "
+            "the parts add up to r."
+        )
+    if config.rank_pattern:
+        raise ValueError(
+            f"subspaces={shown(parts)} have the same ranks in all blocks, which rank_pattern={config.rank_pattern!r} "
+            "gives others. Leave one of the two out."
+        )
+    check_parts(config.intervention)
+    if frozen is not None:
+        names = list(parts)
+        if not isinstance(frozen, (list, tuple)) or list(frozen) != names[: len(frozen)] or len(frozen) == len(names):
+            raise ValueError(
+                f"frozen_subspaces={shown(frozen)} must be the first of the subspaces {names}, and leave one to train: "
+                "later parts are kept at right angles to earlier ones."
+            )
