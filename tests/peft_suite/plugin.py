@@ -127,6 +127,7 @@ INLINE: dict[str, Any] = {  # where PEFT lists the configs at the test itself
 
 
 CONV1D_SKIPS = ("_skip_if_not_conv1d_supported", "_skip_if_conv1d_not_supported")  # GPT-2's layers: no matter for ReFT
+SUMS = "test_weighted_combination_of_adapters"
 BY_ROW = {"test_mixed_adapter_batches", "test_generate_with_mixed_adapter_batches"}
 
 
@@ -186,8 +187,13 @@ def pytest_configure(config: Any) -> None:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_pyfunc_call(pyfuncitem: Any) -> Any:
-    """Let ReFT into the tests of adapters by row, which ask whether the method is one of those with that feature."""
+    """Let ReFT into tests of what few methods have, which ask for those: adapters by row, as LoRA; sums, as IA3."""
     with contextlib.ExitStack() as stack:
+        if METHOD == "reft" and pyfuncitem.originalname == SUMS:
+            if pyfuncitem.callspec.params["config_kwargs"].get("trainable_token_indices"):
+                pytest.skip("ReFT does not sum tokens that are trained in full, skipping this test.")
+            common = importlib.import_module("tests.testing_common")
+            stack.enter_context(mock.patch.object(common, "IA3Config", ReftConfig))
         if METHOD == "reft" and pyfuncitem.originalname in BY_ROW:
             for module in (pyfuncitem.module, importlib.import_module("tests.testing_common")):
                 stack.enter_context(mock.patch.object(module, "LoraConfig", ReftConfig))
