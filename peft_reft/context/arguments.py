@@ -235,8 +235,15 @@ def window_of(locations: Tensor, past: int | Tensor, columns: int) -> Tensor:
     return torch.where((locations >= 0) & (locations < columns), locations, -1)
 
 
-def check_locations(locations: Any, shape: tuple[int, int] | None, past: int | Tensor) -> Tensor:
+def check_locations(
+    locations: Any, shape: tuple[int, int] | None, past: int | Tensor, may_repeat: bool = False
+) -> Tensor:
     """`intervention_locations` as a long tensor [B, G, P].
+
+    Args:
+        shape: rows and columns of the call, if it has tokens.
+        past: columns before those.
+        may_repeat: a column may be named twice, as a source that two places take their value from.
 
     Raises:
         ValueError: if they are no columns of this batch. (The values are looked at on the CPU only: elsewhere that
@@ -266,6 +273,8 @@ def check_locations(locations: Any, shape: tuple[int, int] | None, past: int | T
                 )
     locations = locations.long()
     locations = locations if locations.dim() == 3 else locations.unsqueeze(1)
+    if may_repeat:
+        return locations
     flat = locations.flatten(1)  # a column that is named twice is edited once, by the first
     repeated = (flat.unsqueeze(1) == flat.unsqueeze(2)).tril(-1).any(-1).view_as(locations)
     return torch.where(repeated, -1, locations)

@@ -31,15 +31,12 @@ from peft_reft.context.arguments import (
 from peft_reft.context.forward import ForwardContext, Given
 from peft_reft.context.generate import STEP, Step, step_context
 from peft_reft.context.replay import Path
+from peft_reft.context.sources import run_sources
 from peft_reft.context.state import ModelState
 from peft_reft.positions import PositionSpec, Prompts, Tokens
 
-OWN_ARGUMENTS = (
-    "intervention_locations",
-    "adapter_names",
-    "subspaces",
-    STEP,
-)  # taken out of the call: the model does not know them
+# Taken out of the call: the model does not know them.
+OWN_ARGUMENTS = ("intervention_locations", "adapter_names", "subspaces", "source_inputs", STEP)
 
 
 class ForwardEntry:
@@ -181,10 +178,12 @@ class ForwardEntry:
     def _given(self, arguments: Mapping[str, Any], own: Mapping[str, Any], shape: tuple[int, int] | None) -> Given:
         """What the outermost call was given."""
         generation = self.state.running.generation
+        collecting, self.state.running.collecting = self.state.running.collecting, None
         step: Step | None = own.get(STEP)
         locations = own.get("intervention_locations")
         if locations is not None:
-            locations = check_locations(locations, shape, past_length(arguments, shape[1] if shape else 0, 0))
+            past = past_length(arguments, shape[1] if shape else 0, 0)
+            locations = check_locations(locations, shape, past, may_repeat=collecting is not None)
         elif generation is not None and self.role == "encoder":  # which `generate` runs without making a step of it
             locations = generation.locations
         elif step is not None and self.role == "router":
@@ -201,8 +200,14 @@ class ForwardEntry:
             subspaces = self.state.check_subspaces(subspaces, shape[0] if shape else None, names)
         elif generation is not None and (step is not None or self.role == "encoder"):
             subspaces = generation.subspaces
+        sources = own.get("source_inputs")
+        if sources is not None:
+            sources = run_sources(self.module, self.state, sources, names)
+        elif generation is not None and (step is not None or self.role == "encoder"):
+            sources = generation.sources
         labels, shift_labels = arguments.get("labels"), arguments.get("shift_labels")
-        return Given(labels, shift_labels, False, locations, names, subspaces, step, generation is not None)
+        in_generate = generation is not None
+        return Given(labels, shift_labels, False, locations, names, subspaces, sources, collecting, step, in_generate)
 
     def _shows_prompts(
         self, given: Given, arguments: Mapping[str, Any], shape: tuple[int, int] | None, is_outermost: bool
@@ -244,7 +249,7 @@ class ForwardEntry:
         past: int | Tensor = 0 if self.role == "encoder" else past_length(arguments, columns, 0)
         locations = None if self.role == "decoder" else context.given.locations
         if locations is not None:
-            context.locations = window_of(locations, past, columns)
+            context.locations, context.past = window_of(locations, past, columns), past
             return context
         labels = self._labels(context.given, rows, columns)
         continues = self.role != "encoder" and (has_state(arguments) or (not isinstance(past, Tensor) and past > 0))

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_reft.context.edit import Edit
-from peft_reft.context.plan import Plan, plan_for
+from peft_reft.context.plan import Family, Plan, plan_for
+from peft_reft.context.sources import Collected, Listed, Sources, exchanges, listed
 from peft_reft.context.state import ModelState
 from peft_reft.context.subspaces import Choices, repeated
 from peft_reft.positions import Places, PositionSpec, Prompts, Tokens, find_prompts, places_at, places_of
@@ -33,6 +34,8 @@ class Given:
         locations: `intervention_locations` as [B, G, P], or None.
         adapter_names: the adapter of each row, or None for the active ones in every row.
         subspaces: which named parts of R act in each row; None for those that are set for the model.
+        sources: hidden states of other inputs, for interventions that take a source.
+        collecting: where this call, the forward of a source, notes its hidden states down.
         step: which step of a running `generate` the call is, if it is one.
         in_generate: the call was made while `generate` runs.
     """
@@ -43,6 +46,8 @@ class Given:
     locations: Tensor | None = None
     adapter_names: list[str] | None = None
     subspaces: Choices | None = None
+    sources: Sources | None = None
+    collecting: Collected | None = None
     step: Step | None = None
     in_generate: bool = False
 
@@ -60,6 +65,7 @@ class ForwardContext:
         idle: nothing in this forward is edited.
         find: where the prompts lie, by what a spec takes for a prompt; None if the hidden state's shape has to tell.
         locations: columns to edit, [B, G, P]; they win.
+        past: how many columns of the row came before those of `locations`.
         answers_only: there are generated tokens only.
         tokens: what is known of the tokens, where `find` takes it from them.
         training: whether the model is in training mode.
@@ -76,6 +82,7 @@ class ForwardContext:
     idle: bool = False
     find: Callable[[PositionSpec], Prompts] | None = None
     locations: Tensor | None = None
+    past: int | Tensor = 0
     answers_only: bool = False
     tokens: Tokens | None = None
     training: bool = False
@@ -124,7 +131,42 @@ class ForwardContext:
         choices = self.given.subspaces
         if choices is not None:
             choices = repeated(choices, self.rows, self.given.in_generate)
-        return plan.edits(self._places, (self.rows, self.columns), names, self.training, choices)
+        shape = (self.rows, self.columns)
+        given = self.given
+        if given.sources is None and given.collecting is None:
+            return plan.edits(self._places, shape, names, self.training, choices)
+
+        def exchanged(family: Family, rows: Sequence[int]) -> Any:
+            return exchanges(family, self.listed, rows, given.sources, given.collecting, choices)
+
+        return plan.edits(self._places, shape, names, self.training, choices, exchanged, given.collecting is not None)
+
+    def listed(self, spec: PositionSpec, share_weights: bool | str) -> Listed | None:
+        """Where to edit, by a spec, in the order of the whole row's places; None for nowhere."""
+        assert self.rows is not None and self.columns is not None
+        if self.answers_only:
+            return None
+        step = None if self.role == "encoder" else self.given.step
+        locations = None if self.locations is None else self.given.locations
+        if step is not None:
+            generation = step.generation
+            locations = None if self.role == "decoder" else generation.locations
+        if locations is not None:
+            locations = locations.repeat_interleave(self.rows // len(locations), 0)
+            places = self._places_given(spec, share_weights, locations)
+        elif step is not None:
+            prompts = step.generation.prompts(spec)
+            places = places_of(spec, prompts.repeat(self.rows // len(prompts.inside)), share_weights)
+        else:
+            places = self._places(spec, share_weights)
+        if places is None:
+            return None
+        columns, keep = listed(places)
+        past = self.past if step is None else step.past
+        if locations is None and step is None:
+            return Listed(columns, keep)
+        inside = (columns >= past) & (columns < past + self.columns)
+        return Listed((columns - past).clamp(0, self.columns - 1), keep, inside)
 
     def places(self, spec: PositionSpec, share_weights: bool | str, h: Tensor) -> Places | None:
         """Where this call edits the hidden state `h` [B, S, d] by a spec; None for nowhere."""
@@ -139,7 +181,7 @@ class ForwardContext:
         if self.answers_only and not spec.edits_answers:
             return None
         if self.locations is not None:
-            return self._places_given(spec, share_weights)
+            return self._places_given(spec, share_weights, self.locations)
         if self.find is None:
             assert self.rows is not None and self.columns is not None
             prompts = find_prompts(torch.ones(self.rows, self.columns, dtype=torch.bool, device=self.device))
@@ -147,9 +189,7 @@ class ForwardContext:
             prompts = self.find(spec)
         return places_of(spec, prompts, share_weights)
 
-    def _places_given(self, spec: PositionSpec, share_weights: bool | str) -> Places | None:
-        locations = self.locations
-        assert locations is not None
+    def _places_given(self, spec: PositionSpec, share_weights: bool | str, locations: Tensor) -> Places | None:
         if not locations.numel():
             return None
         if share_weights is True:

@@ -25,6 +25,7 @@ from peft_reft.context.arguments import (
     valid_columns,
     window_of,
 )
+from peft_reft.context.sources import Sources, run_sources
 from peft_reft.context.state import ModelState
 from peft_reft.context.subspaces import Choices
 from peft_reft.positions import PositionSpec, Prompts, Tokens, generated, mark
@@ -43,6 +44,7 @@ class Generation:
         locations: what the caller passed as `intervention_locations`, [B, G, P], or None.
         adapter_names: the adapter of each row, or None.
         subspaces: which named parts of R act in each row, or None.
+        sources: hidden states of other inputs, or None.
         edits_answers: some adapter edits generated tokens too.
         guesses: the first step may hold guessed tokens behind the prompt.
         in_chunks: the prompt is run in several steps.
@@ -56,6 +58,7 @@ class Generation:
         self.locations: Tensor | None = None
         self.adapter_names: list[str] | None = None
         self.subspaces: Choices | None = None
+        self.sources: Sources | None = None
         self.edits_answers = state.edits_answers()
         self.guesses = self.in_chunks = self.started = False
         self.decoder_columns: int | None = None
@@ -186,6 +189,7 @@ class GenerateEntry(MethodEntry):
         intervention_locations: Any = None,
         adapter_names: list[str] | None = None,
         subspaces: Any = None,
+        source_inputs: Any = None,
         **kwargs: Any,
     ) -> Any:
         names = list(inspect.signature(self.__wrapped__).parameters)
@@ -198,12 +202,16 @@ class GenerateEntry(MethodEntry):
             generation.adapter_names = outer.adapter_names
         if intervention_locations is None and outer is not None and not outer.started:
             generation.locations = outer.locations  # that `generate` only passes the call on
+        by_row = generation.adapter_names or running.adapter_names
         if subspaces is not None:
-            by_row = generation.adapter_names or running.adapter_names
             rows = None if generation.tokens is None else generation.tokens.valid.shape[0]
             generation.subspaces = self.state.check_subspaces(subspaces, rows, by_row)
         elif outer is not None and not outer.started:
             generation.subspaces = outer.subspaces
+        if source_inputs is not None:
+            generation.sources = run_sources(self.model, self.state, source_inputs, by_row)
+        elif outer is not None and not outer.started:
+            generation.sources = outer.sources
         running.generation = generation
         self.state.unlabelled = False
         try:

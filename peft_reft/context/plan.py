@@ -61,6 +61,7 @@ class Family:
         # [L][A]: which of the distinct lists of groups
         self.places = [[places[id(groups)] for groups in row] for row in self.groups]
         self.count = len(self.groups[0][0])  # G
+        self.takes_source = self.kind is None and getattr(self.distinct[0], "takes_source", False)
         self._split: tuple[Factors, Any, Mapping[int, Any]] | None = None
 
     def blocks(self, adapters: Sequence[int] | None, split: bool) -> Mapping[int, Any]:
@@ -161,6 +162,8 @@ class Plan:
         rows: Sequence[str] | None,
         training: bool,
         choices: Choices | None = None,
+        exchanged: Callable[[Family, Sequence[int]], Any] | None = None,
+        collecting: bool = False,
     ) -> list[Edit]:
         """The edits of a call.
 
@@ -170,9 +173,17 @@ class Plan:
             rows: the adapter of each row; None for the active ones in every row.
             training: whether entries are dropped.
             choices: which named parts of R act in each row; None if the call says nothing.
+            exchanged: what stands for the edit of a family that takes a source, for some rows; None in calls without.
+            collecting: whether this is the forward of a source, which is not edited.
         """
-        edits = []
+        edits: list[Any] = []
         for family in self.families:
+            if family.takes_source or collecting:
+                if exchanged is not None and family.takes_source:
+                    own = rows is None or [number for number, name in enumerate(rows) if name in family.names]
+                    found = exchanged(family, range(shape[0]) if own is True else own)
+                    edits += [] if found is None else [found]
+                continue
             chosen = None if rows is None else [number for number, name in enumerate(rows) if name in family.names]
             places = None if chosen == [] else places_of(family.spec, family.share_weights)
             if places is not None:

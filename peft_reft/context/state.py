@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from peft_reft.context.entry import ForwardEntry
     from peft_reft.context.forward import ForwardContext
     from peft_reft.context.generate import Generation
+    from peft_reft.context.sources import Collected
 
 
 class Running(threading.local):
@@ -26,6 +27,7 @@ class Running(threading.local):
         context: of the innermost call of the model that knows about tokens; None outside of any.
         generation: the innermost call of `generate`.
         adapter_names: the adapter of each row, as PEFT's `forward` and `generate` hand it over.
+        collecting: where the forward of a source, which is about to begin, notes its hidden states down.
         replica: the replica of a module that nn.DataParallel is about to run.
     """
 
@@ -33,6 +35,7 @@ class Running(threading.local):
         self.context: ForwardContext | None = None
         self.generation: Generation | None = None
         self.adapter_names: list[str] | None = None
+        self.collecting: Collected | None = None
         self.replica: nn.Module | None = None
 
     def __reduce__(self) -> Any:

@@ -87,6 +87,8 @@ class AdapterInfo:
 
     def blocks_in_words(self) -> str:
         """How many blocks are edited, and which."""
+        if not self.blocks:
+            return "not stored: the intervention has no parameters"
         if self.config.get("share_layers"):
             return f"one set of interventions for all edited blocks, stored at {self.blocks[0].name}"
         names = [block.name for block in self.blocks]
@@ -101,7 +103,8 @@ class AdapterInfo:
     def parameters_in_words(self) -> str:
         """How many numbers were trained, and in which precision they are stored."""
         others = f", and {self.other_parameters:,} of other modules" if self.other_parameters else ""
-        return f"{self.parameters:,} in {', '.join(self.dtypes)}{others}"
+        kinds = f" in {', '.join(self.dtypes)}" if self.dtypes else ""
+        return f"{self.parameters:,}{kinds}{others}"
 
     def table(self) -> str:
         """A line of numbers per block."""

@@ -37,7 +37,7 @@ def interventions_of(saved: SavedAdapter) -> tuple[Parameters, dict[str, Tensor]
             others[key] = tensor
         else:
             found.setdefault(parts.block, {}).setdefault(parts.group, {})[parts.parameter] = tensor
-    if not found:
+    if not found and saved.config.get("intervention") != "vanilla":  # which has no parameters
         raise ValueError(
             f"{str(saved.file)!r} holds no weights of a ReFT adapter: none of its {len(others)} tensors lies below "
             f"{INTERVENTIONS!r}. Save the adapter with PeftModel.save_pretrained."

@@ -69,6 +69,14 @@ def inspect_adapter(
             "No ReFT adapter is active in this model, so there is nothing to inspect. Call set_adapter first."
         )
     names = dict.fromkeys(name for layer in layers.values() for name in layer.active_adapters)
+    for layer in layers.values():
+        for name in layer.active_adapters:
+            groups: Any = layer.reft_interventions._modules.get(name)
+            if groups is not None and getattr(groups[0], "takes_source", False):
+                raise ValueError(
+                    f"The adapter {name!r} takes its values from a source, without which it edits nothing to inspect. "
+                    "peft_reft.causal measures what such an adapter does."
+                )
     adapters = [name for name in names if any(name in layer.reft_interventions for layer in layers.values())]
     result = Inspection(adapters=adapters)
     roles = roles_of(base)

@@ -16,6 +16,7 @@ from peft_reft.interventions.equations import (
     edit_of,
     low_rank_edit,
 )
+from peft_reft.interventions.interchange import InterchangeIntervention, VanillaIntervention, exchange_of
 from peft_reft.interventions.orthonormal import orthonormal_rows
 from peft_reft.interventions.parts import PartedRows, ordered_rows
 from peft_reft.interventions.registry import (
@@ -26,6 +27,7 @@ from peft_reft.interventions.registry import (
     intervention_names,
     nearest_name,
     register_intervention,
+    takes_source,
 )
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "DireftIntervention",
     "FactorMemo",
     "Factors",
+    "InterchangeIntervention",
     "Intervention",
     "Kind",
     "LobireftIntervention",
@@ -42,9 +45,11 @@ __all__ = [
     "NoreftIntervention",
     "OdireftIntervention",
     "PartedRows",
+    "VanillaIntervention",
     "build_intervention",
     "check_parts",
     "edit_of",
+    "exchange_of",
     "intervention_names",
     "kind_of",
     "low_rank_edit",
@@ -53,4 +58,5 @@ __all__ = [
     "orthonormal_rows",
     "register_intervention",
     "stack_factors",
+    "takes_source",
 ]

@@ -21,6 +21,7 @@ from peft_reft.interventions.equations import (
     NoreftIntervention,
     OdireftIntervention,
 )
+from peft_reft.interventions.interchange import InterchangeIntervention, VanillaIntervention
 from peft_reft.interventions.parts import PartedRows
 
 # Classes by name; `register_intervention` adds to it.
@@ -31,6 +32,8 @@ REGISTRY: dict[str, type[nn.Module]] = {
     "odireft": OdireftIntervention,
     "consreft": ConsreftIntervention,
     "lobireft": LobireftIntervention,
+    "interchange": InterchangeIntervention,
+    "vanilla": VanillaIntervention,
 }
 BUILT_IN = frozenset(REGISTRY)
 KEYWORDS = ("dropout", "act_fn", "init_weights", "train_bias", "parts")  # what a constructor may take besides d and r
@@ -61,7 +64,8 @@ def register_intervention(name: str, cls: type[nn.Module]) -> None:
         cls: `nn.Module` whose constructor takes `(d, r)` and, if it names them (or takes `**kwargs`), the keywords
             `dropout`, `act_fn`, `init_weights`, `train_bias` and `parts`; its forward maps [..., d] to [..., d]. Its
             parameters are what is trained and saved. A subclass of `Intervention` that changes no method is worked out
-            for all blocks at once, and any module may offer `subspace` [r, d].
+            for all blocks at once, and any module may offer `subspace` [r, d]. A class with `takes_source = True` takes
+            a source in its forward, (h, source), as "interchange" does.
 
     Raises:
         ValueError: if the name is taken by a built-in or is no lower-case identifier.
@@ -105,6 +109,11 @@ def build_intervention(
         check_parts(name)
     values: dict[str, Any] = dict(zip(KEYWORDS, (dropout, act_fn, init_weights, train_bias, tuple(parts))))
     return cls(d, r, **{key: values[key] for key in taken if key != "parts" or parts})
+
+
+def takes_source(name: str) -> bool:
+    """Whether an intervention takes a source, another input's hidden state, instead of learning a value."""
+    return bool(getattr(REGISTRY[name], "takes_source", False))
 
 
 def check_parts(name: str) -> None:

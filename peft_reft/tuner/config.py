@@ -13,8 +13,8 @@ from peft.utils.peft_types import PeftType
 from transformers import AutoTokenizer
 from transformers.activations import ACT2FN
 
-from peft_reft.interventions import intervention_names, nearest_name
-from peft_reft.positions import parse_positions
+from peft_reft.interventions import intervention_names, nearest_name, takes_source
+from peft_reft.positions import PositionSpec, parse_positions
 from peft_reft.tuner.files import staged
 from peft_reft.tuner.neighbours import AFTER_SAVING
 from peft_reft.tuner.sizes import check_config_sizes, check_ids, shown
@@ -36,8 +36,8 @@ class ReftConfig(PeftConfig):
     intervention: str = field(
         default="loreft",
         metadata={
-            "help": "The equation: 'loreft', 'noreft', 'direft', 'odireft', 'consreft', 'lobireft', "
-            "or a name given to `register_intervention`."
+            "help": "The equation: 'loreft', 'noreft', 'direft', 'odireft', 'consreft', 'lobireft', 'interchange', "
+            "'vanilla', or a name given to `register_intervention`."
         },
     )
     positions: str = field(
@@ -217,10 +217,27 @@ class ReftConfig(PeftConfig):
                 f"act_fn={shown(self.act_fn)} is not an activation of transformers; use one of "
                 f"{', '.join(sorted(ACT2FN))}, or None for a linear edit."
             )
+        self._validate_source(spec)
         check_subspaces(self)
         for name in ("share_layers", "init_weights", "train_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={shown(getattr(self, name))} must be True or False.")
+
+    def _validate_source(self, spec: PositionSpec) -> None:
+        """What an intervention that takes a source, another input's hidden state, has no use for."""
+        if not takes_source(self.intervention):
+            return
+        for name in ("act_fn", "dropout"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no meaning for intervention={self.intervention!r}, which "
+                    "learns no value: it takes one from a source. Leave it out."
+                )
+        if spec.edits_answers:
+            raise ValueError(
+                f"positions={self.positions!r} edits generated tokens, but intervention={self.intervention!r} takes "
+                "its values from a source, which generates none. Use terms of the prompt."
+            )
 
     def _validate_names(self) -> None:
         """The fields with names of modules, and patterns that are to match them."""

@@ -1,0 +1,259 @@
+"""Sources of interchange interventions: other inputs, whose hidden states replace a call's own.
+
+A source is run before the call, by the module that the call enters, without gradient and unedited, and its hidden
+states are collected at its own places. The k-th place of a row takes what the source has at its k-th place.
+
+Shape letters: B rows, S columns, G position groups, P places per group, d hidden size, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft_reft.context.subspaces import Choices, strengths
+from peft_reft.interventions import exchange_of
+from peft_reft.positions import Places, PositionSpec, columns_of
+
+if TYPE_CHECKING:
+    from peft_reft.context.plan import Family
+    from peft_reft.context.state import ModelState
+
+RULE = (
+    "Pass the inputs of a call, source_inputs={'input_ids': ..., 'attention_mask': ...}, or such inputs by the name of "
+    "a subspace."
+)
+WITHIN = ("source_inputs", "subspaces", "adapter_names")  # which a source cannot have: its rows are the call's
+
+
+class Listed(NamedTuple):
+    """The places of a forward in the order of the whole row's, those outside of the forward's window included.
+
+    Attributes:
+        columns: long [B, G, P], columns of this forward that exist.
+        keep: bool [B, G, P], the places that the whole row has.
+        inside: bool [B, G, P], those of them that are among this forward's columns; None for all.
+    """
+
+    columns: Tensor
+    keep: Tensor
+    inside: Tensor | None = None
+
+
+@dataclass(eq=False)
+class Collected:
+    """The hidden states of a source at its places, by number of the layer and adapter.
+
+    Attributes:
+        states: [B, G, P, d], of the rows that have the adapter.
+        keep: bool [B, G, P], the places that there are.
+    """
+
+    states: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    keep: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+
+
+Sources = Mapping[str | None, Collected]  # by name of the subspace that it is for; None for the whole
+
+
+def run_sources(module: nn.Module, state: ModelState, given: Any, names: Sequence[str] | None) -> Sources | None:
+    """Run the sources of a call.
+
+    Args:
+        module: what the call enters.
+        given: `source_inputs` as passed.
+        names: the adapter of each row; None for the active ones in every row.
+
+    Returns:
+        None if the adapters that would take a source are disabled.
+
+    Raises:
+        ValueError: if no adapter of the call takes a source, or this is not the inputs of one.
+    """
+    if not isinstance(given, Mapping) or not given:
+        raise ValueError(f"source_inputs is {type(given).__name__} and not inputs of the model. {RULE}")
+    by_name = all(isinstance(value, Mapping) for value in given.values())
+    if not _check_adapters(state, names, set(given) if by_name else None):
+        return None
+    sources = {name: _run(module, state, inputs, names) for name, inputs in given.items()} if by_name else None
+    return {None: _run(module, state, given, names)} if sources is None else sources
+
+
+def _check_adapters(state: ModelState, names: Sequence[str] | None, parts: set[str] | None) -> bool:
+    """Whether an adapter that takes a source is switched on."""
+    known: set[str] = set()
+    takes = enabled = False
+    for layer in state.layers:
+        for name in layer.active_adapters if names is None else names:
+            groups = layer.reft_interventions._modules.get(name)
+            if groups is not None and getattr(groups[0], "takes_source", False):
+                takes, enabled = True, enabled or not layer.disable_adapters
+                known |= layer.subspaces.get(name, {}).keys()
+    if not takes:
+        raise ValueError(
+            "source_inputs were passed, but no ReFT adapter of this call takes a source. Make one with "
+            "ReftConfig(intervention='interchange') or 'vanilla', and activate it."
+        )
+    if parts is not None and not parts <= known:
+        raise ValueError(
+            f"source_inputs are named {sorted(map(str, parts))}, but the subspaces are {sorted(known)}. {RULE}"
+        )
+    return enabled
+
+
+def _run(module: nn.Module, state: ModelState, inputs: Mapping[str, Any], names: Sequence[str] | None) -> Collected:
+    for name in WITHIN:
+        if inputs.get(name) is not None:
+            raise ValueError(f"source_inputs hold {name}, but a source is run unedited, for the rows of the call.")
+    running, collected = state.running, Collected()
+    outer = running.context, running.generation, running.collecting
+    running.context, running.generation, running.collecting = None, None, collected
+    by_row = {} if names is None else {"adapter_names": list(names)}
+    try:
+        with torch.no_grad():
+            module(**inputs, **by_row)
+    finally:
+        running.context, running.generation, running.collecting = outer
+    return collected
+
+
+def listed(places: Places) -> tuple[Tensor, Tensor]:
+    """Columns [B, G, P] and which of them count, also where places are marks on all columns."""
+    columns, keep = places
+    return columns_of(keep, keep.shape[-1]) if columns is None else (columns, keep)
+
+
+class Collector:
+    """Stands where an edit would, and notes down the hidden states at its places instead of editing them."""
+
+    called = True
+
+    def __init__(self, family: Family, places: Listed, rows: Sequence[int], collected: Collected):
+        self.places, self.rows, self.collected = places, list(rows), collected
+        self.keep = places.keep[self.rows]
+        self.name = family.names[0]
+        self.blocks = {number: number for number in family.layers}
+
+    def add(self, out: Tensor, h: Tensor, block: int) -> Tensor:
+        """`out` as it is."""
+        key = (block, self.name)
+        if key in self.collected.states:
+            raise ValueError(
+                "A block ran several times in the forward of a source, so that it is unknown which of its hidden "
+                "states is meant. Target a module that runs once."
+            )
+        columns = self.places.columns[self.rows].to(h.device)
+        rows = torch.tensor(self.rows, device=h.device)[:, None, None]
+        self.collected.states[key] = h.detach()[rows, columns]
+        self.collected.keep[key] = self.keep.to(h.device)
+        return out
+
+
+class Exchange:
+    """The edit of a family that takes a source, next to its layers.
+
+    Args:
+        family: of interventions that are called as modules.
+        places: of all rows of the call.
+        rows: numbers of the rows that take part.
+        sources: what was collected.
+        choices: which named parts of R act in each row.
+    """
+
+    called = True
+
+    def __init__(self, family: Family, places: Listed, rows: Sequence[int], sources: Sources, choices: Choices | None):
+        self.family, self.sources = family, sources
+        self.rows = list(rows)
+        self.columns, self.whole = places.columns[self.rows], places.keep[self.rows]
+        keep = self.whole if places.inside is None else self.whole & places.inside[self.rows]
+        self.keep = keep.float().unsqueeze(-1) * family.scales[0]  # [B, G, P, 1]
+        if family.parts[0]:
+            acting = strengths(family.parts, family.chosen, choices, self.rows, None, self.keep)
+            if acting is not None:
+                self.keep = self.keep * acting[:, None, None, :]
+        self.blocks = {number: (number, list(row[0])) for number, row in zip(family.layers, family.groups)}
+
+    def add(self, out: Tensor, h: Tensor, block: tuple[int, Sequence[nn.Module]]) -> Tensor:
+        """`out` with the edit of `h`, both [B, S, d]."""
+        number, modules = block
+        columns, keep = self.columns.to(h.device), self.keep.to(h.device)
+        rows = torch.tensor(self.rows, device=h.device)[:, None, None]
+        selected = h[rows, columns]  # [B, G, P, d]
+        exact = torch.promote_types(h.dtype, torch.float32)
+        delta = torch.zeros(selected.shape, dtype=exact, device=h.device)
+        for part, collected in self.sources.items():
+            source = self._source(collected, number, selected.shape)
+            factor = keep if part is None else keep * self._mask(part, keep)
+            for group, module in enumerate(modules):
+                h_G, s_G, k_G = selected[:, group], source[:, group], factor[:, group]
+                edit = exchange_of(module, h_G, s_G) * k_G if k_G.shape[-1] == 1 else exchange_of(module, h_G, s_G, k_G)
+                delta = delta.index_add(1, torch.tensor([group], device=h.device), edit.to(exact).unsqueeze(1))
+        delta = delta.masked_fill((keep == 0).all(-1, keepdim=True), 0.0)  # not 0 times what padding may hold
+        index = (rows * h.shape[1] + columns).flatten()
+        # In at least single precision, so that h + (s - h) is s where h is in half precision.
+        flat = out.flatten(0, 1).to(exact).index_add(0, index, delta.flatten(0, 2))
+        return flat.to(h.dtype).view_as(h)
+
+    def _mask(self, part: str, keep: Tensor) -> Tensor:
+        """Ones for the directions of a part [r]."""
+        parts = self.family.parts[0]
+        return torch.tensor([float(name == part) for name in parts for _ in range(parts[name])], device=keep.device)
+
+    def _source(self, collected: Collected, number: int, shape: Sequence[int]) -> Tensor:
+        """The source's states for the rows and places of the call [B, G, P, d].
+
+        Raises:
+            ValueError: if they do not pair with the call's places.
+        """
+        key = (number, self.family.names[0])
+        if key not in collected.states:
+            raise ValueError("A block that is edited did not run in the forward of the source.")
+        states, keep = collected.states[key], collected.keep[key]
+        times, rest = divmod(shape[0], max(len(states), 1))
+        if rest or not times:
+            raise ValueError(f"source_inputs have {len(states)} rows, but the call has {shape[0]}. Pass one per row.")
+        states, keep = states.repeat_interleave(times, 0), keep.repeat_interleave(times, 0)
+        width = max(shape[2], states.shape[2])
+        whole = F.pad(self.whole.to(keep.device), (0, width - shape[2]))
+        if not torch.compiler.is_compiling() and not torch.equal(whole, F.pad(keep, (0, width - keep.shape[2]))):
+            raise ValueError(
+                f"The source has {keep.sum(-1).tolist()} places by row and position group, the call "
+                f"{whole.sum(-1).tolist()}: each place needs one to take its value from. Choose positions that both "
+                "have, or pass intervention_locations with the call and within source_inputs."
+            )
+        states = F.pad(states, (0, 0, 0, width - states.shape[2]))
+        return states[:, :, : shape[2]]
+
+
+def exchanges(
+    family: Family,
+    find: Callable[[PositionSpec, bool | str], Listed | None],
+    rows: Sequence[int],
+    sources: Sources | None,
+    collecting: Collected | None,
+    choices: Choices | None,
+) -> Collector | Exchange | None:
+    """What stands for the edit of a family that takes a source: nothing in a call without one.
+
+    Args:
+        find: the places of all rows by spec and `share_weights`; None for nowhere.
+        rows: numbers of the rows that have the family's adapter.
+        sources: of the call.
+        collecting: where the forward of a source notes its hidden states down.
+        choices: which named parts of R act in each row.
+    """
+    if not rows or (sources is None and collecting is None):
+        return None
+    places = find(family.spec, family.share_weights)
+    if places is None:
+        return None
+    if collecting is not None:
+        return Collector(family, places, rows, collecting)
+    assert sources is not None
+    return Exchange(family, places, rows, sources, choices)
