@@ -10,13 +10,12 @@ import pytest
 import torch
 from conftest import BLOCKS, HIDDEN, randomize, reft_model, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
-from reference import ORTHONORMAL, gram_schmidt
+from reference import EQUATIONS, ORTHONORMAL, gram_schmidt
 from safetensors.torch import load_file, save_file
 
 from peft_reft import ReftConfig, get_interventions
 from peft_reft.info import adapter_info, main
 from peft_reft.info.words import positions_in_words
-from peft_reft.interventions import BUILT_IN
 from peft_reft.positions import parse_positions
 
 
@@ -36,7 +35,7 @@ def own_numbers(model) -> dict[str, list[dict[str, torch.Tensor]]]:
 
 
 @pytest.mark.parametrize("share_weights", [True, False, "position"])
-@pytest.mark.parametrize("kind", sorted(BUILT_IN))
+@pytest.mark.parametrize("kind", sorted(EQUATIONS))
 def test_numbers_are_those_of_the_loaded_model(tmp_path, kind, share_weights):
     saved(tmp_path, intervention=kind, positions="f2+l1", share_weights=share_weights, rank_pattern={"layers.1": 2})
     info = adapter_info(tmp_path)

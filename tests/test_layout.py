@@ -14,11 +14,17 @@ FLOORS = [
     {"context"},
     {"tuner"},
     {"integrations", "info"},
-    {"convert", "inspect", "search", "chat", "playground"},
+    {"convert", "inspect", "search", "chat", "playground", "causal"},
 ]
 MATHEMATICS = {"interventions", "positions"}  # plain torch
 # Two tools are used by neighbours: a model card says what `info` finds, and a chat marks tokens as trainers see them.
-ALSO = {("integrations", "info"), ("info", "integrations"), ("playground", "chat"), ("playground", "inspect")}
+ALSO = {
+    ("integrations", "info"),
+    ("info", "integrations"),
+    ("playground", "chat"),
+    ("playground", "inspect"),
+    ("causal", "inspect"),  # one heat map
+}
 
 
 def imports_of(path: pathlib.Path) -> set[str]:

@@ -66,7 +66,7 @@ def run_sources(module: nn.Module, state: ModelState, given: Any, names: Sequenc
 
     Args:
         module: what the call enters.
-        given: `source_inputs` as passed.
+        given: `source_inputs` as passed, or what was collected already.
         names: the adapter of each row; None for the active ones in every row.
 
     Returns:
@@ -75,6 +75,8 @@ def run_sources(module: nn.Module, state: ModelState, given: Any, names: Sequenc
     Raises:
         ValueError: if no adapter of the call takes a source, or this is not the inputs of one.
     """
+    if isinstance(given, Collected):  # which was collected before
+        return {None: given}
     if not isinstance(given, Mapping) or not given:
         raise ValueError(f"source_inputs is {type(given).__name__} and not inputs of the model. {RULE}")
     by_name = all(isinstance(value, Mapping) for value in given.values())

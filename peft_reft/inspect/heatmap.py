@@ -21,6 +21,8 @@ LABELS = {
     "angle_before": "angle of h to the subspace\n(degrees)",
     "angle_after": "angle of h + Δh to the subspace\n(degrees)",
     "edit_angle": "angle of Δh to the subspace\n(degrees)",
+    "restored": "part of the clean answer that returns\n(1: all of it)",  # of peft_reft.causal.trace
+    "effect": "change of the metric",
 }
 Row = dict[str, Any]
 UNEDITED = "#e6e6e6"
@@ -140,8 +142,9 @@ class Panel:
             side.set_visible(False)
         if self.answer is not None:
             axes.axvline(self.answer - 0.5, color="black", linewidth=1.2, linestyle="--")
-        legend = "grey: not edited" if self.answer is None else "grey: not edited; dashed line: the answer begins"
-        axes.set_xlabel(f"token   ({legend})", fontsize=8)
+        legend = ["grey: not edited"] if any(math.isnan(cell) for line in self.grid for cell in line) else []
+        legend += [] if self.answer is None else ["dashed line: the answer begins"]
+        axes.set_xlabel(f"token   ({'; '.join(legend)})" if legend else "token", fontsize=8)
         axes.set_ylabel("block", fontsize=8)
         return image
 
