@@ -129,5 +129,5 @@ import torch
 from benchmarks.gpu import kernel
 print(kernel.check(*kernel.edits(40, (2, 9), "cpu")))
 """
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=ROOT)

@@ -34,33 +34,51 @@ def capture(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[torch.cuda.CUD
     return graph, logits
 
 
-def graphs(work: Work) -> Iterator[Figure]:
-    """A forward captured once and replayed on other tokens: equal to an eager one, and how long it takes.
+def capturable(model: nn.Module, ids: Tensor) -> tuple[dict[str, Tensor], str]:
+    """Arguments with which the base model's own forward can be captured, and what they are, in words.
 
-    There is no attention mask: with one, the base model itself waits for the device, which no graph can hold.
+    A graph holds no wait for the device. With a mask [B, S], transformers looks whether it hides anything, and in some
+    versions without a mask, too; a mask [B, 1, S, S] is taken as it is.
     """
+    causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
+    masks: dict[str, dict[str, Tensor]] = {
+        "without a mask": {},
+        "with a mask [B, 1, S, S]": {"attention_mask": causal.expand(ids.shape[0], 1, -1, -1)},
+    }
+    problems = []
+    for words, mask in masks.items():
+        try:
+            capture(model, {"input_ids": ids, **mask})
+            return mask, words
+        except Exception as error:
+            torch.cuda.synchronize()
+            problems.append(f"{words}: {type(error).__name__}: {str(error)[:300]}")
+    raise RuntimeError(f"the base model itself is not captured. {'; '.join(problems)}")
+
+
+def graphs(work: Work) -> Iterator[Figure]:
+    """A forward captured once and replayed on other tokens: equal to an eager one, and how long it takes."""
     functions: dict[str, Run] = {}
     kept: list[Any] = []
     differences, effects, logits_of = {}, {}, {}
     ids = work.batch()["input_ids"]
     other = ids.roll(1, 0).flip(1).contiguous()
+    mask, words = capturable(work.base, ids)
     for name, model in models.methods(work.base, COMPARED).items():
         model.requires_grad_(False)
-        inputs = {"input_ids": ids.clone()}
+        inputs = {"input_ids": ids.clone(), **mask}
         try:
             graph, logits = capture(model, inputs)
         except Exception as error:
             torch.cuda.synchronize()
             note = f"not captured: {type(error).__name__}: {str(error)[:300]}"
             yield Figure("forward as a CUDA graph", {name: None}, note=note)
-            if name == "base":
-                return
             continue
         inputs["input_ids"].copy_(other)
         graph.replay()
         torch.cuda.synchronize()
         logits_of[name] = logits.float()
-        eager = forward(model, {"input_ids": other}, use_cache=False)
+        eager = forward(model, {"input_ids": other, **mask}, use_cache=False)
         expected = eager().logits.float()
         differences[name] = float((logits_of[name] - expected).abs().max() / expected.abs().max())
         effects[name] = float((expected - logits_of["base"]).abs().max() / expected.abs().max())
@@ -68,11 +86,12 @@ def graphs(work: Work) -> Iterator[Figure]:
         functions[f"{name} eager"] = eager
         kept.append((graph, inputs, logits))
         del expected
-    right = all(value < LARGEST_DIFFERENCE for value in differences.values())
-    yield Figure("replayed on other tokens: largest difference to eager / largest logit", differences, note=str(right))
+    equal = all(value < LARGEST_DIFFERENCE for value in differences.values())
+    note = "equal" if equal else "**not equal**"
+    yield Figure("replayed on other tokens: largest difference to eager / largest logit", differences, note=note)
     yield Figure("largest effect of the adapter / largest logit", effects)
     times = work.time(functions)
-    yield ratios("forward as a CUDA graph", times, "base")
+    yield ratios("forward as a CUDA graph", times, "base", words)
     by_eager = {name: times.ratio(name, f"{name} eager") for name in differences}
     yield Figure("forward as a CUDA graph / the same eager", by_eager)
 
