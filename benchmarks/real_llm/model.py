@@ -37,8 +37,10 @@ def load(folder: Path, device: str, dtype: torch.dtype) -> tuple[nn.Module, Any]
     return model, tokenizer
 
 
-def loss_of_last_columns(logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
+def loss_of_last_columns(logits: Tensor, labels: Tensor, vocab_size: int, **others: Any) -> Tensor:
     """The mean loss of the labelled tokens, where `logits_to_keep` left the last columns of logits only.
+
+    Takes what transformers passes to every loss function, and reads no more than it needs.
 
     Logits of all columns would be most of the memory: the vocabulary is 85 times as wide as the hidden state.
     """
