@@ -94,7 +94,12 @@ def main() -> None:
         common.gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        record["rows"].append(measure(*arguments))
+        try:
+            record["rows"].append(measure(*arguments))
+        except (
+            RuntimeError
+        ) as error:  # a capture that failed: said in the file, and the others are measured all the same
+            record["rows"].append({"asked": str(arguments[1:]), "error": str(error)[:500]})
         print(record["rows"][-1], flush=True)
         (options.output / "cost.json").write_text(json.dumps(record, indent=1) + "\n")
 

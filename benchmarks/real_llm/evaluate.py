@@ -28,7 +28,7 @@ def by_likelihood(model: nn.Module, data: Data, rows: list[Row], size: int) -> d
         some = rows[start : start + size]
         batch = {name: tensor.to(device) for name, tensor in collate(some, data.pad).items()}
         # The labels tell where the prompt ends; what is read are the logits before the digit.
-        logits = model(**batch, logits_to_keep=data.answer_columns + 1).logits
+        logits = model(**batch, use_cache=False, logits_to_keep=data.answer_columns + 1).logits
         scores = logits[:, -DIGIT - 1, data.digits].float()
         target = torch.tensor([row.choice for row in some], device=device)
         right += (scores.argmax(-1) == target).sum().item()

@@ -96,7 +96,7 @@ class Training:
     def _compute(self, batch: Batch) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
         with self.context():
-            loss = self.model(**batch, logits_to_keep=self.keep).loss
+            loss = self.model(**batch, use_cache=False, logits_to_keep=self.keep).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, CLIP)
         self.optimizer.step()
@@ -110,7 +110,7 @@ class Training:
         """
         torch.cuda.synchronize()
         with torch.no_grad(), self.context():
-            expected = self.model(**batch, logits_to_keep=self.keep).loss.item()
+            expected = self.model(**batch, use_cache=False, logits_to_keep=self.keep).loss.item()
         self.given = {name: tensor.clone() for name, tensor in batch.items()}
         kept = [parameter.detach().clone() for parameter in self.parameters]
         state = {p: {k: v.clone() for k, v in s.items()} for p, s in self.optimizer.state.items()}
