@@ -336,9 +336,11 @@ def environment() -> dict[str, Any]:
     for package in ("peft-reft", "peft", "transformers", "torch"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
+    commit = ""
+    with contextlib.suppress(FileNotFoundError):  # a machine without git
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+        ).stdout.strip()
     return {
         "hardware": hardware(),
         "threads": torch.get_num_threads(),
