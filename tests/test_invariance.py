@@ -338,7 +338,7 @@ def test_a_batch_with_one_row_without_locations_leaves_that_row_alone():
     assert (got[0] - base[0]).abs().max() > 1e-3
 
 
-def test_padding_that_is_not_a_number_spoils_neither_edits_nor_gradients():
+def test_padding_that_is_not_a_number_spoils_neither_edits_nor_gradients(monkeypatch):
     model = family("llama", positions="f4+l4", layers_to_transform=0)
     inputs = batch(9, 2, side="left")
     valid = inputs["attention_mask"].bool()
@@ -346,13 +346,10 @@ def test_padding_that_is_not_a_number_spoils_neither_edits_nor_gradients():
     hidden[valid] = torch.randn(int(valid.sum()), HIDDEN)
     block = model.get_base_model().model.layers[0]
     seen = {}
-    handles = [
-        block.register_forward_hook(lambda module, args, output: hidden, prepend=True),
-        block.register_forward_hook(lambda module, args, output: seen.update(out=output)),
-    ]
+    monkeypatch.setattr(block.forward, "replaced", lambda *args, **kwargs: hidden)
+    handle = block.register_forward_hook(lambda module, args, output: seen.update(out=output))
     model(**inputs)
-    for handle in handles:
-        handle.remove()
+    handle.remove()
     assert torch.isfinite(seen["out"][valid]).all()
     assert not torch.equal(seen["out"][valid], hidden[valid])
     seen["out"][valid].sum().backward()

@@ -28,8 +28,10 @@ from peft_reft.context.arguments import (
     valid_columns,
     window_of,
 )
+from peft_reft.context.block import BlockEntry, stand_in
 from peft_reft.context.forward import ForwardContext, Given
 from peft_reft.context.generate import STEP, Step, step_context
+from peft_reft.context.method import MethodEntry
 from peft_reft.context.replay import Path
 from peft_reft.context.sources import run_sources
 from peft_reft.context.state import ModelState
@@ -39,7 +41,7 @@ from peft_reft.positions import PositionSpec, Prompts, Tokens
 OWN_ARGUMENTS = ("intervention_locations", "adapter_names", "subspaces", "source_inputs", STEP)
 
 
-class ForwardEntry:
+class ForwardEntry(MethodEntry):
     """Stands in for the `forward` of a module that takes tokens and has blocks below it.
 
     Args:
@@ -52,6 +54,8 @@ class ForwardEntry:
         layers: the layers next to them.
     """
 
+    name = "forward"
+
     def __init__(
         self,
         module: nn.Module,
@@ -62,36 +66,19 @@ class ForwardEntry:
         blocks: Sequence[str],
         layers: Sequence[Any],
     ):
-        self.module = module
-        self.state = state
+        super().__init__(module, state)
         self.role = role
         self.depth = depth
         self.causal = causal
         self.layers = list(layers)
         self.path = Path(module, blocks)
         self.idle = ForwardContext(state, (), Given(), role, depth, idle=True)
-        self.replaced: Any = module.__dict__.get("forward")  # accelerate and TRL put theirs there, too
         self.passive = False
         parameters = inspect.signature(type(module).forward).parameters.values()
         self.names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
 
-    @property
-    def __wrapped__(self) -> Any:  # for inspect.signature, help and the like
-        if self.replaced is not None:
-            return self.replaced
-        cls: Any = type(self.module)
-        return cls.forward.__get__(self.module)
-
-    @property
-    def __name__(self) -> str:
-        return "forward"
-
-    @property
-    def __doc__(self) -> str | None:  # type: ignore[override]
-        return self.__wrapped__.__doc__
-
     def attach(self) -> None:
-        self.module.__dict__["forward"] = self
+        super().attach()
         self.module.register_forward_pre_hook(StayOutermost(self), prepend=True, with_kwargs=True)
         self.state.entries.append(self)
 
@@ -108,6 +95,9 @@ class ForwardEntry:
         else:
             own = {name: kwargs.pop(name) for name in OWN_ARGUMENTS if name in kwargs}
             context = self.context(outer, args, kwargs, own)
+            if outer is None and not torch.compiler.is_compiling():
+                for layer in self.layers:
+                    stand_in(layer.block, self.state)
         if context is outer:
             return self.__wrapped__(*args, **kwargs)
         is_recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -129,6 +119,10 @@ class ForwardEntry:
         kinds = {type(layer) for layer in self.layers}
         entry = object.__new__(ForwardEntry)
         layers = [part for part in module.modules() if type(part) in kinds]
+        for part in module.modules():
+            block_entry = part.__dict__.get("forward")
+            if type(block_entry) is BlockEntry:
+                block_entry.of_replica(part).attach()
         entry.__dict__.update(self.__dict__, module=module, layers=layers, path=Path(module, ()))
         return entry
 
@@ -375,9 +369,5 @@ def detach_entries(state: ModelState, model: nn.Module) -> None:
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
     for entry in state.entries:
         entry.passive = True  # should something else hold it
-        if entry.module.__dict__.get("forward") is entry:
-            if entry.replaced is None:
-                del entry.module.__dict__["forward"]
-            else:
-                entry.module.__dict__["forward"] = entry.replaced
+        entry.detach()
     state.entries.clear()

@@ -1,4 +1,4 @@
-"""What one call of a model edits: the `ForwardContext` that an entry opens and the blocks' hooks ask.
+"""What one call of a model edits: the `ForwardContext` that an entry opens and the blocks' entries ask.
 
 Shape letters: B rows, S columns, G position groups, P places per group, d hidden size.
 """

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_reft.context.arguments import (
     check_locations,
@@ -25,6 +25,7 @@ from peft_reft.context.arguments import (
     valid_columns,
     window_of,
 )
+from peft_reft.context.method import MethodEntry
 from peft_reft.context.sources import Sources, run_sources
 from peft_reft.context.state import ModelState
 from peft_reft.context.subspaces import Choices
@@ -141,43 +142,6 @@ class Step(NamedTuple):
         return not generation.edits_answers or generation.locations is not None
 
 
-class MethodEntry:
-    """Stands in for a method of a model, as an attribute of the instance.
-
-    An object rather than a function, so that models with an adapter can still be pickled and copied.
-    """
-
-    name: str
-
-    def __init__(self, model: nn.Module, state: ModelState):
-        self.model = model
-        self.state = state
-        self.replaced: Any = model.__dict__.get(self.name)
-
-    def attach(self) -> None:
-        self.model.__dict__[self.name] = self
-
-    def detach(self) -> None:
-        if self.model.__dict__.get(self.name) is self:
-            del self.model.__dict__[self.name]
-            if self.replaced is not None:
-                self.model.__dict__[self.name] = self.replaced
-
-    @property
-    def __wrapped__(self) -> Any:  # for inspect.signature, help and the like
-        if self.replaced is not None:
-            return self.replaced
-        return getattr(type(self.model), self.name).__get__(self.model)
-
-    @property
-    def __name__(self) -> str:
-        return self.name
-
-    @property
-    def __doc__(self) -> str | None:  # type: ignore[override]
-        return self.__wrapped__.__doc__
-
-
 class GenerateEntry(MethodEntry):
     """Stands in for `generate`: takes the prompt, and the arguments that the model does not know."""
 
@@ -221,7 +185,7 @@ class GenerateEntry(MethodEntry):
 
     def _generation(self, arguments: Mapping[str, Any], locations: Any) -> Generation:
         valid = self._valid_columns(arguments)
-        is_encoder_decoder = getattr(self.model.config, "is_encoder_decoder", False)
+        is_encoder_decoder = getattr(self.module.config, "is_encoder_decoder", False)
         tokens = None
         if valid is not None and not is_encoder_decoder:
             ids = self._ids(arguments) if arguments.get("inputs_embeds") is None else None
@@ -286,7 +250,7 @@ class GenerateEntry(MethodEntry):
 
     def _setting(self, name: str, arguments: Mapping[str, Any]) -> Any:
         """A generation setting: from the call, its generation config, or the model's."""
-        configs = (arguments.get("generation_config"), getattr(self.model, "generation_config", None))
+        configs = (arguments.get("generation_config"), getattr(self.module, "generation_config", None))
         values = (arguments.get(name), *(getattr(config, name, None) for config in configs))
         return next((value for value in values if value is not None), None)
 
@@ -300,7 +264,7 @@ class PrepareEntry(MethodEntry):
         inputs = self.__wrapped__(*args, **kwargs)
         generation = self.state.running.generation
         if generation is not None and isinstance(inputs, dict):
-            is_decoder = bool(getattr(self.model.config, "is_encoder_decoder", False))
+            is_decoder = bool(getattr(self.module.config, "is_encoder_decoder", False))
             ids = args[0] if args else kwargs.get("input_ids", kwargs.get("decoder_input_ids"))
             step = generation.step(is_decoder, ids, kwargs, inputs)
             if step is not None:

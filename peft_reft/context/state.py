@@ -1,4 +1,4 @@
-"""What the entries and hooks of one model share: its kind, its layers, its warnings, and what runs in each thread."""
+"""What the entries of one model share: its kind, its layers, its warnings, and what runs in each thread."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Running(threading.local):
 
 
 class ModelState:
-    """What the entries and hooks of one model share.
+    """What the entries of one model share.
 
     Attributes:
         causal: a causal language model, whose labels tell where the prompt ends.

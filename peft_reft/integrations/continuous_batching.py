@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_reft.context.generate import MethodEntry
+from peft_reft.context.method import MethodEntry
 from peft_reft.context.state import ModelState
 from peft_reft.positions import Prompts
 from peft_reft.tuner.neighbours import METHODS
@@ -31,8 +31,8 @@ class BatchingEntry(MethodEntry):
 
     name = "init_continuous_batching"
 
-    def __init__(self, model: nn.Module, state: ModelState):
-        super().__init__(model, state)
+    def __init__(self, module: nn.Module, state: ModelState):
+        super().__init__(module, state)
         self.manager: Any = None
 
     def attach(self) -> None:
@@ -47,7 +47,7 @@ class BatchingEntry(MethodEntry):
         self, generation_config: Any = None, continuous_batching_config: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         if continuous_batching_config is None:
-            settings = generation_config or getattr(self.model, "generation_config", None)
+            settings = generation_config or getattr(self.module, "generation_config", None)
             continuous_batching_config = getattr(settings, "continuous_batching_config", None)
         if continuous_batching_config is None:
             from transformers import ContinuousBatchingConfig

@@ -40,7 +40,7 @@ def kind_of(intervention: nn.Module) -> Kind | None:
 
     Returns:
         None for an intervention that has to be called as a module: one of the user's own, or one whose parameters
-        cannot be read before its module runs (sharded, offloaded).
+        cannot be read before its module runs (sharded, offloaded), or are none (a replica of nn.DataParallel).
     """
     if not isinstance(intervention, Intervention):
         return None
@@ -48,7 +48,9 @@ def kind_of(intervention: nn.Module) -> Kind | None:
     if any(getattr(cls, name) is not getattr(Intervention, name) for name in METHODS):
         return None
     parameters = intervention._parameters.values()
-    if any(p is not None and (type(p) not in (nn.Parameter, Tensor) or p.is_meta or not p.numel()) for p in parameters):
+    if not parameters or any(
+        p is not None and (type(p) not in (nn.Parameter, Tensor) or p.is_meta or not p.numel()) for p in parameters
+    ):
         return None
     own, basis = intervention, intervention.basis
     frozen = own.frozen if own.is_split else 0

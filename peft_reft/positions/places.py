@@ -36,7 +36,7 @@ class Places(NamedTuple):
 
 
 def select(spec: PositionSpec, prompts: Prompts) -> list[Tensor]:
-    """For each term, a mask [B, S] of the tokens that it names.
+    """For each term, a mask [B, S] of the tokens that belong to it.
 
     The rule for prompts shorter than N + M: every prompt token belongs to exactly one group; the prefix
     gets p = min(N, max(n - M, ceil(n / 2))) tokens, the suffix the other n - p.
@@ -59,6 +59,15 @@ def select(spec: PositionSpec, prompts: Prompts) -> list[Tensor]:
                 mask = mask & ~earlier
         masks.append(mask)
     return masks
+
+
+def select_any(spec: PositionSpec, prompts: Prompts) -> Tensor:
+    """A mask [B, S] of the tokens that any term names, for which it makes no difference which term they belong to."""
+    masks = [term.mask(prompts, spec.count("f")) for term in spec.terms]
+    together = masks[0]
+    for mask in masks[1:]:
+        together = together | mask
+    return together
 
 
 def mark(spec: PositionSpec, prompts: Prompts, share_weights: bool | str = False) -> Tensor:
@@ -137,14 +146,7 @@ def places_of(spec: PositionSpec, prompts: Prompts, share_weights: bool | str) -
         prompts: where the prompts lie.
         share_weights: True puts all places into one group; False gives a group per term, "position" one per position.
     """
-    if share_weights is True:
-        masks = select(spec, prompts)
-        together = masks[0]
-        for mask in masks[1:]:
-            together = together | mask
-        marks = together.unsqueeze(1)
-    else:
-        marks = mark(spec, prompts, share_weights)
+    marks = select_any(spec, prompts).unsqueeze(1) if share_weights is True else mark(spec, prompts, share_weights)
     widths = (1,) if share_weights == "position" else spec.widths(prompts.answer is not None)
     if widths is None or (prompts.document is not None and prompts.num_documents is None):
         return Places(None, marks)  # their number has no bound that could be known without looking at the data

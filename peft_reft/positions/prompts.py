@@ -128,7 +128,7 @@ def find_prompts(
     if labels is not None:
         predicted = valid & (labels != IGNORED) & (order > 0)
         if turns == "first":
-            inside = valid & (counted(predicted) == 0)
+            inside = valid > counted(predicted)  # a token, and none before it is predicted
         else:
             closing = following(predicted, valid) & ~predicted & valid
         if answers or turns == "all":

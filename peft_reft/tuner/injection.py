@@ -1,4 +1,4 @@
-"""Puts entries and hooks on a model and takes everything off again; finds the ReFT layers that are on it."""
+"""Puts entries on a model and takes everything off again; finds the ReFT layers that are on it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from peft.config import PeftConfig
 from peft.utils.peft_types import TaskType
 from torch import nn
 
+from peft_reft.context.block import CHILD
 from peft_reft.context.entry import ForwardEntry, detach_entries
-from peft_reft.context.generate import GenerateEntry, MethodEntry, PrepareEntry
-from peft_reft.context.hook import CHILD, BlockHook
+from peft_reft.context.generate import GenerateEntry, PrepareEntry
+from peft_reft.context.method import MethodEntry
 from peft_reft.context.replay import unwrap_checkpoints
 from peft_reft.context.state import ModelState
 from peft_reft.tuner.layer import ReftLayer, detach_layer
@@ -28,12 +29,8 @@ def reft_layers(model: nn.Module) -> dict[str, ReftLayer]:
 
 
 def state_of(model: nn.Module) -> ModelState | None:
-    """What the entries and hooks of a model share; None for a model without ReFT layers."""
-    for layer in reft_layers(model).values():
-        for hook in layer.block._forward_hooks.values():
-            if isinstance(hook, BlockHook):
-                return hook.state
-    return None
+    """What the entries and layers of a model share; None for a model without ReFT layers."""
+    return next((layer.state for layer in reft_layers(model).values()), None)
 
 
 def attach_entries(model: nn.Module, state: ModelState) -> None:
@@ -144,7 +141,7 @@ def remove_empty_layers(model: nn.Module) -> None:
 
 
 def remove_reft(model: nn.Module) -> None:
-    """Take all layers, entries and hooks off a model."""
+    """Take all layers and entries off a model."""
     state = state_of(model)
     for name in reft_layers(model):
         detach_layer(model.get_submodule(name))

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from peft_reft.context.hook import CHILD  # "reft", the layer's name below its block; it must not hold PREFIX
+from peft_reft.context.block import CHILD  # "reft", the layer's name below its block; it must not hold PREFIX
 
 PREFIX = "reft_"  # PEFT's prefix of the tuner
 COLLECTION = "reft_interventions"  # of the layer: adapter name -> its interventions

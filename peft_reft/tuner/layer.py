@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from peft_reft.blocks import PLAIN, Layout, device_and_dtype
+from peft_reft.context.block import CHILD, BlockEntry, stand_in
 from peft_reft.context.forward import ForwardContext
-from peft_reft.context.hook import CHILD, BlockHook
 from peft_reft.context.state import ModelState
 from peft_reft.interventions import Intervention, PartedRows, build_intervention
 from peft_reft.positions import PositionSpec, parse_positions
@@ -35,6 +35,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     Args:
         block: the block whose output they edit.
+        state: what the model's layers share.
         width: of the vectors in that output.
         layout: which axis of that output is which.
     """
@@ -48,8 +49,9 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
         def delete_adapter(self, adapter_name: str) -> None: ...
 
-    def __init__(self, block: nn.Module, width: int, layout: Layout = PLAIN):
+    def __init__(self, block: nn.Module, state: ModelState, width: int, layout: Layout = PLAIN):
         super().__init__()
+        self.state = state
         self.width = width
         self.layout = layout
         self.is_plain = layout == PLAIN  # as most are: [B, S, d]
@@ -161,8 +163,20 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         return [self.position_specs[name] for name in self.active_adapters if name in self.position_specs]
 
     def forward(self, h: Tensor) -> Tensor:
-        """The identity: containers such as nn.Sequential run all their children, but the block's hook does the edit."""
+        """The identity: containers such as nn.Sequential run all children, but the block's entry does the edit."""
         return h
+
+    def train(self, mode: bool = True) -> ReftLayer:
+        """As `nn.Module.train`, which trainers call before every step; it passes over what is in that mode already."""
+        adapters: list[Any] = list(self.reft_interventions._modules.values())
+        for module in (self, self.reft_interventions, *adapters):
+            if module.training is not mode:
+                module.training = mode
+        for groups in adapters:
+            for intervention in groups._modules.values():
+                if intervention.training is not mode or intervention._modules:  # which may be in another mode
+                    intervention.train(mode)
+        return self
 
     def hold(self) -> None:
         """Take back what was switched on of biases and subspaces that keep their values."""
@@ -205,21 +219,20 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
 
 def attach_layer(block: nn.Module, width: int, layout: Layout, state: ModelState) -> ReftLayer:
-    """The block's ReftLayer, created and hooked up if it has none yet."""
+    """The block's ReftLayer, created if it has none yet, with the entry that asks it."""
     layer = block._modules.get(CHILD)
     if not isinstance(layer, ReftLayer):
-        layer = ReftLayer(block, width, layout)
+        layer = ReftLayer(block, state, width, layout)
         block.add_module(CHILD, layer)
-        # First of the block's hooks: before whatever records hidden states.
-        block.register_forward_hook(BlockHook(state), prepend=True)
+    stand_in(block, state)
     return layer
 
 
 def detach_layer(block: nn.Module) -> None:
-    """Remove the block's ReftLayer and its hook."""
+    """Remove the block's ReftLayer and its entry."""
     delattr(block, CHILD)
     for name in SHOWN:
         block.__dict__.pop(name, None)
-    for key, hook in list(block._forward_hooks.items()):
-        if isinstance(hook, BlockHook):
-            del block._forward_hooks[key]
+    entry = block.__dict__.get("forward")
+    if isinstance(entry, BlockEntry):
+        entry.detach()

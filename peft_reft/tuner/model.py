@@ -54,7 +54,7 @@ from peft_reft.tuner.targets import (
 class ReftModel(BaseTuner):
     """A model with ReFT adapters (https://arxiv.org/abs/2404.03592); made by `get_peft_model(model, ReftConfig(...))`.
 
-    The model stays what it was: every edited block gets a child module `reft` and a forward hook, and the modules
+    The model stays what it was: every edited block gets a child module `reft`, its forward an entry, and the modules
     around the blocks get an entry that finds each row's prompt. `unload()` removes all of it.
     """
 

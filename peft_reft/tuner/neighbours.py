@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from peft_reft.context.generate import MethodEntry
+from peft_reft.context.method import MethodEntry
 
 # Called with the base model after an adapter was injected into it.
 ON_INJECTION: list[Callable[[nn.Module], None]] = []

@@ -11,7 +11,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from peft_reft.blocks import ModelBlocks, block_number, group_by_stack, own_modules, own_name, pick_layers
-from peft_reft.context.hook import CHILD
+from peft_reft.context.block import CHILD
 from peft_reft.tuner.config import ReftConfig
 from peft_reft.tuner.injection import reft_layers
 from peft_reft.tuner.private import ExcludedModule, get_input_embeddings_name

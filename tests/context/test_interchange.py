@@ -10,6 +10,7 @@ from peft_reft import ReftConfig, get_interventions, set_strength
 from peft_reft.info import adapter_info
 from peft_reft.inspect import inspect_adapter
 from peft_reft.interventions.registry import REGISTRY
+from peft_reft.tuner.injection import state_of
 
 BASE = {"input_ids": batch(7, 7, 7, seed=1)["input_ids"]}
 SOURCE = batch(7, 4, 7, side="left", seed=2)  # the second row is shorter
@@ -341,9 +342,8 @@ def test_sources_that_do_not_pair_with_the_call_are_refused(source, message):
     model = interchange()
     with pytest.raises(ValueError, match=message):
         model(**BASE, source_inputs=source)
-    running = model.base_model.model.model.layers[0].reft.block._forward_hooks
-    state = next(iter(running.values())).state
-    assert (state.running.context, state.running.collecting) == (None, None)
+    running = state_of(model.get_base_model()).running
+    assert (running.context, running.generation, running.collecting) == (None, None, None)
     assert torch.isfinite(logits(model, BASE, source_inputs=SOURCE)).all()
 
 

@@ -203,13 +203,8 @@ def test_several_adapters_have_a_row_each_and_one_for_their_sum():
         h = model(**inputs, output_hidden_states=True).hidden_states[1]  # after the first block
     first = "model.layers.0"
     both = rows["a+b", first, 0, 1]  # in a prompt of two tokens both edit the second
-    block_own = {}
-    model.get_base_model().model.layers[0].register_forward_hook(
-        lambda module, args, output: block_own.update(h=output), prepend=True
-    )
-    with torch.no_grad():
-        model(**inputs)
-    own = block_own["h"][0, 1]
+    with torch.no_grad(), model.disable_adapter():
+        own = model(**inputs, output_hidden_states=True).hidden_states[1][0, 1]
     edits = {}
     for name in "ab":
         (module,) = get_interventions(model, name)[first]

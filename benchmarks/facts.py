@@ -1,0 +1,129 @@
+"""README's table of measured facts, drawn from the files in benchmarks/results.
+
+    python -m benchmarks.facts          # write it into README.md
+    python -m benchmarks.facts --print  # print it only
+
+Of each topic the newest file is read (file names end in their date). A figure and the part that measured it, and so its
+command, are looked up together: a row cannot name a command that does not measure it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
+BEGIN = "| measured | ReFT | LoRA r8 on query and value | command |"
+SPLITS = ("study", "study-split1", "study-split2")
+
+
+class Fact(NamedTuple):
+    """One row of the table; `lora` is empty where `reft` compares the two."""
+
+    measured: str
+    reft: str
+    lora: str
+    command: str
+
+
+def newest(topic: str, folder: Path = RESULTS) -> dict[str, Any]:
+    """The newest result file of a topic.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    paths = list(folder.glob(f"{topic}_*.json"))
+    if not paths:
+        raise FileNotFoundError(f"There is no {topic}_*.json in {folder}; benchmarks/README.md has the commands.")
+    return json.loads(max(paths, key=lambda path: path.stem.rpartition("_")[2]).read_text())
+
+
+def median(value: Any) -> float:
+    """The number of a figure, which may be a spread."""
+    return float(value["median"] if isinstance(value, dict) else value)
+
+
+def trained_numbers(folder: Path) -> Fact:
+    """Share of a Llama-2-7B's parameters."""
+    setting = newest("full-scale", folder)["parameters"][0]
+    words = setting["setting"].removesuffix(", shared").replace("r=", "rank ")
+    shares = (f"{setting[name]:.3f} %" for name in ("percent", "lora_qv"))
+    return Fact(f"trained numbers, {words}", *shares, "python benchmarks/full_scale.py")
+
+
+def accuracy(folder: Path) -> Fact:
+    """The study's encoder: LoReFT r4 `all` less LoRA r8, paired by split and seed."""
+    differences, numbers = [], {}
+    for split in SPLITS:
+        found: dict[str, dict[int, float]] = {"LoReFT r4 all": {}, "LoRA r8": {}}
+        for line in (folder / split / "cells.jsonl").read_text().splitlines():
+            cell = json.loads(line)
+            if cell["part"] == "encoder" and cell["name"] in found:
+                found[cell["name"]][cell["seed"]] = cell["result"]["test"]
+                numbers[cell["name"]] = cell["result"]["parameters"]
+        reft, lora = found.values()
+        differences += [100 * (reft[seed] - lora[seed]) for seed in sorted({*reft} & {*lora})]
+    mean, spread = statistics.mean(differences), statistics.stdev(differences)
+    seeds = len(differences) // len(SPLITS)
+    times = numbers["LoRA r8"] / numbers["LoReFT r4 all"]
+    compared = f"{abs(mean):.1f} ± {spread:.1f} points {'less' if mean < 0 else 'more'} than LoRA"
+    words = f"accuracy on MiniLM, {len(SPLITS)} splits × {seeds} seeds"
+    return Fact(words, f"{compared}, with 1/{times:.0f} of its numbers", "", "python -m benchmarks.study.run")
+
+
+def of_overhead(folder: Path, figure: str, words: str, unit: str) -> Fact:
+    """One figure of overhead.py."""
+    for part, content in newest("overhead", folder)["parts"].items():
+        for row in content["rows"]:
+            if row["figure"] == figure:
+                values = (median(row["values"][name]) for name in ("reft", "lora_qv"))
+                return Fact(words, *(shown(v, unit) for v in values), f"python benchmarks/overhead.py --only {part}")
+    raise KeyError(f"The newest overhead file has no figure {figure!r}.")
+
+
+def shown(value: float, unit: str) -> str:
+    """A ratio, a count, or bytes as kB."""
+    return {"ratio": f"{value:.3f}", "count": f"{value:.0f}", "kB": f"{value / 1000:,.0f} kB"}[unit]
+
+
+def facts(folder: Path = RESULTS) -> list[Fact]:
+    """All rows."""
+    overhead = (
+        ("forward without grad / base", "forward / base model", "ratio"),
+        ("training step / floor", "training step / floor of any training", "ratio"),
+        ("tensor operations added to a decode step", "tensor operations added to a decode step", "count"),
+        ("64 rows with 64 adapters / with one", "64 adapters in one batch / one", "ratio"),
+        ("adapter on disk, bytes", "adapter on disk, 12 blocks of width 768", "kB"),
+    )
+    return [trained_numbers(folder), accuracy(folder), *(of_overhead(folder, *row) for row in overhead)]
+
+
+def table(folder: Path = RESULTS) -> str:
+    """The rows as Markdown."""
+    rows = [f"| {f.measured} | {f.reft} | {f.lora} | `{f.command}` |".replace("|  |", "| |") for f in facts(folder)]
+    return "\n".join([BEGIN, "|---|---|---|---|", *rows])
+
+
+def in_text(text: str) -> str:
+    """The table that a text has."""
+    begin = text.index(BEGIN)
+    end = text.find("\n\n", begin)
+    return text[begin : end if end >= 0 else len(text)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--print", action="store_true", help="do not write README.md")
+    if parser.parse_args().print:
+        print(table())
+    else:
+        text = README.read_text()
+        README.write_text(text.replace(in_text(text), table()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""ReFT next to LoRA and others on a real language model: see README.md."""

@@ -1,0 +1,69 @@
+"""How well a model answers: by what it generates, in the paper's format, and by the likelihood of each choice."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from benchmarks.real_llm.tasks import Data, Row, collate
+
+NEW_TOKENS = 8  # "the correct answer is answer2" and the end of the text are 7
+DIGIT = 2  # the digit is the last but one token of a row
+
+
+@torch.no_grad()
+def by_likelihood(model: nn.Module, data: Data, rows: list[Row], size: int) -> dict[str, float]:
+    """Choose the answer whose digit is the likeliest of the four, after "the correct answer is answer".
+
+    Returns:
+        "choice", the accuracy; "cross_entropy" of the right choice among the four, in nats (guessing has ln 4 = 1.386).
+    """
+    device = next(model.parameters()).device
+    right, nats = 0.0, 0.0
+    for start in range(0, len(rows), size):
+        some = rows[start : start + size]
+        batch = {name: tensor.to(device) for name, tensor in collate(some, data.pad).items()}
+        # The labels tell where the prompt ends; what is read are the logits before the digit.
+        logits = model(**batch, use_cache=False, logits_to_keep=data.answer_columns + 1).logits
+        scores = logits[:, -DIGIT - 1, data.digits].float()
+        target = torch.tensor([row.choice for row in some], device=device)
+        right += (scores.argmax(-1) == target).sum().item()
+        nats += cross_entropy(scores, target, reduction="sum").item()
+    return {"choice": right / len(rows), "cross_entropy": nats / len(rows)}
+
+
+@torch.no_grad()
+def by_generation(model: nn.Module, data: Data, rows: list[Row], size: int) -> dict[str, float]:
+    """Generate greedily, and take the first answer that the text names, as LLM-Adapters does.
+
+    Returns:
+        "accuracy"; "in_format", the share of answers that are the sentence of the training rows with some digit.
+    """
+    device = next(model.parameters()).device
+    right, in_format = 0, 0
+    rows = sorted(rows, key=lambda row: len(row.prompt))
+    for start in range(0, len(rows), size):
+        some = rows[start : start + size]
+        batch = {name: tensor.to(device) for name, tensor in collate(some, data.pad, answers=False).items()}
+        output = model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=data.pad)
+        texts = data.tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        for row, text in zip(some, texts):
+            named = re.search(r"answer(\d)", text)
+            right += named is not None and int(named[1]) - 1 == row.choice
+            in_format += re.fullmatch(r"the correct answer is answer\d", text.strip()) is not None
+    return {"accuracy": right / len(rows), "in_format": in_format / len(rows)}
+
+
+def everything(model: nn.Module, data: Data, size: int) -> dict[str, Any]:
+    """Validation by likelihood, and each test by likelihood and by generation."""
+    return {
+        "validation": by_likelihood(model, data, data.validation, size),
+        "test": {
+            name: {**by_likelihood(model, data, rows, size), **by_generation(model, data, rows, 2 * size)}
+            for name, rows in data.test.items()
+        },
+    }

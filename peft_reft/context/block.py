@@ -1,0 +1,90 @@
+"""Where a block's output is edited: its `forward`, for which an entry stands in.
+
+The entry runs the block, gets the context of the call, leaves if nothing is edited, and hands the hidden state to the
+block's layer, which gathers the vectors to edit, multiplies twice, and puts the edits into a copy (see `Edit.add`).
+
+It is no forward hook because one hook of any kind makes torch call a module on a slower way, in every step of
+`generate` too: on 30 blocks that takes longer than all else that a step without an edit costs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from peft_reft.blocks import OWN, edit_hidden_state
+from peft_reft.context.forward import ForwardContext, Given
+from peft_reft.context.method import MethodEntry
+from peft_reft.context.state import ModelState
+
+CHILD = "reft"  # the layer's name below its block; must not hold the prefix "reft_", by which PEFT skips modules
+
+
+class BlockEntry(MethodEntry):
+    """Stands in for the `forward` of a block with a layer: what the block returns becomes the edited output."""
+
+    name = "forward"
+
+    def __init__(self, module: nn.Module, state: ModelState):
+        super().__init__(module, state)
+        self.running = state.running
+
+    def of_replica(self, replica: nn.Module) -> BlockEntry:
+        """The entry of a replica that nn.DataParallel made of the block, with a copy of its attributes."""
+        entry = BlockEntry(replica, self.state)
+        entry.replaced = self.replaced
+        return entry
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        block, context = self.module, self.running.context
+        if self.replaced is None:
+            output = type(block).forward(block, *args, **kwargs)
+        else:
+            output = self.replaced(*args, **kwargs)
+        if context is not None and context.idle:
+            return output
+        layer: Any = block._modules.get(CHILD)
+        if layer is None or layer._disable_adapters:
+            return output
+        outermost = block.__dict__["forward"]
+        if outermost is not self and type(outermost) is BlockEntry:  # which edits it
+            return output
+        if context is None:
+            return self._outside(layer, output)
+        if layer.is_plain and isinstance(output, Tensor) and output.dim() == 3:
+            return layer.edit(output, context)
+        layout = layer.layout
+        if layout.pool:
+            return edit_hidden_state(output, lambda h: layout.edit(h, None, lambda part: pooled(layer, part, context)))
+        return edit_hidden_state(
+            output, lambda h: layout.edit(h, context.columns, lambda part: layer.edit(part, context))
+        )
+
+    def _outside(self, layer: Any, output: Any) -> Any:
+        """The output of a block that runs outside of a call of its model, where there are no tokens to count."""
+
+        def edit(h: Tensor) -> Tensor:
+            specs = sorted({str(spec) for spec in layer.active_specs()} - {"all"})
+            if specs and layer.layout.pool != OWN:
+                raise ValueError(
+                    f"positions={specs[0]!r} counts tokens, but the block of a ReFT adapter ran outside of its model's "
+                    "forward, where there are none. Call the model as a whole, or use positions='all'."
+                )
+            return layer.edit(h, ForwardContext(self.state, [layer], Given()))
+
+        return edit_hidden_state(output, lambda h: layer.layout.edit(h, None, edit))
+
+
+def pooled(layer: Any, h: Tensor, context: ForwardContext) -> Tensor:
+    """`h` [B, T, d] with its edits, where its T vectors are not those of the call's tokens."""
+    return layer.edit(h, context.of_vectors(layer.layout.pool, h.shape[1]))
+
+
+def stand_in(block: nn.Module, state: ModelState) -> None:
+    """Put an entry in place of a block's forward, in front of what else is there.
+
+    Accelerate, too, puts something in that place, and forgets what was there before when it does so twice.
+    """
+    if type(block.__dict__.get("forward")) is not BlockEntry:
+        BlockEntry(block, state).attach()

@@ -1,0 +1,146 @@
+"""What stands in for a block's forward stays in force, whatever else is put in its place, and costs no hook."""
+
+import copy
+import inspect
+import pickle
+
+import accelerate
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from conftest import batch, logits, reft_model, tiny_model
+
+from peft_reft.context.block import BlockEntry
+
+CONFIG = {"positions": "f1+l1", "r": 2, "task_type": "CAUSAL_LM"}
+
+
+@pytest.fixture
+def model():
+    return reft_model(tiny_model("llama", eos_token_id=None), **CONFIG).eval()
+
+
+def blocks_of(model):
+    return model.get_base_model().model.layers
+
+
+def edited(model, inputs):
+    """The model's logits, which are not those of the model without its adapter."""
+    found = logits(model, inputs)
+    with model.disable_adapter():
+        assert not torch.allclose(found, logits(model, inputs), atol=1e-3)
+    return found
+
+
+def wraps_around(block):
+    add_hook_to_module(block, ModelHook())
+
+
+def wraps_around_twice(block):
+    wraps_around(block)
+    wraps_around(block)
+
+
+def wraps_around_and_goes(block):
+    wraps_around(block)
+    remove_hook_from_module(block)
+
+
+def forgets_what_was_there(block):
+    block.__dict__.pop("forward")
+
+
+WAYS = [wraps_around, wraps_around_twice, wraps_around_and_goes, forgets_what_was_there]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_a_block_is_edited_once_whatever_is_put_in_place_of_its_forward(model, way):
+    inputs = batch(6, 4, seed=2)
+    wanted = edited(model, inputs)
+    for block in blocks_of(model):
+        way(block)
+    torch.testing.assert_close(logits(model, inputs), wanted, rtol=0, atol=0)
+    torch.testing.assert_close(logits(model, inputs), wanted, rtol=0, atol=0)
+
+
+def test_accelerate_may_put_its_own_there_before_and_after(model):
+    inputs, base = batch(6, 4, seed=2), tiny_model("llama", eos_token_id=None)
+    wanted = edited(model, inputs)
+    for block in base.model.layers:
+        wraps_around(block)
+    late = reft_model(base, **CONFIG).eval()
+    torch.testing.assert_close(logits(late, inputs), wanted, rtol=0, atol=0)
+    for block in blocks_of(late):
+        wraps_around(block)  # which forgets what was put there since it did so first
+    torch.testing.assert_close(logits(late, inputs), wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("way", [None, *WAYS], ids=lambda way: "nothing" if way is None else way.__name__)
+def test_an_unloaded_model_computes_what_its_base_does(model, way):
+    inputs = batch(6, 4, seed=2)
+    with model.disable_adapter():
+        wanted = logits(model, inputs)
+    assert not torch.allclose(logits(model, inputs), wanted, atol=1e-3)
+    for block in blocks_of(model):
+        if way is not None:
+            way(block)
+    logits(model, inputs)
+    base = model.unload()
+    torch.testing.assert_close(logits(base, inputs), wanted, rtol=0, atol=0)
+    if way is None:
+        assert not any("forward" in block.__dict__ for block in base.model.layers)
+
+
+def test_blocks_get_no_hook_and_keep_their_signature(model):
+    for block in blocks_of(model):
+        assert not (block._forward_hooks or block._forward_pre_hooks)
+        assert isinstance(block.forward, BlockEntry)
+    signatures = [
+        inspect.signature(block.forward) for block in (blocks_of(model)[0], tiny_model("llama").model.layers[0])
+    ]
+    assert signatures[0] == signatures[1]
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_copied_model_runs_its_own_blocks(model, copied):
+    inputs = batch(6, 4, seed=2)
+    wanted = edited(model, inputs)
+    other = copied(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(logits(other, inputs), wanted, rtol=0, atol=0)
+
+
+def replica_of(module):
+    """What torch.nn.parallel.replicate makes of a module for one more device."""
+    replicas = {id(part): part._replicate_for_data_parallel() for part in module.modules()}
+    for part in module.modules():
+        replica = replicas[id(part)]
+        for name, child in part._modules.items():
+            replica._modules[name] = None if child is None else replicas[id(child)]
+        for name, parameter in part._parameters.items():
+            setattr(replica, name, None if parameter is None else parameter.detach().clone())
+        for name, buffer in part._buffers.items():
+            replica._buffers[name] = None if buffer is None else buffer.clone()
+    return replicas[id(module)]
+
+
+def test_the_replica_of_a_model_runs_its_own_blocks(model):
+    inputs = batch(6, 4, seed=2)
+    wanted = edited(model, inputs)
+    replica = replica_of(model.get_base_model())
+    with torch.no_grad():
+        for parameter in blocks_of(model).parameters():
+            parameter.zero_()
+        found = replica(**inputs).logits
+    torch.testing.assert_close(found[inputs["attention_mask"].bool()], wanted[inputs["attention_mask"].bool()])
+
+
+def test_offloaded_blocks_are_edited(model):
+    inputs = batch(6, 4, seed=2)
+    wanted = edited(model, inputs)
+    offloaded = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    torch.testing.assert_close(logits(offloaded, inputs), wanted)
