@@ -105,7 +105,8 @@ def test_what_somebody_else_holds_is_not_written_to(cls, positions):
         with model.disable_adapter():
             plain = model(h)
     assert torch.equal(out, with_autograd)
-    assert (out - plain).abs().amax(-1).bool().tolist() == [[True, True, positions == "all", positions == "all", True]] * 2
+    edited_tokens = [[True, True, positions == "all", positions == "all", True]] * 2
+    assert (out != plain).any(-1).tolist() == edited_tokens
     assert len(block.kept) == (3 if cls.__name__.startswith("Keeps") else 0)
 
 
