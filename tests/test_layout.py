@@ -18,7 +18,6 @@ FLOORS = [
     {"convert", "inspect", "search", "chat", "playground"},
 ]
 MATHEMATICS = {"interventions", "positions"}  # plain torch
-MODULES = {"commands"}  # files outside of the folders that all may import
 DEPENDENCIES = {"accelerate", "huggingface_hub", "packaging", "peft", "safetensors", "torch", "transformers"}
 # Two tools are used by neighbours: a model card says what `info` finds, and a chat marks tokens as trainers see them.
 ALSO = {("integrations", "info"), ("info", "integrations"), ("playground", "chat"), ("playground", "inspect")}
@@ -59,7 +58,7 @@ def test_every_folder_has_its_floor():
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_folder_imports_from_earlier_floors_only(folder):
     floor = next(number for number, names in enumerate(FLOORS) if folder in names)
-    allowed = {folder, *MODULES, *(name for names in FLOORS[:floor] for name in names)}
+    allowed = {folder, *(name for names in FLOORS[:floor] for name in names)}
     allowed |= {other for one, other in ALSO if one == folder}
     for path in files_of(folder):
         used = {module.split(".")[1] for module in imports_of(path) if module.startswith("peft_reft.")}

@@ -12,7 +12,7 @@ from edit_spy import edited_columns
 from model_state import assert_as_before, state_of
 from torch.nn.modules.module import register_module_forward_hook
 
-from peft_reft import ReftConfig, get_interventions
+from peft_reft import ReftConfig
 
 CONFIG = {"positions": "f1+l1", "r": 2, "task_type": "CAUSAL_LM"}
 
@@ -150,6 +150,7 @@ def test_a_global_hook_that_keeps_outputs_keeps_what_they_were(warm, grad, posit
     assert len(kept) > 10
     for output, then in kept:
         assert torch.equal(output, then)
+    assert edited_columns(model, tiny_model("llama"), **inputs) == [[0, 5] if positions == "f1+l1" else [*range(6)]] * 2
 
 
 def test_hooks_of_a_users_own_see_each_block_once_and_its_output_stays():
@@ -164,4 +165,6 @@ def test_hooks_of_a_users_own_see_each_block_once_and_its_output_stays():
         assert torch.equal(output, then)
     for (output, _), state in zip(seen[:2], states[1:]):
         assert torch.equal(output, state)
-    assert len(get_interventions(model)) == 3
+    with torch.no_grad():
+        plain = tiny_model("llama")(**batch(6, 6), output_hidden_states=True).hidden_states[1]
+    assert (states[1] != plain).any(-1).tolist() == [[True, False, False, False, False, True]] * 2
