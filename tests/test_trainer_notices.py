@@ -51,9 +51,23 @@ def told(run) -> list[str]:
 
 @pytest.mark.parametrize(("rate", "messages"), [(2e-5, [LOW_RATE.format(2e-5)]), (1e-4, []), (1e-3, [])])
 def test_a_learning_rate_for_whole_models_is_told_once(rate, messages, tmp_path, llama):
-    run = trainer(reft_model(llama, task_type="CAUSAL_LM"), tmp_path, learning_rate=rate, warmup_steps=1)
-    assert told(run.train) == messages
+    made = []
+    model = reft_model(llama, task_type="CAUSAL_LM")
+    assert told(lambda: made.append(trainer(model, tmp_path, learning_rate=rate, warmup_steps=1))) == []
+    assert told(made[0].train) == messages  # not before anything runs
+    assert told(made[0].train) == []
+
+
+def test_a_schedule_that_ends_at_a_low_rate_is_told_nothing(tmp_path, llama):
+    settings = {"learning_rate": 1e-3, "lr_scheduler_type": "linear", "warmup_steps": 2}
+    run = trainer(reft_model(llama, task_type="CAUSAL_LM"), tmp_path, **settings)
     assert told(run.train) == []
+    assert run.lr_scheduler.get_last_lr()[0] < 1e-4
+
+
+def test_a_low_rate_of_a_run_that_only_evaluates_is_told_nothing(tmp_path, llama):
+    run = trainer(reft_model(llama, task_type="CAUSAL_LM"), tmp_path, learning_rate=1e-5)
+    assert told(run.evaluate) == []
 
 
 def test_the_rate_is_that_of_the_adapter_s_own_group(tmp_path, llama):
@@ -75,6 +89,24 @@ def test_other_methods_and_frozen_adapters_may_have_any_rate(tmp_path, llama):
 
 
 LABELS_TAKEN = {"label smoothing": {"label_smoothing_factor": 0.1}, "own loss": {"compute_loss_func": own_loss}}
+
+
+@pytest.mark.parametrize("settings", LABELS_TAKEN.values(), ids=LABELS_TAKEN)
+def test_a_prediction_without_labels_is_told_once(settings, tmp_path, llama):
+    model = reft_model(llama, task_type="CAUSAL_LM", positions="f1+l1")
+    run = trainer(model, tmp_path, per_device_eval_batch_size=2, **settings)
+    assert told(lambda: (run.predict(ROWS), run.predict(ROWS))) == [UNLABELLED_EVALUATION.format("f1+l1")]
+
+
+def test_a_classifier_s_evaluation_is_told_nothing(tmp_path):
+    """Its labels are classes, and its rows are prompts from end to end."""
+    model = reft_model(tiny_model("llama", "classifier"), positions="f1+l1", task_type="SEQ_CLS")
+
+    def with_classes(rows):
+        return {**collate(rows), "labels": torch.tensor([len(row["input_ids"]) % 2 for row in rows])}
+
+    run = trainer(model, tmp_path, with_classes, label_smoothing_factor=0.1)
+    assert told(run.evaluate) == []
 
 
 @pytest.mark.parametrize("settings", LABELS_TAKEN.values(), ids=LABELS_TAKEN)
