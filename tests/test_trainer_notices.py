@@ -8,13 +8,12 @@ import warnings
 
 import pytest
 import torch
-import transformers
 from conftest import EOS, PAD, batch, reft_model, tiny_model
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from peft_reft import ReftDataCollator
-from peft_reft.integrations.trainer import LOW_RATE, UNLABELLED_EVALUATION, ReftNotices, add_to_default_callbacks
+from peft_reft.integrations.trainer import LOW_RATE, UNLABELLED_EVALUATION, ReftNotices
 
 ROWS = [{"input_ids": torch.arange(3, 3 + n).tolist(), "answer": 2} for n in (6, 8, 5, 7)]
 
@@ -150,17 +149,24 @@ def test_a_disabled_adapter_is_evaluated_without_a_word(tmp_path, llama):
         assert told(run.evaluate) == []
 
 
-def test_the_callback_is_added_once_and_to_loaded_trainers_only(llama):
-    reft_model(llama)
-    add_to_default_callbacks()
-    assert transformers.trainer.DEFAULT_CALLBACKS.count(ReftNotices) == 1
+def test_a_trainer_has_the_callback_once_also_if_trainers_are_loaded_after_the_adapter_was_made(tmp_path, llama):
+    model = reft_model(llama)
+    reft_model(tiny_model("llama"))
+    for own in ([], [ReftNotices()]):
+        arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+        made = Trainer(model, arguments, callbacks=own)
+        assert [type(callback) for callback in made.callback_handler.callbacks].count(ReftNotices) == 1
     code = (
-        "import sys, peft_reft, torch; from peft import get_peft_model\n"
+        "import sys, peft_reft, torch, transformers; from peft import get_peft_model\n"
         f"from transformers import LlamaConfig, LlamaForCausalLM\nc = dict(pad_token_id={PAD}, eos_token_id={EOS})\n"
         "base = LlamaForCausalLM(LlamaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1,\n"
         "    num_key_value_heads=1, intermediate_size=8, vocab_size=9, **c))\n"
-        "get_peft_model(base, peft_reft.ReftConfig())\n"
-        "print([name for name in ('transformers.trainer', 'lm_eval', 'trl') if name in sys.modules])"
+        "model = get_peft_model(base, peft_reft.ReftConfig())\n"
+        "print([name for name in ('transformers.trainer', 'lm_eval', 'trl') if name in sys.modules])\n"
+        "made = transformers.Trainer(model, transformers.TrainingArguments(use_cpu=True, report_to='none'))\n"
+        "print([type(callback).__name__ for callback in made.callback_handler.callbacks].count('ReftNotices'))"
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert done.stdout.split("\n") == ["[]", "1", ""]
