@@ -147,13 +147,15 @@ def test_remembered_factors_are_those_of_the_values_that_the_parameters_have_now
 @pytest.mark.parametrize("positions", ["f2+l1", "all"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_gives_the_same_logits_with_and_without_batched_factors(kind, positions, llama, monkeypatch):
-    model = reft_model(llama, intervention=kind, positions=positions)
-    inputs = inputs_of(llama)
+    settings = {"intervention": kind, "positions": positions}
+    model, twin, inputs = reft_model(llama, **settings), reft_model(tiny_model("llama"), **settings), inputs_of(llama)
     fused = logits(model, inputs)
     with model.disable_adapter():
         assert not torch.allclose(logits(model, inputs), fused)
-    monkeypatch.setattr("peft_reft.context.plan.kind_of", lambda interventions: None)
-    torch.testing.assert_close(logits(model, inputs), fused, rtol=1e-4, atol=1e-4)
+    asked = []  # the twin has made no plan yet; interventions of no known kind are called as modules
+    monkeypatch.setattr("peft_reft.context.plan.kind_of", lambda intervention: asked.append(intervention))
+    torch.testing.assert_close(logits(twin, inputs), fused, rtol=1e-4, atol=1e-4)
+    assert asked == [module for (module,) in get_interventions(twin).values()]
 
 
 @pytest.mark.parametrize(

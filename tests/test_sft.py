@@ -242,6 +242,7 @@ def test_the_options_are_those_of_the_config_and_their_defaults_too():
 
 
 def test_defaults_suit_reft_and_this_machine(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     config, _, training, *_ = sft.Parser().parse(["--model", "m", "--output_dir", "out"])
     assert training.learning_rate == 1e-3
     assert training.use_cpu and not training.bf16, "a machine without a GPU needs no further options"

@@ -91,7 +91,8 @@ class Family:
         found = {
             number: Factors(own[0], own[1], own[2], own[3], whole.act) for number, *own in zip(self.layers, *parts)
         }
-        self._split = None if self.memo is None else (factors, key, found)
+        # Others belong to one call, and to its gradients, which must not outlive it.
+        self._split = (factors, key, found) if self.memo is not None and self.memo.holds(factors) else None
         return found
 
     def _of_rows(self, factors: Factors, adapters: Sequence[int]) -> Factors:

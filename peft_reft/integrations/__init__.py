@@ -27,11 +27,10 @@ def register() -> None:
 
 
 def watch_trainers(model: nn.Module) -> None:
-    """Let transformers' trainers give the notices of trainer.py, if the program uses them."""
-    if "transformers.trainer" in sys.modules:
-        from peft_reft.integrations.trainer import add_to_default_callbacks
+    """Let transformers' trainers give the notices of trainer.py."""
+    from peft_reft.integrations.trainer import add_to_trainers
 
-        add_to_default_callbacks()
+    add_to_trainers()
 
 
 def watch_lm_eval(model: nn.Module) -> None:

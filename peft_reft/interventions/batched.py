@@ -105,6 +105,10 @@ class FactorMemo:
                 self._stacks, self._factors = stacks, _combine(first, stacks)
             return self._factors
 
+    def holds(self, factors: Factors) -> bool:
+        """Whether these are the remembered ones."""
+        return factors is self._factors
+
     @staticmethod
     def _may_keep(stacks: list[Tensor]) -> bool:
         if torch.compiler.is_compiling() or stacks[0].device.type != "cpu" or stacks[0].is_inference():

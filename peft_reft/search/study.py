@@ -18,7 +18,7 @@ from peft_reft.search.attempt import Attempt
 from peft_reft.search.picture import draw_trials
 from peft_reft.search.space import SearchSpace, positions_of
 from peft_reft.tuner.config import ReftConfig
-from peft_reft.tuner.files import staged, write_text
+from peft_reft.tuner.staging import staged, write_text
 
 if TYPE_CHECKING:
     import optuna
