@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from peft_reft.info.adapter import adapter_info
+from peft_reft.integrations.arguments import OneLineParser
 from peft_reft.tuner.files import printable
 
 
 def main(argv: list[str]) -> int:
     """`python -m peft_reft info DIR [--json]`; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m peft_reft info", description="What a saved ReFT adapter is, without loading its model."
     )
     parser.add_argument("directory", help="as save_pretrained wrote it")
