@@ -135,7 +135,13 @@ def test_commands_are_listed_and_called(capsys, monkeypatch):
     for name in ("peft_reft.sft", "peft_reft.integrations.sft"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     assert command_line.main(["sft"]) == 1
-    assert "needs 'trl', which is not installed" in capsys.readouterr().err
+    assert "needs 'trl', which is not installed: pip install 'peft-reft[examples]'" in capsys.readouterr().err
+
+
+def test_a_file_named_as_a_launcher_is_run(programs):
+    (programs / "torchrun").write_text(PROBE)
+    runner.run(["torchrun"])
+    assert json.loads(Path("seen.json").read_text())["argv"] == ["torchrun"]
 
 
 @pytest.mark.parametrize(
