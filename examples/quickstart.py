@@ -24,6 +24,7 @@ from trl import SFTConfig, SFTTrainer
 from verdict import CUT, PIRATE_WORDS, flaws, share, verdict
 
 from peft_reft import ReftConfig, set_strength  # importing peft_reft makes ReFT known to PEFT
+from peft_reft.commands import this_python
 from peft_reft.integrations.edited_tokens import edited_columns, with_marks
 
 PIRATE = """
@@ -291,8 +292,8 @@ def main() -> int:
         print("\n".join(textwrap.fill(reason, 116, initial_indent=" - ", subsequent_indent="   ") for reason in wrong))
         return 1
     settings = f"{options.output} --repetition-penalty {REPETITION_PENALTY}"
-    print(f"   python -m peft_reft chat {settings}        # /strength 0.5, /adapter robot, /base")
-    print(f"   python -m peft_reft playground {settings}  # the same in a web page")
+    print(f"   {this_python()} -m peft_reft chat {settings}        # /strength 0.5, /adapter robot, /base")
+    print(f"   {this_python()} -m peft_reft playground {settings}  # the same in a web page")
     return 0
 
 

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from peft_reft import ReftConfig, get_interventions
+from peft_reft.commands import this_python
 from peft_reft.integrations import sft
 
 CHAT = (
@@ -290,8 +291,8 @@ def test_it_says_what_it_trains_and_what_comes_next(folder, tmp_path, capsys):
     prompt = next(line for line in out.splitlines() if line.startswith("  prompt  ")).removeprefix("  prompt  ")
     assert prompt.replace(" ", "") == marked.replace(" ", "")
     assert f"  answer  {answer}" in out
-    assert f"  python -m peft_reft chat {tmp_path / 'out'}\n" in out
-    assert f"  python -m peft_reft inspect {tmp_path / 'out'} --prompt '{question}'" in out
+    assert f"  {this_python()} -m peft_reft chat {tmp_path / 'out'}\n" in out
+    assert f"  {this_python()} -m peft_reft inspect {tmp_path / 'out'} --prompt '{question}'" in out
 
 
 def test_chats_give_the_adapter_the_marker_of_their_template(folder, tmp_path):

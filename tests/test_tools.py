@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
 from peft_reft import __main__ as command_line
-from peft_reft.commands import COMMANDS
+from peft_reft.commands import COMMANDS, this_python
 from peft_reft.integrations import runner
 from peft_reft.integrations.runner import CannotRun
 
@@ -115,6 +115,22 @@ def test_another_program_of_the_same_arguments_imports_the_package(tmp_path):
         [sys.executable, "-m", "tool"], env={**ENVIRONMENT, "PYTHONPATH": path}, capture_output=True, text=True
     )
     assert done.stdout.strip() == "REFT", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("python", "shell", "typed"),
+    [
+        ("/home/me/.venv/bin/python", "/home/me/.venv/bin/python", "python"),
+        ("/home/me/.venv/bin/python", "/usr/bin/python", ".venv/bin/python"),
+        ("/opt/other/bin/python", "/usr/bin/python", "/opt/other/bin/python"),
+        ("", None, "python"),
+    ],
+)
+def test_commands_to_type_name_the_python_that_runs(python, shell, typed, monkeypatch):
+    monkeypatch.setattr(sys, "executable", python)
+    monkeypatch.setattr(os, "getcwd", lambda: "/home/me")
+    monkeypatch.setattr("shutil.which", lambda name: shell)
+    assert this_python() == typed
 
 
 def test_a_mistyped_command_is_answered_with_the_one_that_was_meant(capsys):

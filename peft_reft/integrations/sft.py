@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, set_seed
 from trl import SFTTrainer, get_dataset, get_quantization_config, is_conversational
 from trl.scripts.utils import DatasetConfig
 
+from peft_reft.commands import this_python
 from peft_reft.integrations.chat_template import chat_prompt_end
 from peft_reft.integrations.collator import KEY, ReftDataCollator
 from peft_reft.integrations.edited_tokens import columns_of, with_marks
@@ -195,8 +196,8 @@ def what_next(folder: str, data: Any) -> str:
     asked = shlex.quote(prompt if isinstance(prompt, str) and len(prompt) <= 200 else "...")
     return (
         f"The adapter is in {folder}. To talk with it, and to see what it edits:\n"
-        f"  python -m peft_reft chat {where}\n"
-        f"  python -m peft_reft inspect {where} --prompt {asked}"
+        f"  {this_python()} -m peft_reft chat {where}\n"
+        f"  {this_python()} -m peft_reft inspect {where} --prompt {asked}"
     )
 
 
