@@ -15,7 +15,7 @@ def main(argv: list[str]) -> int:
     """`python -m peft_reft chat DIR`: returns the exit status."""
     parser = OneLineParser(
         prog="python -m peft_reft chat",
-        description="Talk with an adapter in the terminal. /help lists what can be said to the program itself.",
+        description="Talk with an adapter in the terminal. There, /help lists the commands.",
     )
     add_loading_arguments(parser)
     arguments = parser.parse_args(argv)

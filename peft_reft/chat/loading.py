@@ -22,7 +22,9 @@ def add_loading_arguments(parser: ArgumentParser) -> None:
         "directories", nargs="+", metavar="DIR", help="an adapter, as save_pretrained wrote it, or a folder of adapters"
     )
     add_model_options(parser)
-    parser.add_argument("--max-new-tokens", type=number(int, 1), default=200, help="length of an answer (default: 200)")
+    parser.add_argument(
+        "--max-new-tokens", type=number(int, 1), default=200, help="tokens of an answer at most (default: 200)"
+    )
     parser.add_argument(
         "--temperature", type=number(float, 0), default=0.0, help="0 takes the likeliest token (default: 0)"
     )
@@ -32,8 +34,10 @@ def add_loading_arguments(parser: ArgumentParser) -> None:
         default=1.0,
         help="above 1 for less repetition (default: 1)",
     )
-    parser.add_argument("--system", help="a system message, before the conversation")
-    parser.add_argument("--seed", type=number(int, 0, high=2**32 - 1), default=0, help="of the sampling (default: 0)")
+    parser.add_argument("--system", help="a system message at the beginning of the conversation")
+    parser.add_argument(
+        "--seed", type=number(int, 0, high=2**32 - 1), default=0, help="seed of the sampling (default: 0)"
+    )
 
 
 def open_talker(arguments: Namespace) -> tuple[Talker, list[str]]:

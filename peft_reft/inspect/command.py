@@ -20,10 +20,10 @@ def main(argv: list[str]) -> int:
     """`python -m peft_reft inspect DIR --prompt TEXT ...`; returns the exit status."""
     parser = OneLineParser(
         prog="python -m peft_reft inspect",
-        description="How far an adapter moves each token of some prompts, and how much each block matters.",
+        description="Measure how far an adapter moves each token of some prompts, and how much each block matters.",
         epilog="A chat model's prompts are encoded by its chat template, as a message of the user.",
     )
-    parser.add_argument("directory", help="the adapter, as save_pretrained wrote it")
+    parser.add_argument("directory", metavar="DIR", help="the adapter, as save_pretrained wrote it")
     parser.add_argument("--prompt", action="append", required=True, help="a prompt; may be given several times")
     parser.add_argument("--raw", action="store_true", help="encode the prompts as they are, without the chat template")
     parser.add_argument("--answer", action="append", help="an answer to each prompt: shows edits of generated tokens")

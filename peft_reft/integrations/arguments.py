@@ -59,5 +59,7 @@ def number(kind: type, low: float, *, above: bool = False, high: float = math.in
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The options that say which base model an adapter is loaded on, how, and where."""
     parser.add_argument("--model", help="name or folder of the base model (default: the one that the adapter names)")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the base model's weights (default: auto)")
-    parser.add_argument("--device", type=device, help="default: cuda if there is one, else cpu")
+    parser.add_argument(
+        "--dtype", default="auto", choices=DTYPES, help="data type of the base model's weights (default: auto)"
+    )
+    parser.add_argument("--device", type=device, help="where to run (default: cuda if there is one, else cpu)")

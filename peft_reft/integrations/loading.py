@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,12 @@ def load_adapters(
         raise ValueError(f"The base model {name!r} cannot be loaded; --model names another. {said}") from error
     for adapter, folder in folders.items():
         try:
-            if isinstance(model, PeftModel):
-                model.load_adapter(folder, adapter_name=adapter)
-            else:
-                model = PeftModel.from_pretrained(model, folder, adapter_name=adapter)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # PEFT reads what transformers has renamed
+                if isinstance(model, PeftModel):
+                    model.load_adapter(folder, adapter_name=adapter)
+                else:
+                    model = PeftModel.from_pretrained(model, folder, adapter_name=adapter)
         except RuntimeError as error:  # tensors of other shapes than the model's own
             hint = "; a classifier may need --num-labels" if "CLS" in str(config.get("task_type")) else ""
             raise ValueError(f"The adapter in {str(folder)!r} does not fit {name!r}{hint}: {error}") from error
