@@ -250,7 +250,7 @@ def main() -> int:
         show("pirate", text)
     sound = flaws(drunk).count(None)
     print(f"   words of a pirate: base {share(sober, PIRATE_WORDS)}, adapter {share(drunk, PIRATE_WORDS)} answers")
-    print(f"   neither empty, cut, repeated nor repeating: adapter {sound} of {len(drunk)} answers")
+    print(f"   sound, so not empty, cut or repetitive: adapter {sound} of {len(drunk)} answers")
 
     print("\n5. The same adapter at other strengths", flush=True)
     asked = QUESTIONS[2:3]

@@ -1,6 +1,6 @@
 """Talking with adapters in the terminal: `python -m peft_reft chat DIR`.
 
-loading.py opens the saved adapters, talker.py writes answers piece by piece, session.py holds a conversation and the
+loading.py finds and opens what the command line names, talker.py writes answers piece by piece, session.py holds a conversation and the
 commands in it, and command.py is the command line. The web page of playground/ uses the first two.
 """
 
