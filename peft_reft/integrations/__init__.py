@@ -1,7 +1,8 @@
 """The neighbours, one file each: collators, trainers, lm-eval, model cards, hotswap, continuous batching.
 
 Each imports the tuner, which imports none of them: what they do when an adapter is made or saved is registered here
-with the tuner's lists. A library that is not loaded is not imported for it.
+with the tuner's lists. A library that is not loaded is not imported for it. Two files are shared by the tools:
+arguments.py has what their command lines have in common, loading.py puts saved adapters on their base model.
 """
 
 from __future__ import annotations

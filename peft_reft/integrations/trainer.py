@@ -1,4 +1,4 @@
-"""What transformers' `Trainer`, and TRL's trainers with it, are told about a ReFT adapter: two notices, once each.
+"""Two warnings about a ReFT adapter in transformers' `Trainer`, and so in TRL's trainers: each is given once.
 
 They come from a callback. A trainer takes its callbacks from its caller, and hands them to a `CallbackHandler`; adding
 one there is the only way that asks nothing of the user's code, nor that `transformers.trainer` be loaded, which takes
