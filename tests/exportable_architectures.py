@@ -4,7 +4,7 @@
 
 For every type: a tiny model with an adapter of random weights; the backbone of `exportable` is traced by torch.export
 with dynamic shapes, and the traced program answers greedily with the adapter and without, as model.generate does. With
-a key/value cache first; types that are refused one are tried without. At the end, how many of how many, and the reasons.
+a key/value cache first; types that are refused one are tried without. At the end, how many of how many.
 """
 
 from __future__ import annotations

@@ -65,7 +65,9 @@ class Backbone(nn.Module):
             for width in (layer.key, layer.value)
         ]
 
-    def run(self, input_ids: Tensor, attention_mask: Tensor, edit: Edit, past: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def run(
+        self, input_ids: Tensor, attention_mask: Tensor, edit: Edit, past: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
         """Logits [B, S, vocabulary], and keys and values of each layer with those of this forward behind the past."""
         arguments: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         if self.takes_positions:  # counted over tokens, as `generate` does, so that padding may be on any side
@@ -108,12 +110,17 @@ class EditableBackbone(Backbone):
         Returns:
             Logits [B, S, vocabulary]; with a cache, then the next forward's `past`.
         """
-        if down.shape[1] == 1 and edit_mask.shape[-1] != 1:  # one intervention for all groups, which have no token twice
+        if (
+            down.shape[1] == 1 and edit_mask.shape[-1] != 1
+        ):  # one intervention for all groups, which have no token twice
             edit_mask = edit_mask.sum(-1, keepdim=True)
 
+        # All groups' directions one under the other, [L, G * r, d], so that an edit is two products of matrices.
+        keep = edit_mask.unsqueeze(-1).expand(*edit_mask.shape, down.shape[2]).flatten(2)
+        downs, biases, ups = down.flatten(1, 2).mT, bias.flatten(1), up.flatten(1, 2)
+
         def edit(number: int, h: Tensor) -> Tensor:
-            value = torch.einsum("bsd,grd->bsgr", h.to(down.dtype), down[number]) + bias[number]
-            return torch.einsum("bsgr,grd->bsd", value * edit_mask.unsqueeze(-1), up[number])
+            return ((h.to(down.dtype) @ downs[number] + biases[number]) * keep) @ ups[number]
 
         return self.run(input_ids, attention_mask, edit, past)
 
@@ -131,7 +138,9 @@ class BakedBackbone(Backbone):
         for block, groups in interventions.items():
             self.edits[self.blocks.index(block)] = [_constant(intervention) for intervention in groups]
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, edit_mask: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, edit_mask: Tensor, *past: Tensor
+    ) -> tuple[Tensor, ...]:
         """As `EditableBackbone.forward`, without the adapter's tensors."""
 
         def edit(number: int, h: Tensor) -> Tensor:
@@ -162,7 +171,10 @@ def edited(model: nn.Module, blocks: list[str], edit: Edit) -> Iterator[None]:
     with ExitStack() as stack:
         state = state_of(model)
         if state is not None:
-            outer, state.running.context = state.running.context, ForwardContext(state, (), Given(), depth=-1, idle=True)
+            outer, state.running.context = (
+                state.running.context,
+                ForwardContext(state, (), Given(), depth=-1, idle=True),
+            )
             stack.callback(setattr, state.running, "context", outer)
         for number, name in enumerate(blocks):
 

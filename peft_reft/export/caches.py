@@ -73,9 +73,9 @@ def cache_shape(model: nn.Module) -> list[LayerCache]:
 
 
 def _keeps_keys_and_values(layer: Any) -> bool:
-    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) or getattr(layer, "keys", 0) is None and (
-        type(layer).__name__ == "DummyLayer"
-    )
+    if type(layer).__name__ == "DummyLayer":  # of a block without attention, or one that uses another's keys
+        return True
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def cache_of(shape: Sequence[LayerCache], past: Sequence[Tensor]) -> DynamicCache:

@@ -103,9 +103,9 @@ class BackboneDescription:
             )
         if edits.base_model and self.base_model and short_name(edits.base_model) != self.base_model:
             raise ValueError(
-                f"The adapter was trained on {edits.base_model!r}, and the backbone is {self.base_model!r}. If both are "
-                "the same model under two names, save the adapter's tensors anew with base_model=... (on the command "
-                "line --base-model)."
+                f"The adapter was trained on {edits.base_model!r}, and the backbone is {self.base_model!r}. If both "
+                "are the same model under two names, save the adapter's tensors anew with base_model=... (on the "
+                "command line --base-model)."
             )
         found = edits.of(self.blocks)
         groups, rank = found["bias"].shape[1:]
@@ -225,8 +225,8 @@ def load_adapter_tensors(path: str | Path) -> EditTensors:
     groups = spec.num_interventions(share) if share in (True, False, "position") else -1
     if down.dim() != 4 or up.shape != down.shape or bias.shape != down.shape[:3] or len(blocks) != len(down):
         raise ValueError(
-            f"{str(path)!r} holds tensors of the shapes {list(down.shape)}, {list(bias.shape)} and {list(up.shape)} for "
-            f"{len(blocks)} blocks, which are no adapter's: down and up are [blocks, groups, rank, width]."
+            f"{str(path)!r} holds tensors of the shapes {list(down.shape)}, {list(bias.shape)} and {list(up.shape)} "
+            f"for {len(blocks)} blocks, which are no adapter's: down and up are [blocks, groups, rank, width]."
         )
     if groups != down.shape[1]:
         raise ValueError(
@@ -241,8 +241,8 @@ def load_adapter_tensors(path: str | Path) -> EditTensors:
 def _check_format(path: str, found: Any, expected: str) -> None:
     if found.get("format") != expected:
         raise ValueError(
-            f"{path!r} is no {expected} file: its format is {found.get('format')!r}. `python -m peft_reft export` writes "
-            "both kinds; a PEFT adapter is a folder, which save_adapter_tensors turns into such a file."
+            f"{path!r} is no {expected} file: its format is {found.get('format')!r}. `python -m peft_reft export` "
+            "writes both kinds; a PEFT adapter is a folder, which save_adapter_tensors turns into such a file."
         )
     if str(found.get("version")) != str(VERSION):
         raise ValueError(f"{path!r} has version {found.get('version')!r} of its format; this is version {VERSION}.")

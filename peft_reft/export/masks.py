@@ -70,7 +70,9 @@ def edit_mask(
     return marks.transpose(1, 2).float()
 
 
-def _prompts(attention_mask: Tensor | None, prompt_length: int | Sequence[int] | Tensor | None, generated: int) -> Prompts:
+def _prompts(
+    attention_mask: Tensor | None, prompt_length: int | Sequence[int] | Tensor | None, generated: int
+) -> Prompts:
     """Each column's place, where a row is a prompt and the tokens generated behind it."""
     lengths = None if prompt_length is None else torch.as_tensor(prompt_length)
     if lengths is not None and (lengths.is_floating_point() or lengths.dtype == torch.bool or lengths.dim() > 1):
@@ -88,10 +90,7 @@ def _prompts(attention_mask: Tensor | None, prompt_length: int | Sequence[int] |
     valid = attention_mask != 0
     order = valid.cumsum(1) - 1
     count = order[:, -1:] + 1  # [B, 1]
-    if lengths is None:
-        length = count - generated
-    else:
-        length = lengths.to(count.device).reshape(-1, 1).expand_as(count)
+    length = count - generated if lengths is None else lengths.to(count.device).reshape(-1, 1).expand_as(count)
     wrong = (length < 1) | (length > count)
     if lengths is not None and generated:
         wrong = wrong | (length + generated != count)

@@ -1,8 +1,8 @@
 """Backbones as files: traced once with dynamic shapes, then written as ONNX, PT2 or for ExecuTorch, and opened again.
 
 Each format is a `Format`: how it is written, and how a file of it is run from Python, with the same arguments in the
-same order (`answers.Run`). Quantisation is done on the ONNX graph: it finds the backbone's weights, which are constants,
-and leaves the edits alone, which are inputs.
+same order (`answers.Run`). Quantisation is done on the ONNX graph: it finds the backbone's weights, which are
+constants, and leaves the edits alone, which are inputs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from peft_reft.export.answers import Run
-from peft_reft.export.backbone import BakedBackbone, Backbone
+from peft_reft.export.backbone import Backbone, BakedBackbone
 from peft_reft.export.files import BackboneDescription, describe
 from peft_reft.tuner.files import staged
 
@@ -56,7 +56,8 @@ def trace(
         arguments["bias"] = torch.ones(blocks, groups, rank), {1: group, 2: ranks}
         arguments["up"] = torch.ones(blocks, groups, rank, width), {1: group, 2: ranks}
     shapes: dict[str, Any] = {name: shape for name, (_, shape) in arguments.items()}
-    shapes["past"] = tuple({0: row, 2: some} for _ in past)
+    if past:
+        shapes["past"] = tuple({0: row, 2: some} for _ in past)
     example = (*(tensor for tensor, _ in arguments.values()), *past)
     with torch.no_grad():
         return torch.export.export(backbone, example, dynamic_shapes=shapes, strict=False)
@@ -117,7 +118,9 @@ class Onnx(Format):
             for left in path.parent.glob(f"{float_path.name}*"):
                 left.unlink()
         else:
-            weights = sum(value.const_value.nbytes for value in made.model.graph.initializers.values() if value.const_value)
+            weights = sum(
+                value.const_value.nbytes for value in made.model.graph.initializers.values() if value.const_value
+            )
             onnx_ir.save(made.model, str(path), external_data=f"{path.name}.data" if weights > ONE_FILE else None)
         onnx.checker.check_model(str(path))
 
@@ -194,7 +197,9 @@ def quantise(source: Path, target: Path, dtype: str) -> None:
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
     if dtype == "int8":
-        quantize_dynamic(source, target, op_types_to_quantize=["MatMul", "Gather"], weight_type=QuantType.QInt8, per_channel=True)
+        quantize_dynamic(
+            source, target, op_types_to_quantize=["MatMul", "Gather"], weight_type=QuantType.QInt8, per_channel=True
+        )
         return
     config = DefaultWeightOnlyQuantConfig(
         block_size=BLOCK,
@@ -270,13 +275,17 @@ def open_backbone(folder: str | Path) -> tuple[Run, BackboneDescription]:
     kind = next((kind for kind in FORMATS.values() if kind.file == description.file), None)
     path = folder / Path(description.file).name
     if kind is None or not path.is_file():
-        raise ValueError(f"{str(folder)!r} describes the graph {description.file!r}, which is missing or of no known kind.")
+        raise ValueError(
+            f"{str(folder)!r} describes the graph {description.file!r}, which is missing or of no known kind."
+        )
     try:
         return kind.open(path, description), description
     except ImportError as error:
         raise ValueError(f"{str(path)!r} needs {kind.needs} ({error}).") from error
     except Exception as error:  # of the runtime's own kinds
-        raise ValueError(f"{str(path)!r} cannot be opened ({' '.join(str(error).split())[:300]}); the file is damaged.") from error
+        raise ValueError(
+            f"{str(path)!r} cannot be opened ({' '.join(str(error).split())[:300]}); the file is damaged."
+        ) from error
 
 
 def empty_past(description: BackboneDescription, rows: int = 1) -> list[Tensor] | None:

@@ -134,8 +134,8 @@ def _of_directory(directory: Path, blocks: Sequence[str] | None) -> EditTensors:
         factors[block] = []
         for _, tensors in sorted(groups.items()):
             basis = tensors.get("basis")
-            is_matrix = basis is not None and basis.dim() == 2
-            made = built(config, basis.shape[1], basis.shape[0], tensors) if is_matrix else None  # type: ignore[union-attr]
+            width, rank = (basis.shape[1], basis.shape[0]) if basis is not None and basis.dim() == 2 else (0, 0)
+            made = built(config, width, rank, tensors) if width else None
             if made is None:
                 raise ValueError(
                     f"The adapter in {str(directory)!r} has interventions {config.get('intervention')!r} that are no "
@@ -153,8 +153,9 @@ def _of_directory(directory: Path, blocks: Sequence[str] | None) -> EditTensors:
 def _refuse_more(adapter: str, spec: PositionSpec, others: list[str]) -> None:
     if others:
         raise ValueError(
-            f"The adapter {adapter!r} has more than its interventions: {others[0]!r}. A file of edits cannot change the "
-            "backbone's weights; train without modules_to_save and trainable_token_indices, or export the whole model."
+            f"The adapter {adapter!r} has more than its interventions: {others[0]!r}. A file of edits cannot change "
+            "the backbone's weights; train without modules_to_save and trainable_token_indices, or export the whole "
+            "model."
         )
     if spec.turns in ("first", "all"):
         raise ValueError(
@@ -172,8 +173,8 @@ def _factors(intervention: nn.Module, adapter: str) -> Factors:
     assert isinstance(intervention, Intervention)
     if intervention.act is not None:
         raise ValueError(
-            f"The adapter {adapter!r} has act_fn={intervention.act_fn!r} between its two products, which the graph of a "
-            f"backbone for all adapters has not. {BAKE}"
+            f"The adapter {adapter!r} has act_fn={intervention.act_fn!r} between its two products, which the graph of "
+            f"a backbone for all adapters has not. {BAKE}"
         )
     with torch.no_grad():
         return stack_factors([intervention]).map(lambda part: part[0].detach().float().cpu())
@@ -219,8 +220,8 @@ def base_blocks(directory: str | Path) -> list[str]:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
-            f"The adapter in {str(directory)!r} edits some blocks of {name!r}, whose config cannot be read here to know "
-            "them all. Pass blocks=[...], such as exportable(base).blocks."
+            f"The adapter in {str(directory)!r} edits some blocks of {name!r}, whose config cannot be read here to "
+            "know them all. Pass blocks=[...], such as exportable(base).blocks."
         ) from error
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
