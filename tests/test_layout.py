@@ -14,7 +14,7 @@ FLOORS = [
     {"context"},
     {"tuner"},
     {"integrations", "info"},
-    {"convert", "inspect", "search", "chat", "playground"},
+    {"convert", "export", "inspect", "search", "chat", "playground"},
 ]
 MATHEMATICS = {"interventions", "positions"}  # plain torch
 # Two tools are used by neighbours: a model card says what `info` finds, and a chat marks tokens as trainers see them.

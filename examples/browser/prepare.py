@@ -28,9 +28,13 @@ from quickstart import PIRATE, QUESTIONS, ROBOT, answers, chats, show, train  # 
 from smollm2 import NAME, smollm2  # noqa: E402
 
 PAGE = ("index.html", "app.mjs", "backbone.mjs", "edits.mjs", "mask.mjs")
-PACKAGES = {  # what of the packages the page loads
-    "onnxruntime-web/dist": ("ort.webgpu.bundle.min.mjs", "ort-wasm-simd-threaded.asyncify.wasm"),
-    "@huggingface/tokenizers/dist": ("tokenizers.min.mjs",),
+PACKAGES = {  # what of the packages the page loads, and under which name
+    "onnxruntime-web/dist/ort.wasm.bundle.min.mjs": "ort.wasm.bundle.min.mjs",
+    "onnxruntime-web/dist/ort-wasm-simd-threaded.wasm": "ort-wasm-simd-threaded.wasm",
+    "onnxruntime-web/dist/ort.webgpu.bundle.min.mjs": "ort.webgpu.bundle.min.mjs",
+    "onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.wasm": "ort-wasm-simd-threaded.asyncify.wasm",
+    "@huggingface/tokenizers/dist/tokenizers.min.mjs": "tokenizers.min.mjs",
+    "@huggingface/jinja/dist/index.js": "jinja.mjs",
 }
 CONFIG = {"r": 4, "positions": "f4+l4", "layers_to_transform": [5, 9, 13, 17, 21, 25], "task_type": "CAUSAL_LM"}
 
@@ -89,17 +93,16 @@ def main() -> int:
     return 0
 
 
-def copy_page(site: Path) -> None:
+def copy_page(site: Path, modules: Path = HERE / "node_modules") -> None:
     """The page's own files, and those of the packages, beside the model."""
     for name in PAGE:
         shutil.copy(HERE / name, site / name)
     (site / "vendor").mkdir(parents=True, exist_ok=True)
-    for folder, names in PACKAGES.items():
-        for name in names:
-            source = HERE / "node_modules" / folder / name
-            if not source.is_file():
-                raise SystemExit(f"{source.name} is missing: run `npm install` in {HERE} first.")
-            shutil.copy(source, site / "vendor" / name)
+    for path, name in PACKAGES.items():
+        source = modules / path
+        if not source.is_file():
+            raise SystemExit(f"{path} is missing in {modules}: run `npm install` in {HERE} first.")
+        shutil.copy(source, site / "vendor" / name)
 
 
 if __name__ == "__main__":

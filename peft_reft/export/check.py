@@ -6,6 +6,7 @@ backbone with an adapter inside, that one is used.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def check_backbone(model: nn.Module, backbone: Backbone, folder: Path, tokens: i
         )
         torch.manual_seed(0)
         adapted = get_peft_model(model, config, adapter_name="check")
-        found = read_edits(adapted, "check")
+        found = replace(read_edits(adapted, "check"), base_model=None)  # whatever the files call the model
         adapter, positions, share = description.inputs(found), found.positions, found.share_weights
     else:
         adapted, adapter = model, None

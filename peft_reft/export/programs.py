@@ -42,7 +42,7 @@ def trace(
     batch, columns, groups, rank = rows or 2, 5, max_groups or 2, max_rank or 3
     past = backbone.empty_past(batch, 6)
     total = columns + (6 if past else 0)
-    some = Dim.AUTO if max_columns is None else Dim.AUTO(max=max_columns)  # type: ignore[attr-defined]
+    some = Dim.AUTO if max_columns is None else Dim.AUTO(max=max_columns)
     row: Any = Dim.STATIC if rows else Dim.AUTO
     group: Any = Dim.STATIC if max_groups else Dim.AUTO
     ranks: Any = Dim.STATIC if max_rank else Dim.AUTO
@@ -196,9 +196,10 @@ def quantise(source: Path, target: Path, dtype: str) -> None:
     from onnxruntime.quantization import QuantType, quant_utils, quantize_dynamic
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
+    model = with_transposed_weights(onnx.load(source))
     if dtype == "int8":
         quantize_dynamic(
-            source, target, op_types_to_quantize=["MatMul", "Gather"], weight_type=QuantType.QInt8, per_channel=True
+            model, target, op_types_to_quantize=["MatMul", "Gather"], weight_type=QuantType.QInt8, per_channel=True
         )
         return
     config = DefaultWeightOnlyQuantConfig(
@@ -208,9 +209,28 @@ def quantise(source: Path, target: Path, dtype: str) -> None:
         quant_format=quant_utils.QuantFormat.QOperator,
         op_types_to_quantize=("MatMul", "Gather"),
     )
-    quantiser = MatMulNBitsQuantizer(onnx.load(source), algo_config=config)
+    quantiser = MatMulNBitsQuantizer(model, algo_config=config)
     quantiser.process()
     onnx.save(quantiser.model.model, target)
+
+
+def with_transposed_weights(model: Any) -> Any:
+    """An ONNX model whose matrices are stored as they are multiplied with; quantisers look at constants alone.
+
+    An output layer that shares its weights with the embedding is the transpose of these when the graph runs.
+    """
+    from onnx import numpy_helper
+
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in [node for node in model.graph.node if node.op_type == "Transpose" and node.input[0] in stored]:
+        order = next((list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"), None)
+        values = numpy_helper.to_array(stored[node.input[0]]).transpose(order)
+        model.graph.initializer.append(numpy_helper.from_array(values.copy(), node.output[0]))
+        model.graph.node.remove(node)
+    used = {name for node in model.graph.node for name in node.input}
+    for tensor in [tensor for tensor in model.graph.initializer if tensor.name not in used]:
+        model.graph.initializer.remove(tensor)
+    return model
 
 
 def export_backbone(

@@ -92,7 +92,7 @@ def test_the_model_stays_what_it_was():
     backbone = exportable(model)
     answer_of(backbone, adapter_tensors(model), "f1+l1")
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
-    with pytest.raises(IndexError):
+    with pytest.raises((IndexError, RuntimeError)):  # tensors of no adapter
         answer_of(backbone, dict.fromkeys(("down", "bias", "up"), torch.ones(1, 1, 1, 32)), "f1+l1")
     assert answer(model) == before
 
