@@ -12,6 +12,7 @@ import sys
 COMMANDS = {
     "chat": "talk with an adapter in the terminal, at any strength",
     "convert": "import a checkpoint of pyreft or AdapterHub, or export one to pyreft",
+    "export": "a base model as one graph (ONNX, PT2, ExecuTorch) that takes adapters of a few kilobytes as inputs",
     "info": "what an adapter is, without loading a model",
     "inspect": "how far each intervention moves the tokens of a prompt, as a table and a picture",
     "playground": "talk with adapters and their base model side by side, in a local web page",

@@ -15,7 +15,7 @@ FLOORS = [
     {"context"},
     {"tuner"},
     {"integrations", "info"},
-    {"convert", "inspect", "search", "chat", "playground", "causal"},
+    {"convert", "export", "inspect", "search", "chat", "playground", "causal"},
 ]
 MATHEMATICS = {"interventions", "positions"}  # plain torch
 DEPENDENCIES = {"accelerate", "huggingface_hub", "packaging", "peft", "safetensors", "torch", "transformers"}
