@@ -65,7 +65,9 @@ def test_blocks_are_found_by_names_with_and_without_the_head(tmp_path):
     assert list(read_factors(served, [name.removeprefix("model.") for name in NAMES], HIDDEN).blocks) == [2]
     renamed = [name.replace("model", "decoder") for name in NAMES]
     assert list(read_factors(served, renamed, HIDDEN, lambda name: name.replace("model", "decoder")).blocks) == [2]
-    with pytest.raises(ValueError, match=r"'model\.layers\.2', which is no block of this model; .* 'decoder\.layers\.0'"):
+    with pytest.raises(
+        ValueError, match=r"'model\.layers\.2', which is no block of this model; .* 'decoder\.layers\.0'"
+    ):
         read_factors(served, renamed, HIDDEN)
 
 
@@ -140,7 +142,9 @@ def test_damaged_files_are_refused(tmp_path):
 # Patching.
 
 
-@pytest.mark.parametrize("version, tested", [("0.32.0", True), ("0.32.1+cpu", True), ("0.31.2", False), ("0.33.0", False)])
+@pytest.mark.parametrize(
+    "version, tested", [("0.32.0", True), ("0.32.1+cpu", True), ("0.31.2", False), ("0.33.0", False)]
+)
 def test_versions(version, tested):
     reason = patches.untested(version)
     assert (reason is None) == tested

@@ -145,7 +145,9 @@ def test_a_slot_is_emptied_and_filled_anew():
 
 def test_an_adapter_that_no_slot_has_room_for_is_refused_with_the_option_that_makes_room():
     table = SlotTable(1, 4, WIDTH, BLOCKS, 16)
-    with pytest.raises(ValueError, match=r"2 intervention\(s\) of rank 3 in a block, 6 directions .* --max-lora-rank 6"):
+    with pytest.raises(
+        ValueError, match=r"2 intervention\(s\) of rank 3 in a block, 6 directions .* --max-lora-rank 6"
+    ):
         table.put(0, Adapter("loreft", None, 3, groups=2).factors)
     assert table.residents == [None]
 
@@ -203,7 +205,9 @@ def test_a_compiled_model_is_one_graph_for_all_steps():
 
     with torch.inference_mode():
         for size, edits in ((9, [(0, 0, 0), (5, 1, 0)]), (9, [(2, 1, 0)]), (14, [(13, 0, 0)]), (5, [])):
-            table.begin_step(step_of(edits) if edits else EditedTokens(*[np.empty(0, np.int64)] * 3), np.arange(2), np.ones(2))
+            table.begin_step(
+                step_of(edits) if edits else EditedTokens(*[np.empty(0, np.int64)] * 3), np.arange(2), np.ones(2)
+            )
             hidden = torch.randn(size, WIDTH)
             torch.testing.assert_close(compiled(hidden.clone()), expected(hidden, edits), atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(hooked(hidden.clone()), expected(hidden, edits), atol=1e-4, rtol=1e-4)

@@ -79,7 +79,9 @@ def test_steps_of_many_requests_in_pieces_edit_each_token_once_and_rightly():
         batch = draw.permutation(waiting)[:9].tolist()  # an engine's order is its own
         now = [requests[number][2].pop(0) for number in batch]
         found = edited_tokens(
-            [requests[number][0] for number in batch], np.array([at for at, _ in now]), np.array([n for _, n in now], np.int32)
+            [requests[number][0] for number in batch],
+            np.array([at for at, _ in now]),
+            np.array([n for _, n in now], np.int32),
         )
         row, owner = [], []
         for place, (number, (at, size)) in enumerate(zip(batch, now)):
@@ -119,7 +121,10 @@ def test_blocks_have_one_key_exactly_where_their_states_are_the_same(positions, 
             common = one if "d" not in positions else one  # tokens that both prompts have
             for stop in range(size, common + 1, size):
                 chains = [
-                    [block_keys((LORA,), RequestEdits(rule, n), 1, start, start + size) for start in range(0, stop, size)]
+                    [
+                        block_keys((LORA,), RequestEdits(rule, n), 1, start, start + size)
+                        for start in range(0, stop, size)
+                    ]
                     for n in (one, other)
                 ]
                 edits = [expected(positions, share, n, n)[:stop] for n in (one, other)]

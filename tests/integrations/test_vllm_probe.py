@@ -56,7 +56,9 @@ class Model(nn.Module):
 
 
 def conventions(model, **kwargs):
-    return [found.stream for found in find_conventions(list(model.layers), lambda: model(torch.randn(4, WIDTH)), **kwargs)]
+    return [
+        found.stream for found in find_conventions(list(model.layers), lambda: model(torch.randn(4, WIDTH)), **kwargs)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -119,7 +121,9 @@ def test_blocks_are_the_one_list_of_the_right_length():
     model = nn.Module()
     model.backbone = Model("stream", "stream", "stream")
     model.backbone.layers[1] = nn.Identity()  # stands for another worker's block
-    model.backbone.layers[0].experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))  # as many, but inside of a block
+    model.backbone.layers[0].experts = nn.ModuleList(
+        nn.Linear(2, 2) for _ in range(3)
+    )  # as many, but inside of a block
     blocks = find_blocks(model, 3, (nn.Identity,))
     assert list(blocks) == [0, 2] and blocks.names == ["backbone.layers.0", "backbone.layers.1", "backbone.layers.2"]
     model.tower = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))

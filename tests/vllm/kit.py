@@ -28,7 +28,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 4, "n_head": 2, "vocab_size": VOCABULARY, "n_positions": 512}),
     "opt": (
         "OPTConfig",
-        {**SIZES, "ffn_dim": 128, "max_position_embeddings": 512, "word_embed_proj_dim": 64, "activation_function": "relu"},
+        {
+            **SIZES,
+            "ffn_dim": 128,
+            "max_position_embeddings": 512,
+            "word_embed_proj_dim": 64,
+            "activation_function": "relu",
+        },
     ),
 }
 
@@ -52,7 +58,9 @@ def make_model(name: str, parent: Path) -> Path:
     model.save_pretrained(directory)
     words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(VOCABULARY)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w1", eos_token="w2", pad_token="w0")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="w1", eos_token="w2", pad_token="w0"
+    )
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} w3 {% endfor %}"
     tokenizer.save_pretrained(directory)
     return directory
@@ -109,14 +117,18 @@ class Truth:
         self.known: dict[Any, Answer] = {}
 
     @torch.no_grad()
-    def answer(self, name: str | None, prompt: Sequence[int], new: int = 8, strength: float = 1.0, **options: Any) -> Answer:
+    def answer(
+        self, name: str | None, prompt: Sequence[int], new: int = 8, strength: float = 1.0, **options: Any
+    ) -> Answer:
         """The answer of an adapter; None for the base model."""
         key = (name, tuple(prompt), new, strength, *options.items())
         if key not in self.known:
             self.known[key] = self._generate(name, prompt, new, strength, options)
         return self.known[key]
 
-    def _generate(self, name: str | None, prompt: Sequence[int], new: int, strength: float, options: dict[str, Any]) -> Answer:
+    def _generate(
+        self, name: str | None, prompt: Sequence[int], new: int, strength: float, options: dict[str, Any]
+    ) -> Answer:
         from peft_reft import set_strength
 
         with self.adapter(name) as model:
@@ -180,7 +192,9 @@ class Comparison:
         """Compare an answer with the true one; they may part at a tie, where the true margin is within rounding."""
         self.wrong = self.wrong or []
         self.total += 1
-        parted = next((i for i, (one, other) in enumerate(zip(tokens, truth.tokens)) if one != other), len(truth.tokens))
+        parted = next(
+            (i for i, (one, other) in enumerate(zip(tokens, truth.tokens)) if one != other), len(truth.tokens)
+        )
         right = len(tokens) == len(truth.tokens) and (
             parted == len(truth.tokens) or (bool(truth.margins) and truth.margins[parted] < 2e-3)
         )

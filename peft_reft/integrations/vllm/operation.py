@@ -49,7 +49,8 @@ def _(hidden: Tensor, residual: Tensor | None, table: int, block: int) -> None:
 def _(hidden: Tensor, residual: Tensor | None, table: int, block: int) -> None:
     from peft_reft.integrations.vllm.kernel import launch
 
-    launch(hidden, residual, TABLES[table], block)
+    with torch.cuda.device(hidden.device):
+        launch(hidden, residual, TABLES[table], block)
 
 
 class EditHook:

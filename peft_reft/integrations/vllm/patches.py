@@ -49,6 +49,7 @@ from peft_reft.integrations.vllm.rule import RequestEdits
 from peft_reft.integrations.vllm.worker import Blocks, Sizes, Worker, find_blocks
 
 TESTED = ("0.32.0", "0.33")  # from, and below
+TRIAL = 4  # tokens of the forward in which the residual stream is found
 logger = logging.getLogger("vllm.peft_reft")
 
 
@@ -330,10 +331,18 @@ def _load_lora_model(original: Any, self: Any, model: Any, vllm_config: Any, dev
         model_config.get_hidden_size(),
         vllm_config.scheduler_config.max_num_batched_tokens,
     )
-    # Before vLLM wraps linear layers, which then expect to be told of a step's adapters.
-    worker.attach(
-        lambda: _blocks_of(model, model_config), lambda: _trial(self, model, vllm_config), _attention_of(model), sizes, device
-    )
+    from vllm.forward_context import set_forward_context
+
+    # Before vLLM wraps linear layers, which then expect to be told of a step's adapters. Without metadata attention has no
+    # cache to read, and the model runs as it is written, not compiled.
+    with set_forward_context(None, vllm_config, num_tokens=TRIAL, skip_compiled=True):
+        worker.attach(
+            lambda: _blocks_of(model, model_config),
+            lambda: model(**_trial_inputs(self, model, model_config)),
+            _attention_of(model),
+            sizes,
+            device,
+        )
     if worker.problem is not None:
         logger.warning("ReFT adapters cannot be served by this engine: %s", worker.problem)
     result = original(self, model, vllm_config, device)
@@ -387,25 +396,20 @@ def _attention_of(model: Any) -> list[torch.nn.Module]:
     return list({id(module): module for module in [*found, *instances.values()]}.values())
 
 
-def _trial(runner: Any, model: Any, vllm_config: Any, tokens: int = 4) -> None:
-    """Run a model on a few tokens, without a cache and as it is written, not compiled."""
+def _trial_inputs(runner: Any, model: Any, model_config: Any) -> dict[str, Any]:
+    """What a model is given to run `TRIAL` tokens."""
     from vllm.distributed import get_pp_group
-    from vllm.forward_context import set_forward_context
 
     device = runner.device
-    positions = torch.arange(tokens, device=device)
+    positions = torch.arange(TRIAL, device=device)
     if getattr(runner, "uses_mrope", False):
-        positions = positions.expand(3, tokens)
-    inputs = {"input_ids": torch.arange(1, tokens + 1, device=device), "positions": positions}
-    if not get_pp_group().is_first_rank:
-        stream = model.make_empty_intermediate_tensors(
-            batch_size=tokens, dtype=vllm_config.model_config.dtype, device=device
-        )
-        for tensor in stream.tensors.values():
-            tensor.normal_()
-        inputs |= {"input_ids": None, "intermediate_tensors": stream}
-    with set_forward_context(None, vllm_config, num_tokens=tokens, skip_compiled=True):
-        model(**inputs)
+        positions = positions.expand(3, TRIAL)
+    if get_pp_group().is_first_rank:
+        return {"input_ids": torch.arange(1, TRIAL + 1, device=device), "positions": positions}
+    stream = model.make_empty_intermediate_tensors(batch_size=TRIAL, dtype=model_config.dtype, device=device)
+    for tensor in stream.tensors.values():
+        tensor.normal_()
+    return {"input_ids": None, "positions": positions, "intermediate_tensors": stream}
 
 
 def _load_adapter(original: Any, self: Any, lora_request: Any) -> Any:
@@ -460,7 +464,9 @@ def _prepare_inputs_v1(original: Any, self: Any, scheduler_output: Any, num_sche
     return result
 
 
-_prepared: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # by runner: the batch of the coming forward
+_prepared: weakref.WeakKeyDictionary[Any, Any] = (
+    weakref.WeakKeyDictionary()
+)  # by runner: the batch of the coming forward
 
 
 def _prepare_inputs_v2(original: Any, self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:

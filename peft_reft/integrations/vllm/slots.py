@@ -23,8 +23,21 @@ from peft_reft.integrations.vllm.adapters import AdapterFactors
 from peft_reft.integrations.vllm.step import EditedTokens
 from peft_reft.interventions import Factors
 
-LINEAR = 0  # the number of no activation
-ACTIVATIONS = (None, *sorted(ACT2FN))  # by the number that kernels know them by
+# The numbers by which kernel.py knows activations; without a kernel any of transformers' will do.
+KERNEL_ACTIVATIONS: dict[str | None, int] = {
+    None: 0,
+    "linear": 0,
+    "relu": 1,
+    "sigmoid": 2,
+    "tanh": 3,
+    "silu": 4,
+    "swish": 4,
+    "gelu": 5,
+    "gelu_python": 5,
+    "gelu_new": 6,
+    "gelu_pytorch_tanh": 6,
+    "leaky_relu": 7,
+}
 
 # The tables of this process by number: what a custom operation is given has to be a number or a tensor.
 TABLES: list[SlotTable] = []
@@ -118,7 +131,7 @@ class SlotTable:
         self.residents[slot] = None
         if adapter is None:
             return
-        self.check_room(adapter)
+        self.check(adapter)
         rank = adapter.rank
         for block, groups in adapter.blocks.items():
             for number, factors in enumerate(groups):
@@ -133,12 +146,19 @@ class SlotTable:
         subtracts = any(factors.projection is not None for factors in every)
         self.residents[slot] = Resident(rank, act_fn, subtracts, frozenset(adapter.blocks))
 
-    def check_room(self, adapter: AdapterFactors) -> None:
-        """Refuse an adapter that no slot has room for.
+    def check(self, adapter: AdapterFactors) -> None:
+        """Refuse an adapter that no slot has room for, or whose activation the device's kernel does not have.
 
         Raises:
-            ValueError: with the size that is needed.
+            ValueError: with the size that is needed, or the activations that there are.
         """
+        act_fn = adapter.served.config.act_fn
+        if self.device.type != "cpu" and act_fn not in KERNEL_ACTIVATIONS:
+            there = ", ".join(sorted(name for name in KERNEL_ACTIVATIONS if name is not None))
+            raise ValueError(
+                f"The ReFT adapter in {str(adapter.served.directory)!r} has act_fn={act_fn!r}, which vLLM's GPU workers do not "
+                f"have; they have {there}. Serve it with transformers."
+            )
         needed = adapter.rank * adapter.groups
         if needed > self.columns:
             raise ValueError(
@@ -157,21 +177,21 @@ class SlotTable:
         if self.device.type == "cpu":
             self.passes = list(self._passes(edited, slot_of, strength_of)) if len(edited.token) else []
         else:
-            self._fill(edited, slot_of, strength_of)
+            self.fill_buffers(edited, slot_of, strength_of)
 
     def factors(self, one: Pass, block: int) -> Factors:
         """The factors of a pass in a block."""
         down, up, bias = self.down[block][one.columns], self.up[block][one.columns], self.bias[block][one.columns]
         return Factors(down.mT, bias, up, up.mT if one.subtracts else None, one.act)
 
-    def _fill(self, edited: EditedTokens, slot_of: NDArray[np.int64], strength_of: NDArray[np.float32]) -> None:
+    def fill_buffers(self, edited: EditedTokens, slot_of: NDArray[np.int64], strength_of: NDArray[np.float32]) -> None:
         """Write the step into the buffers that kernels read."""
         slot = slot_of[edited.request]
         rank_of, act_of = np.zeros(self.slots, np.int64), np.zeros(self.slots, np.int64)
         for number in set(slot.tolist()):
             resident = self._resident(number)
             rank_of[number] = resident.rank
-            act_of[number] = 2 * ACTIVATIONS.index(resident.act_fn) + resident.subtracts
+            act_of[number] = 2 * KERNEL_ACTIVATIONS[resident.act_fn] + resident.subtracts
         # All of the buffer: a graph that was captured for more tokens than the step has reads the rest, too.
         step = np.zeros((3, len(self.first)), np.int32)
         step[0] = -1
@@ -179,8 +199,11 @@ class SlotTable:
         strength = np.zeros(len(self.strength), np.float32)
         strength[edited.token] = strength_of[edited.request]
         for buffer, values in zip((self.first, self.rank, self.act, self.strength), (*step, strength)):
-            # A fresh pinned tensor each time: the copy may still wait for the step before when the next one is prepared.
-            buffer.copy_(torch.from_numpy(values).pin_memory(), non_blocking=True)
+            source = torch.from_numpy(values)
+            if self.device.type == "cuda":
+                # A fresh pinned tensor each time: the copy may still wait for the step before when the next is prepared.
+                source = source.pin_memory()
+            buffer.copy_(source, non_blocking=True)
 
     def _passes(
         self, edited: EditedTokens, slot_of: NDArray[np.int64], strength_of: NDArray[np.float32]

@@ -141,7 +141,7 @@ class Worker:
                 "'Serving many adapters')."
             )
         adapter = read_factors(served, self.blocks.names, self.sizes.width, self.rename)
-        self.table.check_room(adapter)
+        self.table.check(adapter)
         own = {number: index for index, number in enumerate(self.blocks)}  # other stages hold the other blocks
         blocks = {own[number]: groups for number, groups in adapter.blocks.items() if number in own}
         return AdapterFactors(served, blocks, adapter.groups, adapter.rank)
@@ -155,7 +155,15 @@ class Worker:
         if adapter is not None:
             self.in_slot[adapter_id], self.served[adapter_id] = slot, adapter.served
 
-    def note(self, request: str, adapter_id: int, served: ServedAdapter, tokens: Sequence[int] | None, length: int, extra: Any) -> None:
+    def note(
+        self,
+        request: str,
+        adapter_id: int,
+        served: ServedAdapter,
+        tokens: Sequence[int] | None,
+        length: int,
+        extra: Any,
+    ) -> None:
         """A request with a ReFT adapter begins, or begins again.
 
         Args:
