@@ -111,15 +111,15 @@ def test_turns_are_found_in_the_prompts_tokens():
 @pytest.mark.parametrize("positions", ["l3", "f2+l3", "m2", "e4+d2", "all"])
 @pytest.mark.parametrize("share", [True, False])
 def test_blocks_have_one_key_exactly_where_their_states_are_the_same(positions, share):
-    """For each pair of prompts that begin alike: a block's keys, with all before it, are equal if and only if the same
-    tokens up to its end are edited by the same interventions."""
+    """Of two prompts that begin alike: a block's keys, with all before it, are equal if and only if the same tokens up
+    to its end are edited by the same interventions.
+    """
     size = 4
     rule = rule_of(positions, share)
     same = 0
     for one in range(1, 14):
         for other in range(one, 14):
-            common = one if "d" not in positions else one  # tokens that both prompts have
-            for stop in range(size, common + 1, size):
+            for stop in range(size, one + 1, size):  # the tokens that both prompts have
                 chains = [
                     [
                         block_keys((LORA,), RequestEdits(rule, n), 1, start, start + size)
@@ -157,7 +157,7 @@ def test_strength_version_and_intervention_enter_the_key_of_an_edited_block():
 def test_what_a_request_says():
     assert wishes_of(None) == wishes_of({"other": "thing"}) == (1.0, None)
     assert wishes_of({"reft_strength": 2, "reft_prompt_length": 7}) == (2.0, 7)
-    with pytest.raises(ValueError, match="reft_strength='0.5' is not a strength"):
+    with pytest.raises(ValueError, match=r"reft_strength='0\.5' is not a strength"):
         wishes_of({"reft_strength": "0.5"})
     with pytest.raises(ValueError, match="nan is not a strength"):
         wishes_of({"reft_strength": float("nan")})

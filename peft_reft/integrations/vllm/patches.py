@@ -1,23 +1,22 @@
 """Every place of vLLM that is patched: what, in which process, and why. Tested with the versions of `TESTED`.
 
-place                                                process      why
----------------------------------------------------  -----------  -------------------------------------------------------
-InputProcessor.process_inputs                        front end    what a request asks for is checked before it is queued
-LLMEngine, AsyncLLM: add_request                     front end    an adapter that cannot be served is an error of its
-                                                                  request; in a worker's step it would end the engine
-LLMEngine, AsyncLLM: add_lora, remove_lora           front end    notes which adapters were accepted
-BeamSearchSequence.get_prompt                        front end    a beam is a new request, whose prompt is longer than the
-                                                                  one that it came from
-ChatCompletionRequest, CompletionRequest:            front end    vLLM drops `vllm_xargs` there, and with them the strength
+place                                              process      why
+-------------------------------------------------  -----------  ------------------------------------------------------
+InputProcessor.process_inputs                      front end    what a request asks for is checked before it is queued
+LLMEngine, AsyncLLM: add_request                   front end    an adapter that cannot be served is an error of its
+                                                                request; in a worker's step it would end the engine
+LLMEngine, AsyncLLM: add_lora, remove_lora         front end    notes which adapters were accepted
+BeamSearchSequence.get_prompt                      front end    a beam is a new request, with a longer prompt
+ChatCompletionRequest, CompletionRequest:          front end    vLLM drops `vllm_xargs` there, and the strength in them
   to_beam_search_params
-generate_block_hash_extra_keys                       engine core  cached blocks depend on which of their tokens are edited
-VllmConfig.compute_hash                              all          compiled graphs hold the operation or do not
-LoRAModelRunnerMixin.load_lora_model                 worker       hooks on blocks, before anything is compiled
-WorkerLoRAManager._load_adapter                      worker       vLLM reads LoRA's settings and weights only
-LoRAModelManager._create_merged_loras_inplace        worker       fails for an adapter without LoRA weights
-LoRAModelManager.activate_adapter                    worker       an adapter takes a slot
-GPUModelRunner._prepare_inputs (V1; CPU too)         worker       which tokens the step holds
-GPUModelRunner.prepare_inputs, _set_active_loras     worker       the same for the V2 runner
+generate_block_hash_extra_keys                     engine core  cached blocks depend on which tokens are edited
+VllmConfig.compute_hash                            all          compiled graphs hold the operation or do not
+LoRAModelRunnerMixin.load_lora_model               worker       hooks on blocks, before anything is compiled
+WorkerLoRAManager._load_adapter                    worker       vLLM reads LoRA's settings and weights only
+LoRAModelManager._create_merged_loras_inplace      worker       fails for an adapter without LoRA weights
+LoRAModelManager.activate_adapter                  worker       an adapter takes a slot
+GPUModelRunner._prepare_inputs (V1; CPU too)       worker       which tokens the step holds
+GPUModelRunner.prepare_inputs, _set_active_loras   worker       the same for the V2 runner
   (V2)
 
 Each place is compared with the parameters that it had when it was tested, before anything is patched. With another
@@ -130,7 +129,8 @@ def untested(version: str) -> str | None:
     if low <= Version(Version(version).base_version) < below:
         return None
     return (
-        f"this version of peft_reft was tested with vLLM {low} to below {below}, and {version} is installed. Install one of "
+        f"this version of peft_reft was tested with vLLM {low} to below {below}, and {version} is installed. Install "
+        "one of "
         f'those (pip install "vllm>={low},<{below}"), or a newer peft_reft'
     )
 
@@ -185,8 +185,10 @@ def _process_inputs(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     wishes = wishes_of(extra)
     if given.resumable:
         raise ValueError(
-            "A session that streams its input cannot use a ReFT adapter: its prompt grows after a part of it was run, and "
-            f"positions={served.config.positions!r} count from the prompt's end or start. Send the whole prompt at once."
+            "A session that streams its input cannot use a ReFT adapter: its prompt grows after a part of it was "
+            "run, and "
+            f"positions={served.config.positions!r} count from the prompt's end or start. Send the whole prompt at "
+            "once."
         )
     request = original(self, *args, **kwargs)
     length = len(request.prompt_token_ids if request.prompt_token_ids is not None else request.prompt_embeds)
@@ -209,7 +211,8 @@ def _get_prompt(original: Any, self: Any) -> Any:
 def _to_beam_search_params(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     if says_anything(self.vllm_xargs):
         raise ValueError(
-            f"vLLM's beam search takes no vllm_xargs, so that {STRENGTH} would be dropped. Leave it out, or generate without "
+            f"vLLM's beam search takes no vllm_xargs, so that {STRENGTH} would be dropped. Leave it out, or generate "
+            "without "
             "use_beam_search."
         )
     return original(self, *args, **kwargs)
@@ -230,7 +233,8 @@ def _unaccepted(engine: Any, lora_request: Any) -> bool:
     if known != (lora_request.lora_path, served.version):
         raise ValueError(
             f"The adapter {lora_request.lora_name!r} has the id {lora_request.lora_int_id}, under which the files in "
-            f"{known[0]!r} were loaded as they were before. Give it an id of its own, or load it with load_inplace=True."
+            f"{known[0]!r} were loaded as they were before. Give it an id of its own, or load it with "
+            "load_inplace=True."
         )
     return False
 
@@ -323,7 +327,16 @@ _workers: weakref.WeakKeyDictionary[Any, Worker] = weakref.WeakKeyDictionary()  
 
 
 def _load_lora_model(original: Any, self: Any, model: Any, vllm_config: Any, device: Any) -> Any:
-    worker = Worker(list(_obstacles(model, vllm_config)), _renaming(model))
+    from vllm.model_executor.models import supports_lora
+
+    if not supports_lora(model):
+        raise ValueError(
+            f"vLLM's own {type(model).__name__} takes no adapters, neither LoRA nor ReFT. The same model run by "
+            "transformers' "
+            "modules does: start with --model-impl transformers (LLM(..., model_impl='transformers'))."
+        )
+    drafts = vllm_config.speculative_config is not None
+    worker = Worker(list(_obstacles(model, vllm_config)), drafts, _renaming(model))
     model_config, lora_config = vllm_config.model_config, vllm_config.lora_config
     sizes = Sizes(
         lora_config.max_loras,
@@ -333,7 +346,8 @@ def _load_lora_model(original: Any, self: Any, model: Any, vllm_config: Any, dev
     )
     from vllm.forward_context import set_forward_context
 
-    # Before vLLM wraps linear layers, which then expect to be told of a step's adapters. Without metadata attention has no
+    # Before vLLM wraps linear layers, which then expect to be told of a step's adapters. Without metadata attention
+    # has no
     # cache to read, and the model runs as it is written, not compiled.
     with set_forward_context(None, vllm_config, num_tokens=TRIAL, skip_compiled=True):
         worker.attach(
@@ -356,7 +370,7 @@ def _obstacles(model: Any, vllm_config: Any) -> Iterable[str]:
     if vllm_config.model_config.is_encoder_decoder:
         yield "the model has an encoder and a decoder, whose positions are counted apart"
     if vllm_config.kv_transfer_config is not None:
-        yield "a KV connector is configured (--kv-transfer-config), which names blocks by keys of its own; start without it"
+        yield "a KV connector (--kv-transfer-config) may name blocks by keys of its own; start without it"
     if parallel.use_ubatching:
         yield "a step is cut into micro-batches (--enable-dbo, --ubatch-size); start without it"
     if parallel.prefill_context_parallel_size > 1:

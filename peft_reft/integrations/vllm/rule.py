@@ -23,7 +23,8 @@ class Rule:
     """The positions of an adapter.
 
     Attributes:
-        spec: its terms; `turns` and `prompt_end` only if both are given, since a request's prompt ends with it otherwise.
+        spec: its terms; `turns` and `prompt_end` only if both are given, since otherwise all that a request gives is
+            its prompt.
         share_weights: as in `ReftConfig`.
     """
 
@@ -80,7 +81,8 @@ class RequestEdits:
         if rule.reads_tokens:
             if tokens is None:
                 raise ValueError(
-                    f"The adapter edits turns={rule.spec.turns!r}, which are found in the prompt's tokens; this prompt is "
+                    f"The adapter edits turns={rule.spec.turns!r}, which are found in the prompt's tokens; this "
+                    "prompt is "
                     "given as embeddings. Pass tokens, or use an adapter without `turns`."
                 )
             self.in_prompt = rule.interventions_in_prompt(tokens[:prompt_length])

@@ -4,7 +4,9 @@ The tables have one size from the start, and are written in place: a compiled mo
 goes on as it is when an adapter comes or goes. A slot has `columns` rows in each table, in which the interventions of
 its adapter lie next to each other, each with the adapter's largest rank (what a block has less is zero).
 
-    edit(h) = (act(down h + bias) - [up h]) upᵀ      the bracket only where an activation keeps it from being part of down
+    edit(h) = (act(down h + bias) - [up h]) upᵀ
+
+The bracket is there only where an activation keeps it from being a part of `down`.
 """
 
 from __future__ import annotations
@@ -95,8 +97,8 @@ class SlotTable:
         number: this table's place in `TABLES`.
         down, up: per block, float32 [slots * columns + 1, d]; the last row is always zero.
         bias: per block, float32 [slots * columns + 1].
-        first, rank, act: int32 [max_tokens], per token of the step: its intervention's first row in the tables (-1 where
-            nothing is edited), how many rows it has, and 2 * its activation's number + whether `up h` is subtracted.
+        first, rank, act: int32 [max_tokens], per token of the step: its intervention's first row in the tables, -1
+            where nothing is edited; how many rows it has; 2 * its activation's number + whether `up h` is subtracted.
         strength: float32 [max_tokens].
         passes: the same step, for devices that are not driven by CUDA graphs.
     """
@@ -156,14 +158,16 @@ class SlotTable:
         if self.device.type != "cpu" and act_fn not in KERNEL_ACTIVATIONS:
             there = ", ".join(sorted(name for name in KERNEL_ACTIVATIONS if name is not None))
             raise ValueError(
-                f"The ReFT adapter in {str(adapter.served.directory)!r} has act_fn={act_fn!r}, which vLLM's GPU workers do not "
+                f"The ReFT adapter in {str(adapter.served.directory)!r} has act_fn={act_fn!r}, which vLLM's GPU "
+                "workers do not "
                 f"have; they have {there}. Serve it with transformers."
             )
         needed = adapter.rank * adapter.groups
         if needed > self.columns:
             raise ValueError(
                 f"The ReFT adapter in {str(adapter.served.directory)!r} has {adapter.groups} intervention(s) of rank "
-                f"{adapter.rank} in a block, {needed} directions in all, and a slot has room for {self.columns}. Start vLLM "
+                f"{adapter.rank} in a block, {needed} directions in all, and a slot has room for {self.columns}. "
+                "Start vLLM "
                 f"with --max-lora-rank {needed} or the next larger one that it offers (LLM(max_lora_rank=...))."
             )
 
@@ -201,7 +205,8 @@ class SlotTable:
         for buffer, values in zip((self.first, self.rank, self.act, self.strength), (*step, strength)):
             source = torch.from_numpy(values)
             if self.device.type == "cuda":
-                # A fresh pinned tensor each time: the copy may still wait for the step before when the next is prepared.
+                # A fresh pinned tensor each time: the copy may still wait for the step before when the next is
+                # prepared.
                 source = source.pin_memory()
             buffer.copy_(source, non_blocking=True)
 

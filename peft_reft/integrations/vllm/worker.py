@@ -69,7 +69,8 @@ def find_blocks(model: nn.Module, count: int, absent: tuple[type, ...]) -> Block
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     if len(outer) != 1:
         raise UnknownConvention(
-            f"{type(model).__name__} has {len(outer)} lists of {count} modules ({', '.join(outer) or 'none'}), so that its blocks "
+            f"{type(model).__name__} has {len(outer)} lists of {count} modules ({', '.join(outer) or 'none'}), so "
+            "that its blocks "
             "cannot be told"
         )
     blocks = Blocks((n, block) for n, block in enumerate(lists[outer[0]]) if not isinstance(block, absent))
@@ -82,14 +83,16 @@ class Worker:
 
     Args:
         obstacles: what keeps this engine from serving ReFT adapters at all, in words.
+        drafts: whether steps hold drafted tokens, some of which are dropped afterwards (speculative decoding).
         rename: a module's name in transformers -> its name in vLLM's model.
 
     Attributes:
         problem: why no ReFT adapter can be served, or None.
     """
 
-    def __init__(self, obstacles: Sequence[str] = (), rename: Callable[[str], str] = str):
+    def __init__(self, obstacles: Sequence[str] = (), drafts: bool = False, rename: Callable[[str], str] = str):
         self.problem: str | None = "; ".join(obstacles) or None
+        self.drafts = drafts
         self.rename = rename
         self.sizes: Sizes | None = None
         self.table: SlotTable | None = None
@@ -136,9 +139,19 @@ class Worker:
         """
         if self.problem is not None or self.table is None or self.sizes is None:
             raise ValueError(
-                f"The ReFT adapter in {str(served.directory)!r} cannot be served by this engine: {self.problem}. The base model "
-                "and LoRA adapters are served as ever; serve this adapter with transformers (peft_reft's documentation, "
+                f"The ReFT adapter in {str(served.directory)!r} cannot be served by this engine: {self.problem}. The "
+                "base model "
+                "and LoRA adapters are served as ever; serve this adapter with transformers (peft_reft's "
+                "documentation, "
                 "'Serving many adapters')."
+            )
+        if self.drafts and any(term.generated and term.count > 1 for term in served.rule.spec.terms):
+            raise ValueError(
+                f"The ReFT adapter in {str(served.directory)!r} has positions={served.config.positions!r}, which "
+                "count generated "
+                "tokens, and with speculative decoding their numbers are known only after a step. Start vLLM without "
+                "it, or "
+                "serve an adapter that edits every generated token ('d') or none."
             )
         adapter = read_factors(served, self.blocks.names, self.sizes.width, self.rename)
         self.table.check(adapter)
@@ -203,7 +216,8 @@ class Worker:
             adapter_id, edits = found[number]  # type: ignore[misc]
             if adapter_id not in self.in_slot:
                 raise RuntimeError(
-                    f"Request {requests[number]!r} needs the ReFT adapter of id {adapter_id}, which is in no slot: it would be "
+                    f"Request {requests[number]!r} needs the ReFT adapter of id {adapter_id}, which is in no slot: "
+                    "it would be "
                     "answered without its edits. Please report this with the version of vLLM."
                 )
             slots[number], strengths[number] = self.in_slot[adapter_id], edits.strength
