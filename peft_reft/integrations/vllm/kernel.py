@@ -41,7 +41,7 @@ def _activated(x, act):  # type: ignore[no-untyped-def]
     return result
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _edit(  # type: ignore[no-untyped-def]
     hidden,
     residual,

@@ -176,7 +176,7 @@ def _process_inputs(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     served = reft_adapter(given.lora_request)
     beam_of = given.prompt.get(PROMPT_LENGTH) if isinstance(given.prompt, dict) else None
     if served is None:
-        if says_anything(extra):
+        if extra and says_anything(extra):
             raise ValueError(
                 f"The request passes {sorted(extra)}, and is not for a ReFT adapter. Name one as its model, or leave "
                 "these arguments out."

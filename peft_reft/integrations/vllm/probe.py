@@ -57,7 +57,7 @@ def find_conventions(
     """
     with ExitStack() as stack, torch.inference_mode():
         for module in silence:  # not by a hook: some callers take `forward` itself
-            module.forward = _zeros_instead_of(module.forward)  # type: ignore[method-assign]
+            module.forward = _zeros_instead_of(module.forward)
             stack.callback(delattr, module, "forward")
         outputs: dict[int, Any] = {}
         inputs: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}

@@ -213,7 +213,7 @@ class Worker:
         slots = np.full(len(found), -1, np.int64)
         strengths = np.ones(len(found), np.float32)
         for number in set(edited.request.tolist()):
-            adapter_id, edits = found[number]  # type: ignore[misc]
+            adapter_id, edits = found[number]
             if adapter_id not in self.in_slot:
                 raise RuntimeError(
                     f"Request {requests[number]!r} needs the ReFT adapter of id {adapter_id}, which is in no slot: "
