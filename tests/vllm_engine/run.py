@@ -1,4 +1,4 @@
-"""Check ReFT adapters in vLLM: python tests/vllm/run.py [--environment DIR] [--only NAME ...]
+"""Check ReFT adapters in vLLM: python tests/vllm_engine/run.py [--environment DIR] [--only NAME ...]
 
 Makes an environment with vLLM for CPUs (once: 3.5 GB, minutes), and runs the tests of this folder in it. vLLM pins its own
 torch and transformers, so it cannot live in the environment of the other tests; they leave this folder out.
