@@ -51,7 +51,7 @@ class Asked:
         """The outputs for pairs of an adapter's name and a prompt, all in one call."""
         from vllm import SamplingParams
 
-        defaults = {"temperature": 0, "max_tokens": new, "min_tokens": new, "ignore_eos": True, "logprobs": 1}
+        defaults = {"temperature": 0, "max_tokens": new, "ignore_eos": True, "logprobs": 1}
         params = SamplingParams(**{**defaults, **settings}, extra_args=extra)
         return self.llm.generate(
             [{"prompt_token_ids": prompt} for _, prompt in asked],

@@ -1,7 +1,7 @@
 """Check ReFT adapters in vLLM: python tests/vllm_engine/run.py [--environment DIR] [--only NAME ...]
 
-Makes an environment with vLLM for CPUs (once: 3.5 GB, minutes), and runs the tests of this folder in it. vLLM pins its own
-torch and transformers, so it cannot live in the environment of the other tests; they leave this folder out.
+Makes an environment with vLLM for CPUs (once: 3.5 GB, minutes), and runs the tests of this folder in it. vLLM pins its
+own torch and transformers, so it cannot live in the environment of the other tests; they leave this folder out.
 
 tests                what runs
 -------------------  ------------------------------------------------------------------------------------------------
@@ -59,7 +59,9 @@ def run(python: pathlib.Path, test: str, options: list[str]) -> bool:
     alone = ["-c", os.devnull, "--rootdir", HERE, "--confcutdir", HERE, "-p", "no:cacheprovider"]
     command = [python, "-m", "pytest", "-q", *alone, "--durations=5", HERE / test, *options]
     code = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False).returncode
-    print(f"== {test}: {'passed' if code == 0 else f'failed ({code})'} in {time.perf_counter() - start:.0f} s", flush=True)
+    print(
+        f"== {test}: {'passed' if code == 0 else f'failed ({code})'} in {time.perf_counter() - start:.0f} s", flush=True
+    )
     return code == 0
 
 

@@ -193,7 +193,7 @@ def test_lora_reft_and_base_in_one_batch(asked, truth, lora):
 def test_requests_that_arrive_while_others_decode(asked, truth):
     from vllm import SamplingParams
 
-    core, params = asked.llm.llm_engine, SamplingParams(temperature=0, max_tokens=8, min_tokens=8, ignore_eos=True)
+    core, params = asked.llm.llm_engine, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     waiting = every_pair(["loreft", "activated", None, "last"], prompts(5, seed=7))
     pairs, found = dict(enumerate(waiting)), {}
     step = 0

@@ -142,7 +142,6 @@ class Server:
                 "model": model,
                 "prompt": prompt,
                 "max_tokens": new,
-                "min_tokens": new,
                 "temperature": 0,
                 "ignore_eos": True,
             }

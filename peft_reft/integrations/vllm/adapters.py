@@ -87,10 +87,9 @@ def _config_in(directory: Path) -> ReftConfig:
     if isinstance(config.prompt_end, str) and config.turns is not None:
         raise _cannot(
             directory,
-            f"turns={config.turns!r} are found by prompt_end={config.prompt_end!r}, which is text, and vLLM's "
-            "workers have no "
-            "tokenizer. Write the marker's token ids into adapter_config.json: "
-            "tokenizer.encode(text, add_special_tokens=False)",
+            f"turns={config.turns!r} are found by prompt_end={config.prompt_end!r}, which is text, and vLLM's workers "
+            "have no tokenizer. Write the marker's token ids into adapter_config.json: tokenizer.encode(text, "
+            "add_special_tokens=False)",
         )
     return config
 
@@ -170,24 +169,21 @@ def _interventions(
             raise _cannot(
                 directory,
                 f"the intervention {config.intervention!r} is not one of the equations of peft_reft, whose edits are "
-                "all "
-                "worked out in the same way. Serve it with transformers",
+                "all worked out in the same way. Serve it with transformers",
             )
         rank, own_width = basis.shape
         if own_width != width:
             raise _cannot(
                 directory,
                 f"{block} edits hidden states of width {own_width}, and the model's are {width} wide. Serve it with "
-                "the "
-                f"model it was trained on ({config.base_model_name_or_path!r})",
+                f"the model it was trained on ({config.base_model_name_or_path!r})",
             )
         module = build_intervention(config.intervention, width, rank, act_fn=config.act_fn, init_weights=False)
         if not isinstance(module, Intervention) or kind_of(module) is None:
             raise _cannot(
                 directory,
-                f"the intervention {config.intervention!r} is a module of your own, and only equations in the form "
-                "of the "
-                "built-in ones are worked out for many adapters at once. Serve it with transformers",
+                f"the intervention {config.intervention!r} is a module of your own, and only equations in the form of "
+                "the built-in ones are worked out for many adapters at once. Serve it with transformers",
             )
         shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
         if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
@@ -212,9 +208,8 @@ def _number_of(name: str, renamed: str, names: Sequence[str], served: ServedAdap
         hint = f" (its target_modules={sorted(chosen)!r})" if isinstance(chosen, (set, list)) else ""
         raise _cannot(
             served.directory,
-            f"it edits {name!r}{hint}, which is no block of this model; its blocks are {names[0]!r} to "
-            f"{names[-1]!r}, and "
-            "only the output of blocks can be edited here. Train it without target_modules, or serve it with "
+            f"it edits {name!r}{hint}, which is no block of this model; its blocks are {names[0]!r} to {names[-1]!r}, "
+            "and only the output of blocks can be edited here. Train it without target_modules, or serve it with "
             "transformers",
         )
     return matches[0]
@@ -226,9 +221,8 @@ def _shared_blocks(served: ServedAdapter, names: Sequence[str]) -> list[int]:
     if config.target_modules is not None or config.exclude_modules is not None:
         raise _cannot(
             served.directory,
-            "share_layers=True stores its interventions once, and target_modules or exclude_modules choose the "
-            "blocks by names "
-            "that vLLM's modules need not have. Choose them by layers_to_transform",
+            "share_layers=True stores its interventions once, and target_modules or exclude_modules choose the blocks "
+            "by names that vLLM's modules need not have. Choose them by layers_to_transform",
         )
     chosen = pick_layers(group_by_stack(list(names)), config.layers_to_transform)
     return [number for number, name in enumerate(names) if name in chosen]

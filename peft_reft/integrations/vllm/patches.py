@@ -129,9 +129,8 @@ def untested(version: str) -> str | None:
     if low <= Version(Version(version).base_version) < below:
         return None
     return (
-        f"this version of peft_reft was tested with vLLM {low} to below {below}, and {version} is installed. Install "
-        "one of "
-        f'those (pip install "vllm>={low},<{below}"), or a newer peft_reft'
+        f"this version of peft_reft was tested with vLLM {low} to below {below}, and {version} is installed. "
+        f'Install one of those (pip install "vllm>={low},<{below}"), or a newer peft_reft'
     )
 
 
@@ -185,9 +184,8 @@ def _process_inputs(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     wishes = wishes_of(extra)
     if given.resumable:
         raise ValueError(
-            "A session that streams its input cannot use a ReFT adapter: its prompt grows after a part of it was "
-            "run, and "
-            f"positions={served.config.positions!r} count from the prompt's end or start. Send the whole prompt at "
+            "A session that streams its input cannot use a ReFT adapter: its prompt grows after a part of it was run, "
+            f"and positions={served.config.positions!r} count from the prompt's end or start. Send the whole prompt at "
             "once."
         )
     request = original(self, *args, **kwargs)
@@ -212,8 +210,7 @@ def _to_beam_search_params(original: Any, self: Any, *args: Any, **kwargs: Any) 
     if says_anything(self.vllm_xargs):
         raise ValueError(
             f"vLLM's beam search takes no vllm_xargs, so that {STRENGTH} would be dropped. Leave it out, or generate "
-            "without "
-            "use_beam_search."
+            "without use_beam_search."
         )
     return original(self, *args, **kwargs)
 
@@ -332,8 +329,7 @@ def _load_lora_model(original: Any, self: Any, model: Any, vllm_config: Any, dev
     if not supports_lora(model):
         raise ValueError(
             f"vLLM's own {type(model).__name__} takes no adapters, neither LoRA nor ReFT. The same model run by "
-            "transformers' "
-            "modules does: start with --model-impl transformers (LLM(..., model_impl='transformers'))."
+            "transformers' modules does: start with --model-impl transformers (LLM(..., model_impl='transformers'))."
         )
     drafts = vllm_config.speculative_config is not None
     worker = Worker(list(_obstacles(model, vllm_config)), drafts, _renaming(model))

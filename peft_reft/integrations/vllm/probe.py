@@ -91,8 +91,8 @@ def _conventions(
         found.append(known[pair])
     if found[-1:] == [None]:
         raise UnknownConvention(
-            f"the last block, of the class {type(blocks[-1]).__name__}, has no block of its class before it to "
-            "compare with"
+            f"the last block, of the class {type(blocks[-1]).__name__}, has no block of its class before it to compare "
+            "with"
         )
     return [convention for convention in found if convention is not None]
 

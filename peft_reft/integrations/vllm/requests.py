@@ -43,9 +43,8 @@ def wishes_of(extra: Mapping[str, Any] | None) -> Wishes:
         )
     if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
         raise ValueError(
-            f"{PROMPT_LENGTH}={length!r} is not a number of tokens; pass how many of the given tokens are the "
-            "prompt, at "
-            "least 1, or leave it out if all of them are."
+            f"{PROMPT_LENGTH}={length!r} is not a number of tokens; pass how many of the given tokens are the prompt, "
+            "at least 1, or leave it out if all of them are."
         )
     return Wishes(float(strength), length)
 

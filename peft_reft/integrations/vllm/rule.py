@@ -81,9 +81,8 @@ class RequestEdits:
         if rule.reads_tokens:
             if tokens is None:
                 raise ValueError(
-                    f"The adapter edits turns={rule.spec.turns!r}, which are found in the prompt's tokens; this "
-                    "prompt is "
-                    "given as embeddings. Pass tokens, or use an adapter without `turns`."
+                    f"The adapter edits turns={rule.spec.turns!r}, which are found in the prompt's tokens; this prompt "
+                    "is given as embeddings. Pass tokens, or use an adapter without `turns`."
                 )
             self.in_prompt = rule.interventions_in_prompt(tokens[:prompt_length])
 

@@ -116,6 +116,7 @@ class SlotTable:
         )
         self.strength = torch.zeros(max_tokens, device=device)
         self.passes: list[Pass] = []
+        self._edits_nothing = True
         self.number = len(TABLES)
         TABLES.append(self)
 
@@ -159,16 +160,14 @@ class SlotTable:
             there = ", ".join(sorted(name for name in KERNEL_ACTIVATIONS if name is not None))
             raise ValueError(
                 f"The ReFT adapter in {str(adapter.served.directory)!r} has act_fn={act_fn!r}, which vLLM's GPU "
-                "workers do not "
-                f"have; they have {there}. Serve it with transformers."
+                f"workers do not have; they have {there}. Serve it with transformers."
             )
         needed = adapter.rank * adapter.groups
         if needed > self.columns:
             raise ValueError(
                 f"The ReFT adapter in {str(adapter.served.directory)!r} has {adapter.groups} intervention(s) of rank "
-                f"{adapter.rank} in a block, {needed} directions in all, and a slot has room for {self.columns}. "
-                "Start vLLM "
-                f"with --max-lora-rank {needed} or the next larger one that it offers (LLM(max_lora_rank=...))."
+                f"{adapter.rank} in a block, {needed} directions in all, and a slot has room for {self.columns}. Start "
+                f"vLLM with --max-lora-rank {needed} or the next larger one that it offers (LLM(max_lora_rank=...))."
             )
 
     def begin_step(self, edited: EditedTokens, slot_of: NDArray[np.int64], strength_of: NDArray[np.float32]) -> None:
@@ -178,6 +177,9 @@ class SlotTable:
             edited: its tokens.
             slot_of, strength_of: per request of the step, its adapter's slot and the strength of its edits.
         """
+        if not len(edited.token) and self._edits_nothing:
+            return
+        self._edits_nothing = not len(edited.token)
         if self.device.type == "cpu":
             self.passes = list(self._passes(edited, slot_of, strength_of)) if len(edited.token) else []
         else:

@@ -69,9 +69,8 @@ def find_blocks(model: nn.Module, count: int, absent: tuple[type, ...]) -> Block
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     if len(outer) != 1:
         raise UnknownConvention(
-            f"{type(model).__name__} has {len(outer)} lists of {count} modules ({', '.join(outer) or 'none'}), so "
-            "that its blocks "
-            "cannot be told"
+            f"{type(model).__name__} has {len(outer)} lists of {count} modules ({', '.join(outer) or 'none'}), so that "
+            "its blocks cannot be told"
         )
     blocks = Blocks((n, block) for n, block in enumerate(lists[outer[0]]) if not isinstance(block, absent))
     blocks.names = [f"{outer[0]}.{number}" for number in range(count)]
@@ -98,7 +97,6 @@ class Worker:
         self.table: SlotTable | None = None
         self.blocks = Blocks()
         self.in_slot: dict[int, int] = {}  # the id of a resident adapter -> its slot
-        self.served: dict[int, ServedAdapter] = {}  # of the resident adapters, by id
         self.requests: dict[str, tuple[int, RequestEdits]] = {}  # by the request's id: its adapter's id, and its edits
 
     def attach(
@@ -140,18 +138,14 @@ class Worker:
         if self.problem is not None or self.table is None or self.sizes is None:
             raise ValueError(
                 f"The ReFT adapter in {str(served.directory)!r} cannot be served by this engine: {self.problem}. The "
-                "base model "
-                "and LoRA adapters are served as ever; serve this adapter with transformers (peft_reft's "
-                "documentation, "
-                "'Serving many adapters')."
+                "base model and LoRA adapters are served as ever; serve this adapter with transformers (peft_reft's "
+                "documentation, 'Serving many adapters')."
             )
         if self.drafts and any(term.generated and term.count > 1 for term in served.rule.spec.terms):
             raise ValueError(
-                f"The ReFT adapter in {str(served.directory)!r} has positions={served.config.positions!r}, which "
-                "count generated "
-                "tokens, and with speculative decoding their numbers are known only after a step. Start vLLM without "
-                "it, or "
-                "serve an adapter that edits every generated token ('d') or none."
+                f"The ReFT adapter in {str(served.directory)!r} has positions={served.config.positions!r}, which count "
+                "generated tokens, and with speculative decoding their numbers are known only after a step. Start "
+                "vLLM without it, or serve an adapter that edits every generated token ('d') or none."
             )
         adapter = read_factors(served, self.blocks.names, self.sizes.width, self.rename)
         self.table.check(adapter)
@@ -162,11 +156,11 @@ class Worker:
     def activate(self, slot: int, adapter_id: int, adapter: AdapterFactors | None) -> None:
         """An adapter takes a slot; None for one that is no ReFT adapter."""
         for other in [known for known, taken in self.in_slot.items() if taken == slot or known == adapter_id]:
-            del self.in_slot[other], self.served[other]
+            del self.in_slot[other]
         if self.table is not None:
             self.table.put(slot, adapter)
         if adapter is not None:
-            self.in_slot[adapter_id], self.served[adapter_id] = slot, adapter.served
+            self.in_slot[adapter_id] = slot
 
     def note(
         self,
@@ -216,9 +210,8 @@ class Worker:
             adapter_id, edits = found[number]
             if adapter_id not in self.in_slot:
                 raise RuntimeError(
-                    f"Request {requests[number]!r} needs the ReFT adapter of id {adapter_id}, which is in no slot: "
-                    "it would be "
-                    "answered without its edits. Please report this with the version of vLLM."
+                    f"Request {requests[number]!r} needs the ReFT adapter of id {adapter_id}, which is in no slot: it "
+                    "would be answered without its edits. Please report this with the version of vLLM."
                 )
             slots[number], strengths[number] = self.in_slot[adapter_id], edits.strength
         self.table.begin_step(edited, slots, strengths)
