@@ -45,26 +45,11 @@ def truth(base, adapters):
 
 
 @pytest.fixture(scope="module")
-def lora(base, place):
-    """An ordinary LoRA adapter, and the model with it."""
-    import transformers
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(5)
-    model = get_peft_model(
-        transformers.AutoModelForCausalLM.from_pretrained(base),
-        LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
-    ).eval()
-    model.save_pretrained(place / "lora")
-    return place / "lora", model
-
-
-@pytest.fixture(scope="module")
-def asked(base, adapters, lora):
+def asked(base, adapters):
     """Steps of at most 64 tokens, so that prompts run in pieces; more adapters than slots; the prefix cache is on."""
     settings = {"max_loras": 3, "max_cpu_loras": 20, "max_num_batched_tokens": 64, "max_num_seqs": 8}
     with engine(base, **settings, enable_prefix_caching=True, enable_chunked_prefill=True) as llm:
-        yield Asked(llm, {**adapters, "lora": lora[0]})
+        yield Asked(llm, adapters)
 
 
 def forget_cache(asked):
@@ -119,10 +104,10 @@ def test_what_a_system_prompt_costs_behind_other_adapters(asked, truth):
     system, questions = prompts(2, longest=128)[1], prompts(6, longest=20, seed=3)
     asked.generate([(None, system + questions[0])])
     cached = {}
-    for name, question in zip(["last", "last-two", "two-blocks", "loreft", "lora"], questions[1:]):
+    for name, question in zip(["last", "last-two", "two-blocks", "loreft"], questions[1:]):
         (output,) = asked.generate([(name, system + question)])
         cached[name] = output.num_cached_tokens
-    assert cached == {"last": 128, "last-two": 128, "two-blocks": 128, "loreft": 0, "lora": 0}
+    assert cached == {"last": 128, "last-two": 128, "two-blocks": 128, "loreft": 0}
     assert_right(asked.compare([("last", system + question) for question in questions], truth))
 
 
@@ -174,20 +159,6 @@ def test_turns(asked, truth):
     conversation = turn[0] + [7, 8] + turn[1] + [7, 8] + turn[2] + [7, 8] + turn[3]
     pairs = [("turns", conversation[:n]) for n in (20, 32, 33, 50, 70, len(conversation))]
     assert_right(asked.compare(pairs, truth))
-
-
-def test_lora_reft_and_base_in_one_batch(asked, truth, lora):
-    _, model = lora
-    pairs = every_pair([None, "lora", "loreft", "last"], prompts(5))
-    for (name, prompt), output in zip(pairs, asked.generate(pairs)):
-        if name == "lora":
-            ids = torch.tensor([prompt])
-            wanted = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, eos_token_id=None
-            )[0, len(prompt) :].tolist()
-        else:
-            wanted = truth.answer(name, prompt).tokens
-        assert list(output.outputs[0].token_ids) == wanted, (name, len(prompt))
 
 
 def test_requests_that_arrive_while_others_decode(asked, truth):
@@ -269,9 +240,8 @@ def test_more_refusals(asked, truth, base, adapters, place):
     assert "the file is damaged" in refused(asked, damaged, 92)
     with pytest.raises(ValueError, match="is not a strength"):
         asked.generate([("last", [5, 6])], extra={"reft_strength": "half"})
-    for name in (None, "lora"):
-        with pytest.raises(ValueError, match="is not for a ReFT adapter"):
-            asked.generate([(name, [5, 6])], extra={"reft_strength": 0.5})
+    with pytest.raises(ValueError, match="is not for a ReFT adapter"):
+        asked.generate([(None, [5, 6])], extra={"reft_strength": 0.5})
     with pytest.raises(ValueError, match="is more than the 2 tokens that are given"):
         asked.generate([("last", [5, 6])], extra={"reft_prompt_length": 3})
     assert_right(asked.compare(every_pair(["last", None], prompts(2)), truth))

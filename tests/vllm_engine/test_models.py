@@ -1,6 +1,7 @@
 """Tiny models of many types, each against transformers; engines that run out of room, and engines that must refuse."""
 
 import pytest
+import torch
 from engines import Asked, assert_right, engine, every_pair
 from kit import MODELS, Truth, make_adapter, make_model, prompts
 
@@ -46,6 +47,46 @@ def test_a_model_of_each_type(name, place):
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_models_that_run_transformers_modules(name, place):
     check(name, place, "transformers", "first")
+
+
+def test_lora_reft_and_base_in_one_batch(place):
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    base, adapters = adapters_of("llama", place)
+    truth = Truth(base, adapters)
+    torch.manual_seed(5)
+    model = get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
+    ).eval()
+    model.save_pretrained(place / "lora")
+    # LoRA takes the first of four slots: on CPUs vLLM 0.32 applies what is in the last one where a token has no adapter.
+    with engine(base, max_loras=4) as llm:
+        asked = Asked(llm, {"lora": place / "lora", **adapters})
+        asked.generate([("lora", [5, 6, 7])])
+        pairs = every_pair([None, "lora", *adapters], prompts(6))
+        for (name, prompt), output in zip(pairs, asked.generate(pairs)):
+            if name == "lora":
+                ids = torch.tensor([prompt])
+                answer = model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=8,
+                    do_sample=False,
+                    eos_token_id=None,
+                )
+                wanted = answer[0, len(prompt) :].tolist()
+            else:
+                wanted = truth.answer(name, prompt).tokens
+            assert list(output.outputs[0].token_ids) == wanted, (name, len(prompt))
+        with pytest.raises(ValueError, match="is not for a ReFT adapter"):
+            asked.generate([("lora", [5, 6])], extra={"reft_strength": 0.5})
+        system = prompts(2, longest=96)[1]
+        cached = [
+            asked.generate([(name, [*system, 9, 9, 9])])[0].num_cached_tokens for name in (None, "answers", "lora")
+        ]
+        assert cached == [0, 96, 0]  # behind the base model's run of it
 
 
 def test_a_model_that_takes_no_adapters_says_how_it_does(place):
