@@ -61,7 +61,7 @@ def test_lora_reft_and_base_in_one_batch(place):
         LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
     ).eval()
     model.save_pretrained(place / "lora")
-    # LoRA takes the first of four slots: on CPUs vLLM 0.32 applies what is in the last one where a token has no adapter.
+    # LoRA takes the first of four slots: on CPUs vLLM 0.32 applies what is in the last one to tokens without adapter.
     with engine(base, max_loras=4) as llm:
         asked = Asked(llm, {"lora": place / "lora", **adapters})
         asked.generate([("lora", [5, 6, 7])])
