@@ -14,7 +14,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,8 +203,9 @@ def staged(directory: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     for left in target.glob(f"{STAGE}*"):  # by a process that was killed
-        if time.time() - left.stat().st_mtime > ABANDONED:
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(FileNotFoundError):  # of another process, which has just finished
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                shutil.rmtree(left, ignore_errors=True)
     # Inside of it, so that both are on one file system and a rename is one step.
     with tempfile.TemporaryDirectory(prefix=STAGE, dir=target, ignore_cleanup_errors=True) as temporary:
         stage = Path(temporary)

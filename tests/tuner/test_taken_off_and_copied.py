@@ -105,7 +105,7 @@ def test_deleting_the_last_native_adapter_leaves_the_base_models_logits_and_weig
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "deepcopy of the base", "pickle of the base"])
-@pytest.mark.parametrize("after", ["nothing", "generate", "labelled"])
+@pytest.mark.parametrize("after", ["nothing", "generate", "labelled", "training step"])
 def test_a_copy_of_a_model_computes_the_same_and_is_a_model_of_its_own(after, how):
     model = reft_model(tiny_model("llama", eos_token_id=None), **CONFIG)
     inputs = batch(6, 4, side="left")
@@ -113,6 +113,9 @@ def test_a_copy_of_a_model_computes_the_same_and_is_a_model_of_its_own(after, ho
         model.generate(**inputs, max_new_tokens=2)
     elif after == "labelled":
         logits(model, inputs, labels=inputs["input_ids"])
+    elif after == "training step":
+        model.train()(**labelled(inputs["input_ids"])).loss.backward()
+        model.eval()
     original = model.get_base_model() if how.endswith("base") else model
     copied = pickle.loads(pickle.dumps(original)) if how.startswith("pickle") else copy.deepcopy(original)
     expected = logits(original, inputs)
