@@ -75,8 +75,9 @@ class Family:
             return {number: list(row[0]) for number, row in zip(self.layers, self.groups)}
         factors = stack_factors(self.distinct) if self.memo is None else self.memo(self.distinct)
         key = None if adapters is None else tuple(adapters)
-        if self._split is not None and self._split[0] is factors and self._split[1] == key:
-            return self._split[2]
+        known = self._split  # read once: another thread may replace it
+        if known is not None and known[0] is factors and known[1] == key:
+            return known[2]
         whole, count, chosen = factors, self.count, [row[0] for row in self.places]
         if adapters is not None:
             whole, chosen = self._of_rows(factors, adapters), list(range(len(self.layers)))
@@ -317,14 +318,14 @@ def plan_for(kept: dict[Any, Plan], layers: Sequence[Any], names: Sequence[str] 
             if groups is not None:
                 first = groups._modules["0"]
                 weight = next(iter(first._parameters.values()), None)
-                # Wrappers for sharding and offloading replace parameters, or their contents.
-                kind = None if weight is None else (type(weight), weight.device, weight.numel())
+                # Wrappers for sharding and offloading replace parameters, or their contents; casts, their dtype.
+                kind = None if weight is None else (type(weight), weight.device, weight.dtype, weight.numel())
                 key.append((id(first), layer.scaling[name], id(layer.position_specs[name]), kind))
     signature = tuple(key)
     plan = kept.get(signature)
     if plan is None:
         plan = Plan(layers, names)
         while len(kept) >= KEPT:
-            kept.pop(next(iter(kept)))
+            kept.pop(next(iter(tuple(kept))), None)  # another thread may be here, too
         kept[signature] = plan
     return plan

@@ -22,7 +22,8 @@ from peft_reft.export.backbone import Backbone
 from peft_reft.export.caches import LayerCache
 from peft_reft.export.tensors import EditTensors, read_edits
 from peft_reft.positions import parse_positions
-from peft_reft.tuner.files import one_line, read_json, staged, write_text
+from peft_reft.tuner.files import one_line, read_json
+from peft_reft.tuner.staging import staged, write_text
 
 EDITS, BACKBONE = "peft_reft.edits", "peft_reft.backbone"  # the "format" of either file
 VERSION = 1

@@ -19,7 +19,7 @@ from torch.export import Dim, ExportedProgram
 from peft_reft.export.answers import Run
 from peft_reft.export.backbone import Backbone, BakedBackbone
 from peft_reft.export.files import BackboneDescription, describe
-from peft_reft.tuner.files import staged
+from peft_reft.tuner.staging import staged
 
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 INTEGERS = ("int8", "int4")
