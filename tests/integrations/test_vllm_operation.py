@@ -141,6 +141,9 @@ def test_a_slot_is_emptied_and_filled_anew():
     table.put(0, None)
     assert not any(tensor.any() for tensor in (*table.down, *table.up, *table.bias))
     assert places == [tensor.data_ptr() for tensor in (*table.down, *table.up, *table.bias)]  # written in place
+    table.put(0, first.factors)
+    table.reset()
+    assert not any(tensor.any() for tensor in (*table.down, *table.up, *table.bias)) and table.residents == [None]
 
 
 def test_an_adapter_that_no_slot_has_room_for_is_refused_with_the_option_that_makes_room():

@@ -88,6 +88,11 @@ def test_what_cannot_be_made_out_is_said(model, said):
         conventions(model)
 
 
+def test_vectors_of_another_width_than_the_models_are_said():
+    with pytest.raises(UnknownConvention, match="width 16, and the model's width is 64"):
+        conventions(Model("stream", "stream"), width=64)
+
+
 class Attention(nn.Module):
     """Without its cache it returns whatever the memory held, as an engine's does."""
 

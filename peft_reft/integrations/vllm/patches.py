@@ -12,6 +12,7 @@ ChatCompletionRequest, CompletionRequest:          front end    vLLM drops `vllm
 generate_block_hash_extra_keys                     engine core  cached blocks depend on which tokens are edited
 VllmConfig.compute_hash                            all          compiled graphs hold the operation or do not
 LoRAModelRunnerMixin.load_lora_model               worker       hooks on blocks, before anything is compiled
+LoRAModelRunnerMixin.reset_lora_state              worker       adapters leave their slots when weights are replaced
 WorkerLoRAManager._load_adapter                    worker       vLLM reads LoRA's settings and weights only
 LoRAModelManager._create_merged_loras_inplace      worker       fails for an adapter without LoRA weights
 LoRAModelManager.activate_adapter                  worker       an adapter takes a slot
@@ -360,6 +361,14 @@ def _load_lora_model(original: Any, self: Any, model: Any, vllm_config: Any, dev
     return result
 
 
+def _reset_lora_state(original: Any, self: Any) -> Any:
+    result = original(self)
+    worker = _worker_of(self)
+    if worker is not None:
+        worker.reset()
+    return result
+
+
 def _obstacles(model: Any, vllm_config: Any) -> Iterable[str]:
     """What keeps an engine from serving ReFT adapters, in words."""
     parallel, compilation = vllm_config.parallel_config, vllm_config.compilation_config
@@ -537,6 +546,7 @@ PLACES = (
     ),
     Place("config.vllm", "VllmConfig.compute_hash", "self", _compute_hash),
     Place(_LORA, "LoRAModelRunnerMixin.load_lora_model", "self model vllm_config device", _load_lora_model),
+    Place(_LORA, "LoRAModelRunnerMixin.reset_lora_state", "self", _reset_lora_state),
     Place("lora.worker_manager", "WorkerLoRAManager._load_adapter", "self lora_request", _load_adapter),
     Place(
         "lora.model_manager",

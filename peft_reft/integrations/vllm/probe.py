@@ -41,7 +41,7 @@ class UnknownConvention(Exception):
 
 
 def find_conventions(
-    blocks: Sequence[nn.Module], run: Callable[[], Any], silence: Sequence[nn.Module] = ()
+    blocks: Sequence[nn.Module], run: Callable[[], Any], silence: Sequence[nn.Module] = (), width: int | None = None
 ) -> list[Convention]:
     """The convention of each block.
 
@@ -50,10 +50,11 @@ def find_conventions(
         run: runs the whole model, on any tokens.
         silence: modules whose output depends on more than their input (attention without its cache): they return
             zeros meanwhile.
+        width: that the hidden states should have; None for any.
 
     Raises:
-        UnknownConvention: if a block's returned tensors do not go to the next block as they are, or reach it in
-            another way than those above.
+        UnknownConvention: if the blocks return vectors of another width; if what a block returns does not go to the
+            next block as it is, or reaches it in another way than those above.
     """
     with ExitStack() as stack, torch.inference_mode():
         for module in silence:  # not by a hook: some callers take `forward` itself
@@ -67,6 +68,9 @@ def find_conventions(
                 handle = block.register_forward_pre_hook(_keep_inputs(inputs, number), with_kwargs=True)
                 recording.callback(handle.remove)
             run()
+        widths = {_tensors(output)[0].shape[-1] for output in outputs.values()} - {width}
+        if width is not None and widths:
+            raise UnknownConvention(f"blocks return vectors of width {max(widths)}, and the model's width is {width}")
         return _conventions(blocks, outputs, inputs)
 
 

@@ -127,10 +127,8 @@ class SlotTable:
             ValueError: if the adapter needs more columns than a slot has. The slot is then empty.
         """
         rows = slice(slot * self.columns, (slot + 1) * self.columns)
-        if self.residents[slot] is not None:
-            for tables in (self.down, self.up, self.bias):
-                for table in tables:
-                    table[rows].zero_()
+        for table in (*self.down, *self.up, *self.bias):
+            table[rows].zero_()
         self.residents[slot] = None
         if adapter is None:
             return
@@ -148,6 +146,14 @@ class SlotTable:
         act_fn = adapter.served.config.act_fn if any(factors.act is not None for factors in every) else None
         subtracts = any(factors.projection is not None for factors in every)
         self.residents[slot] = Resident(rank, act_fn, subtracts, frozenset(adapter.blocks))
+
+    def reset(self) -> None:
+        """Empty all slots, and edit nothing: when the engine gave up its memory and got other memory for it."""
+        for table in (*self.down, *self.up, *self.bias):
+            table.zero_()
+        self.first.fill_(-1)
+        self.residents = [None] * self.slots
+        self.passes, self._edits_nothing = [], True
 
     def check(self, adapter: AdapterFactors) -> None:
         """Refuse an adapter that no slot has room for, or whose activation the device's kernel does not have.

@@ -117,7 +117,7 @@ class Worker:
             return
         try:
             self.blocks = find()
-            conventions = find_conventions(list(self.blocks.values()), run, list(silence))
+            conventions = find_conventions(list(self.blocks.values()), run, list(silence), sizes.width)
         except UnknownConvention as error:
             self.problem = str(error)
             return
@@ -161,6 +161,12 @@ class Worker:
             self.table.put(slot, adapter)
         if adapter is not None:
             self.in_slot[adapter_id] = slot
+
+    def reset(self) -> None:
+        """All adapters left their slots, since the model's weights were replaced."""
+        self.in_slot.clear()
+        if self.table is not None:
+            self.table.reset()
 
     def note(
         self,
