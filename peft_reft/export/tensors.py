@@ -165,6 +165,11 @@ def _refuse_more(adapter: str, spec: PositionSpec, others: list[str]) -> None:
 
 
 def _factors(intervention: nn.Module, adapter: str) -> Factors:
+    if getattr(intervention, "takes_source", False):
+        raise ValueError(
+            f"The adapter {adapter!r} has a {type(intervention).__name__}, which takes the hidden states of another "
+            "input. An exported backbone runs one input; export an adapter of another intervention."
+        )
     if kind_of(intervention) is None:
         raise ValueError(
             f"The adapter {adapter!r} has a {type(intervention).__name__}, an intervention of one's own, which may be "

@@ -8,8 +8,9 @@ from torch import nn
 
 from peft_reft import ReftConfig, register_intervention, set_strength
 from peft_reft.export import adapter_tensors, edit_mask, exportable, greedy_answer
-from peft_reft.interventions import BUILT_IN, REGISTRY
+from peft_reft.interventions import BUILT_IN, REGISTRY, takes_source
 
+EQUATIONS = [name for name in sorted(BUILT_IN) if not takes_source(name)]
 PROMPT, TOKENS = [5, 9, 31, 44, 7, 80], 6
 
 
@@ -26,7 +27,7 @@ def answer_of(backbone, tensors, positions, share_weights=True, strength=1.0):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("intervention", sorted(BUILT_IN))
+@pytest.mark.parametrize("intervention", EQUATIONS)
 def test_every_equation_gives_the_logits_of_the_package(intervention, side):
     settings = {"positions": "f2+l1", "share_weights": False, "layers_to_transform": [0, 2]}
     model = reft_model(tiny_model("llama"), intervention=intervention, r=3, task_type="CAUSAL_LM", **settings)
@@ -45,6 +46,13 @@ def test_every_equation_gives_the_logits_of_the_package(intervention, side):
     assert (got - off)[valid].abs().max() > 1e-2  # one token further is another result
     with model.disable_adapter():
         assert (logits(model, inputs) - expected)[valid].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("intervention", sorted(BUILT_IN.difference(EQUATIONS)))
+def test_an_intervention_that_takes_a_source_is_refused(intervention):
+    model = reft_model(tiny_model("llama"), intervention=intervention, task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="takes the hidden states of another input"):
+        adapter_tensors(model)
 
 
 @pytest.mark.parametrize("cache", [True, False])
