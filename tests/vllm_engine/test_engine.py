@@ -57,9 +57,9 @@ def forget_cache(asked):
 
 
 def test_the_residual_stream_was_found(asked):
-    from peft_reft.integrations.vllm import patches
+    from peft_reft.integrations.vllm import runner
 
-    (worker,) = patches._workers.values()
+    (worker,) = runner._workers.values()
     assert worker.problem is None and len(worker.blocks) == 4
 
 

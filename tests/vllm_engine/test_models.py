@@ -21,13 +21,13 @@ def adapters_of(name, place):
 
 
 def check(name, place, implementation, stream=None, **settings):
-    from peft_reft.integrations.vllm import patches
+    from peft_reft.integrations.vllm import runner
     from peft_reft.integrations.vllm.slots import TABLES
 
     base, adapters = adapters_of(name, place)
     truth = Truth(base, adapters)
     with engine(base, max_loras=2, max_num_batched_tokens=64, model_impl=implementation, **settings) as llm:
-        worker = list(patches._workers.values())[-1]
+        worker = list(runner._workers.values())[-1]
         assert worker.problem is None and worker.table is TABLES[-1]
         hooks = [hook for block in worker.blocks.values() for hook in block._forward_hooks.values()]
         assert len(hooks) == 4
