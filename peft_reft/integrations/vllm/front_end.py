@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,30 +19,44 @@ from peft_reft.integrations.vllm.requests import PROMPT_LENGTH, STRENGTH, says_a
 _accepted: weakref.WeakKeyDictionary[Any, dict[int, tuple[str, object]]] = weakref.WeakKeyDictionary()
 
 
+@contextmanager
+def _of_the_request() -> Iterator[None]:
+    """Errors in here are the request's: vLLM answers those of its own class with the status 400, and others with "
+    "500."""
+    from vllm.exceptions import VLLMValidationError
+
+    try:
+        yield
+    except ValueError as error:
+        raise VLLMValidationError(str(error)) from error
+
+
 def process_inputs(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     given = SimpleNamespace(lora_request=None, resumable=False)
     vars(given).update(inspect.signature(original).bind(self, *args, **kwargs).arguments)
     extra = getattr(given.params, "extra_args", None)
-    served = reft_adapter(given.lora_request)
-    beam_of = given.prompt.get(PROMPT_LENGTH) if isinstance(given.prompt, dict) else None
-    if served is None:
-        if extra and says_anything(extra):
+    with _of_the_request():
+        served = reft_adapter(given.lora_request)
+        if served is None and extra and says_anything(extra):
             raise ValueError(
                 f"The request passes {sorted(extra)}, and is not for a ReFT adapter. Name one as its model, or leave "
                 "these arguments out."
             )
-        return original(self, *args, **kwargs)
-    wishes = wishes_of(extra)
-    if given.resumable:
-        raise ValueError(
-            "A session that streams its input cannot use a ReFT adapter: its prompt grows after a part of it was run, "
-            f"and positions={served.config.positions!r} count from the prompt's end or start. Send the whole prompt at "
-            "once."
-        )
+        wishes = wishes_of(extra)
+        if served is not None and given.resumable:
+            raise ValueError(
+                "A session that streams its input cannot use a ReFT adapter: its prompt grows after a part of it was "
+                f"run, and positions={served.config.positions!r} count from the prompt's start or end. Send the whole "
+                "prompt at once."
+            )
     request = original(self, *args, **kwargs)
+    if served is None:
+        return request
     length = len(request.prompt_token_ids if request.prompt_token_ids is not None else request.prompt_embeds)
-    if wishes.prompt_length is not None and wishes.prompt_length > length:
-        raise ValueError(f"{PROMPT_LENGTH}={wishes.prompt_length} is more than the {length} tokens that are given.")
+    with _of_the_request():
+        if wishes.prompt_length is not None and wishes.prompt_length > length:
+            raise ValueError(f"{PROMPT_LENGTH}={wishes.prompt_length} is more than the {length} tokens that are given.")
+    beam_of = given.prompt.get(PROMPT_LENGTH) if isinstance(given.prompt, dict) else None
     if beam_of is not None:
         params = request.sampling_params.clone()  # all beams share it
         params.extra_args = {**(params.extra_args or {}), PROMPT_LENGTH: beam_of}
@@ -56,32 +72,30 @@ def get_prompt(original: Any, self: Any) -> Any:
 
 
 def to_beam_search_params(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    if says_anything(self.vllm_xargs):
-        raise ValueError(
-            f"vLLM's beam search takes no vllm_xargs, so that {STRENGTH} would be dropped. Leave it out, or generate "
-            "without use_beam_search."
-        )
+    with _of_the_request():
+        if says_anything(self.vllm_xargs):
+            raise ValueError(
+                f"vLLM's beam search takes no vllm_xargs, so that {STRENGTH} would be dropped. Leave it out, or "
+                "generate without use_beam_search."
+            )
     return original(self, *args, **kwargs)
 
 
 def _unaccepted(engine: Any, lora_request: Any) -> bool:
-    """Whether the workers of an engine have still to take the adapter of a request.
-
-    Raises:
-        ValueError: if they took other files under its id.
-    """
-    served = reft_adapter(lora_request)
-    if served is None:
-        return False
-    known = _accepted.setdefault(engine, {}).get(lora_request.lora_int_id)
-    if known is None or lora_request.load_inplace:
-        return True
-    if known != (lora_request.lora_path, served.version):
-        raise ValueError(
-            f"The adapter {lora_request.lora_name!r} has the id {lora_request.lora_int_id}, under which the files in "
-            f"{known[0]!r} were loaded as they were before. Give it an id of its own, or load it with "
-            "load_inplace=True."
-        )
+    """Whether the workers of an engine have still to take the adapter of a request."""
+    with _of_the_request():
+        served = reft_adapter(lora_request)
+        if served is None:
+            return False
+        known = _accepted.setdefault(engine, {}).get(lora_request.lora_int_id)
+        if known is None or lora_request.load_inplace:
+            return True
+        if known != (lora_request.lora_path, served.version):
+            raise ValueError(
+                f"The adapter {lora_request.lora_name!r} has the id {lora_request.lora_int_id}, under which the files "
+                f"in {known[0]!r} were loaded as they were before. Give it an id of its own, or load it with "
+                "load_inplace=True."
+            )
     return False
 
 

@@ -227,9 +227,8 @@ class Worker:
                 continue
             if running.adapter_id not in self.in_slot:
                 raise RuntimeError(
-                    f"Request {request!r} needs the adapter of id {running.adapter_id}, which is in no slot: it "
-                    "would be "
-                    "answered without its edits. Please report this with the version of vLLM."
+                    f"Request {request!r} needs the adapter of id {running.adapter_id}, which is in no slot: it would "
+                    "be answered without its edits. Please report this with the version of vLLM."
                 )
             slots[number], served = self.in_slot[running.adapter_id]
             found[number] = edits = running.edits_by(served)
