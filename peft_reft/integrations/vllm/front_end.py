@@ -21,8 +21,7 @@ _accepted: weakref.WeakKeyDictionary[Any, dict[int, tuple[str, object]]] = weakr
 
 @contextmanager
 def _of_the_request() -> Iterator[None]:
-    """Errors in here are the request's: vLLM answers those of its own class with the status 400, and others with "
-    "500."""
+    """Errors in here are the request's: vLLM answers its own class of them with the status 400, others with 500."""
     from vllm.exceptions import VLLMValidationError
 
     try:
