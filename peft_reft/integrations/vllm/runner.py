@@ -33,11 +33,13 @@ def load_lora_model(original: Any, self: Any, model: Any, vllm_config: Any, devi
     drafts = vllm_config.speculative_config is not None
     worker = Worker(list(_obstacles(model, vllm_config)), drafts, _renaming(model))
     model_config, lora_config = vllm_config.model_config, vllm_config.lora_config
+    compilation = vllm_config.compilation_config
     sizes = Sizes(
         lora_config.max_loras,
         lora_config.max_lora_rank,
         model_config.get_hidden_size(),
-        vllm_config.scheduler_config.max_num_batched_tokens,
+        # A captured graph may have more tokens than a step, which fills it up.
+        max([vllm_config.scheduler_config.max_num_batched_tokens, *(compilation.cudagraph_capture_sizes or ())]),
     )
     from vllm.forward_context import set_forward_context
 
