@@ -3,6 +3,7 @@
 import ast
 import json
 import pathlib
+import shutil
 import sys
 import types
 
@@ -12,7 +13,7 @@ from conftest import HIDDEN, reft_model, tiny_model
 from safetensors.torch import load_file, save_file
 
 from peft_reft import get_interventions
-from peft_reft.integrations.vllm import patches
+from peft_reft.integrations.vllm import adapter_of, patches
 from peft_reft.integrations.vllm.adapters import read_factors, served_adapter
 from peft_reft.interventions import low_rank_edit
 
@@ -69,6 +70,14 @@ def test_blocks_are_found_by_names_with_and_without_the_head(tmp_path):
         ValueError, match=r"'model\.layers\.2', which is no block of this model; .* 'decoder\.layers\.0'"
     ):
         read_factors(served, renamed, HIDDEN)
+
+
+def test_an_adapter_that_was_there_and_is_gone_is_no_lora_adapter(tmp_path):
+    saved(tmp_path / "gone")
+    assert served_adapter(tmp_path / "gone")
+    shutil.rmtree(tmp_path / "gone")
+    with pytest.raises(ValueError, match="and its files are gone"):
+        served_adapter(tmp_path / "gone")
 
 
 def test_an_adapter_of_another_type_is_left_to_vllm(tmp_path):
@@ -173,7 +182,7 @@ def other_vllm(monkeypatch):
         return manager
 
     yield make
-    patches._directory.cache_clear()
+    adapter_of._directory.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -193,6 +202,9 @@ def test_an_unknown_vllm_serves_lora_and_refuses_reft(tmp_path, other_vllm, capl
         manager()._load_adapter(request)
 
 
+GLUE = ("patches.py", "adapter_of.py", "engine_core.py", "front_end.py", "runner.py", "kernel.py")
+
+
 def test_vllm_is_imported_by_what_register_calls_and_by_nothing_else():
     folder = pathlib.Path(patches.__file__).parent
     files = [folder.parents[1] / "vllm.py", *folder.glob("*.py")]
@@ -206,4 +218,4 @@ def test_vllm_is_imported_by_what_register_calls_and_by_nothing_else():
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             if any(name.split(".")[0] in ("vllm", "triton") for name in names):
                 assert node in inside or file.name == "kernel.py", file
-                assert file.name in ("patches.py", "kernel.py"), file
+                assert file.name in GLUE, file

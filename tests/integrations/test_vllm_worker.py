@@ -1,5 +1,6 @@
 """A worker's adapters, slots and requests, driven as the runners of vLLM drive them, without vLLM."""
 
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,7 @@ from conftest import HIDDEN, reft_model, tiny_model
 from torch import nn
 
 from peft_reft import get_interventions
-from peft_reft.integrations.vllm import patches
+from peft_reft.integrations.vllm import runner as glue
 from peft_reft.integrations.vllm.adapters import served_adapter
 from peft_reft.integrations.vllm.worker import Sizes, Worker, find_blocks
 
@@ -73,7 +74,7 @@ class Runner:
 
     def __init__(self, worker, adapters):
         self.lora_manager = SimpleNamespace(_adapter_manager=SimpleManager())
-        patches._workers[self.lora_manager._adapter_manager] = worker
+        glue._workers[self.lora_manager._adapter_manager] = worker
         self.worker, self.adapters = worker, adapters
         self.requests: dict[str, object] = {}
         self.req_states = SimpleNamespace(req_id_to_index=self.requests)
@@ -103,15 +104,15 @@ def request(name, adapter, number, length, strength=None):
 def step_v1(runner, output, ids, computed, scheduled):
     runner.input_batch = SimpleNamespace(req_ids=[*ids, None], num_computed_tokens_cpu=np.array([*computed, 7]))
     original = lambda self, scheduler_output, num_scheduled_tokens: "prepared"  # noqa: E731
-    assert patches._prepare_inputs_v1(original, runner, output, np.array(scheduled, np.int32)) == "prepared"
+    assert glue.prepare_inputs_v1(original, runner, output, np.array(scheduled, np.int32)) == "prepared"
 
 
 def step_v2(runner, output, ids, computed, scheduled):
     batch = SimpleNamespace(
         req_ids=ids, num_computed_tokens_np=np.array(computed), num_scheduled_tokens=np.array(scheduled, np.int32)
     )
-    assert patches._prepare_inputs_v2(lambda *args: batch, runner, output, "state", "batch", 1) is batch
-    assert patches._set_active_loras_v2(lambda *args: "set", runner, (), (), set()) == "set"
+    assert glue.prepare_inputs_v2(lambda *args: batch, runner, output, "state", "batch", 1) is batch
+    assert glue.set_active_loras_v2(lambda *args: "set", runner, (), (), set()) == "set"
 
 
 def expected(model, adapters, rows, hidden):
@@ -137,8 +138,7 @@ def expected(model, adapters, rows, hidden):
 
 @pytest.mark.parametrize("step", [step_v1, step_v2])
 @torch.no_grad()
-def test_steps_of_either_runner(adapters, step, monkeypatch):
-    monkeypatch.setattr(patches, "_directory", lambda path: type(adapters["ends"][0])(path))
+def test_steps_of_either_runner(adapters, step):
     model, plain = Model(), Model()
     worker = attached(model)
     runner = Runner(worker, adapters)
@@ -176,12 +176,17 @@ def test_steps_of_either_runner(adapters, step, monkeypatch):
 
 def test_a_request_whose_adapter_is_in_no_slot_is_never_answered_without_it(adapters):
     worker = attached(Model())
-    worker.note("a", 12, served_adapter(adapters["ends"][0]), [1, 2, 3], 3, None)
+    worker.note("a", 12, [1, 2, 3], 3, None)
     with pytest.raises(RuntimeError, match="answered without its edits"):
         worker.begin_step(["a"], np.array([0]), np.array([3]))
     loaded = worker.load(served_adapter(adapters["ends"][0]))
     worker.activate(0, 12, loaded)
     worker.begin_step(["a"], np.array([0]), np.array([3]))
+    assert worker.table.passes
+    shutil.rmtree(adapters["ends"][0])  # what was loaded counts, not what lies there now
+    worker.note("b", 12, [1, 2, 3], 3, None)
+    worker.begin_step(["b"], np.array([0]), np.array([3]))
+    assert worker.table.passes
     worker.activate(0, 13, None)  # a LoRA adapter takes the slot
     with pytest.raises(RuntimeError, match="answered without its edits"):
         worker.begin_step(["a"], np.array([0]), np.array([3]))

@@ -21,13 +21,13 @@ def adapters_of(name, place):
 
 
 def check(name, place, implementation, stream=None, **settings):
-    from peft_reft.integrations.vllm import patches
+    from peft_reft.integrations.vllm import runner
     from peft_reft.integrations.vllm.slots import TABLES
 
     base, adapters = adapters_of(name, place)
     truth = Truth(base, adapters)
     with engine(base, max_loras=2, max_num_batched_tokens=64, model_impl=implementation, **settings) as llm:
-        worker = list(patches._workers.values())[-1]
+        worker = list(runner._workers.values())[-1]
         assert worker.problem is None and worker.table is TABLES[-1]
         hooks = [hook for block in worker.blocks.values() for hook in block._forward_hooks.values()]
         assert len(hooks) == 4
@@ -80,7 +80,7 @@ def test_lora_reft_and_base_in_one_batch(place):
             else:
                 wanted = truth.answer(name, prompt).tokens
             assert list(output.outputs[0].token_ids) == wanted, (name, len(prompt))
-        with pytest.raises(ValueError, match="is not for a ReFT adapter"):
+        with pytest.raises(Exception, match="is not for a ReFT adapter"):
             asked.generate([("lora", [5, 6])], extra={"reft_strength": 0.5})
         system = prompts(2, longest=96)[1]
         cached = [
@@ -91,7 +91,7 @@ def test_lora_reft_and_base_in_one_batch(place):
 
 def test_a_model_that_takes_no_adapters_says_how_it_does(place):
     base = make_model("gpt2", place)
-    with pytest.raises(ValueError, match="model_impl='transformers'"), engine(base):
+    with pytest.raises(Exception, match="model_impl='transformers'"), engine(base):
         pass
 
 

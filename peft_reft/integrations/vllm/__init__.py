@@ -11,9 +11,10 @@ An adapter travels as vLLM's own LoRA request, so that names, slots, routes and 
     probe.py      where a block's returned tensors hold the residual stream, found out when the model is loaded
     worker.py     all of that for one worker of vLLM
     keys.py       what distinguishes cached blocks of edited tokens
-    patches.py    every place of vLLM that is patched
+    patches.py    every place of vLLM that is patched, with what stands in it: front_end.py, engine_core.py and
+                  runner.py, by vLLM's processes, and adapter_of.py for all of them
 
-Only patches.py imports vLLM, and only when `register` is called.
+Only these import vLLM, and only when `register` was called.
 """
 
 from __future__ import annotations

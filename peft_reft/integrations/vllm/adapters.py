@@ -54,7 +54,12 @@ def served_adapter(directory: Path) -> ServedAdapter | None:
     if known is not None and _is_current(known):
         return known
     if not is_reft_adapter(directory):
-        return None
+        if known is None:
+            return None
+        raise ValueError(
+            f"There was a ReFT adapter in {str(directory)!r}, and its files are gone. Put them back, or unload the "
+            "adapter."
+        )
     found = ServedAdapter(directory, version_of(directory), config := _config_in(directory), _rule_of(config))
     _READ[directory] = found
     return found

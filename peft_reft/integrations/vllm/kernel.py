@@ -99,6 +99,8 @@ def launch(hidden: Tensor, residual: Tensor | None, table: SlotTable, block: int
     """As `edit_tokens`, on the current GPU."""
     if hidden.stride(-1) != 1 or (residual is not None and residual.stride(-1) != 1):
         raise ValueError(f"A block returns hidden states with the strides {hidden.stride()}, not vector after vector.")
+    if hidden.shape[0] > len(table.first):
+        raise ValueError(f"A forward has {hidden.shape[0]} tokens, and the tables are for at most {len(table.first)}.")
     columns = max(1, triton.next_power_of_2(table.columns))
     part = min(triton.next_power_of_2(table.width), max(16, PART // columns))
     second = hidden if residual is None else residual

@@ -77,6 +77,29 @@ def find_blocks(model: nn.Module, count: int, absent: tuple[type, ...]) -> Block
     return blocks
 
 
+class Running:
+    """A request that runs, with an adapter of either type.
+
+    Args:
+        adapter_id: of its adapter.
+        tokens, length, extra: as for `Worker.note`.
+    """
+
+    def __init__(self, adapter_id: int, tokens: Sequence[int] | None, length: int, extra: Any):
+        self.adapter_id, self._given = adapter_id, (tokens, length, extra)
+        self._edits: RequestEdits | None = None
+
+    def edits_by(self, served: ServedAdapter | None) -> RequestEdits | None:
+        """Which of its tokens are edited, worked out once; None for a LoRA adapter."""
+        if served is not None and self._edits is None:
+            tokens, length, extra = self._given
+            wishes = wishes_of(extra)
+            prompt = length if wishes.prompt_length is None else wishes.prompt_length
+            self._edits = RequestEdits(served.rule, prompt, wishes.strength, tokens)
+            self._given = None, length, None  # a long prompt need not be kept
+        return self._edits
+
+
 class Worker:
     """The ReFT adapters of one worker.
 
@@ -96,8 +119,8 @@ class Worker:
         self.sizes: Sizes | None = None
         self.table: SlotTable | None = None
         self.blocks = Blocks()
-        self.in_slot: dict[int, int] = {}  # the id of a resident adapter -> its slot
-        self.requests: dict[str, tuple[int, RequestEdits]] = {}  # by the request's id: its adapter's id, and its edits
+        self.in_slot: dict[int, tuple[int, ServedAdapter | None]] = {}  # resident adapters by id; None if LoRA
+        self.requests: dict[str, Running] = {}  # those with an adapter, by id
 
     def attach(
         self,
@@ -155,12 +178,11 @@ class Worker:
 
     def activate(self, slot: int, adapter_id: int, adapter: AdapterFactors | None) -> None:
         """An adapter takes a slot; None for one that is no ReFT adapter."""
-        for other in [known for known, taken in self.in_slot.items() if taken == slot or known == adapter_id]:
+        for other in [id for id, (taken, _) in self.in_slot.items() if taken == slot or id == adapter_id]:
             del self.in_slot[other]
         if self.table is not None:
             self.table.put(slot, adapter)
-        if adapter is not None:
-            self.in_slot[adapter_id] = slot
+        self.in_slot[adapter_id] = slot, None if adapter is None else adapter.served
 
     def reset(self) -> None:
         """All adapters left their slots, since the model's weights were replaced."""
@@ -168,25 +190,15 @@ class Worker:
         if self.table is not None:
             self.table.reset()
 
-    def note(
-        self,
-        request: str,
-        adapter_id: int,
-        served: ServedAdapter,
-        tokens: Sequence[int] | None,
-        length: int,
-        extra: Any,
-    ) -> None:
-        """A request with a ReFT adapter begins, or begins again.
+    def note(self, request: str, adapter_id: int, tokens: Sequence[int] | None, length: int, extra: Any) -> None:
+        """A request with an adapter, of whichever type, begins, or begins again.
 
         Args:
             tokens: of its prompt; None if it is given as embeddings.
             length: of its prompt.
             extra: its extra arguments.
         """
-        wishes = wishes_of(extra)
-        prompt = length if wishes.prompt_length is None else wishes.prompt_length
-        self.requests[request] = adapter_id, RequestEdits(served.rule, prompt, wishes.strength, tokens)
+        self.requests[request] = Running(adapter_id, tokens, length, extra)
 
     def forget(self, requests: Iterable[str], known: Collection[str]) -> None:
         """Requests are finished; those that are not among the known ones are, too."""
@@ -206,18 +218,20 @@ class Worker:
         """
         if self.table is None:
             return
-        found = [self.requests.get(request) for request in requests]
-        edited = NOTHING
-        if any(found):
-            edited = edited_tokens([None if one is None else one[1] for one in found], computed, scheduled)
-        slots = np.full(len(found), -1, np.int64)
-        strengths = np.ones(len(found), np.float32)
-        for number in set(edited.request.tolist()):
-            adapter_id, edits = found[number]
-            if adapter_id not in self.in_slot:
+        slots = np.full(len(requests), -1, np.int64)
+        strengths = np.ones(len(requests), np.float32)
+        found: list[RequestEdits | None] = [None] * len(requests)
+        for number, request in enumerate(requests):
+            running = self.requests.get(request)
+            if running is None:
+                continue
+            if running.adapter_id not in self.in_slot:
                 raise RuntimeError(
-                    f"Request {requests[number]!r} needs the ReFT adapter of id {adapter_id}, which is in no slot: it "
-                    "would be answered without its edits. Please report this with the version of vLLM."
+                    f"Request {request!r} needs the adapter of id {running.adapter_id}, which is in no slot: it would "
+                    "be answered without its edits. Please report this with the version of vLLM."
                 )
-            slots[number], strengths[number] = self.in_slot[adapter_id], edits.strength
+            slots[number], served = self.in_slot[running.adapter_id]
+            found[number] = edits = running.edits_by(served)
+            strengths[number] = 1 if edits is None else edits.strength
+        edited = edited_tokens(found, computed, scheduled) if any(found) else NOTHING
         self.table.begin_step(edited, slots, strengths)
