@@ -173,7 +173,7 @@ class GenerateEntry(MethodEntry):
         elif outer is not None and not outer.started:
             generation.subspaces = outer.subspaces
         if source_inputs is not None:
-            generation.sources = run_sources(self.model, self.state, source_inputs, by_row)
+            generation.sources = run_sources(self.module, self.state, source_inputs, by_row)
         elif outer is not None and not outer.started:
             generation.sources = outer.sources
         running.generation = generation
