@@ -128,6 +128,15 @@ def test_the_kernel_is_the_package_s_edit():
 import torch
 from benchmarks.gpu import kernel
 print(kernel.check(*kernel.edits(40, (2, 9), "cpu")))
+base = kernel.models.build(kernel.models.SHAPES["tiny"], "cpu")
+inputs = kernel.common.batch(1, 9, 128, labelled=False)
+places = kernel.models.places_of(inputs)
+compared = kernel.models.methods(base, ("base", "reft", "hooks"), places)
+compared["kernel"] = kernel.KernelHooks(kernel.common.with_same_weights(base), compared["reft"], places)
+with torch.no_grad():
+    plain, reft, hooks, own = (model(**inputs).logits.float() for model in compared.values())
+effect, error = (reft - plain).abs().max(), (own - hooks).abs().max()
+assert error < 0.1 * effect, (error, effect)
 """
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=ROOT)
