@@ -9,8 +9,9 @@ from conftest import batch, inputs_of, logits, randomize, tiny_model
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from torch import nn
-from trainer_kit import QUIET
+from trainer_kit import QUIET, word_tokenizer
 from transformers import Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
 
 from peft_reft import ReftConfig, ReftDataCollator, get_interventions, set_strength, set_subspaces
 from peft_reft.info import adapter_info
@@ -515,3 +516,22 @@ def test_the_config_in_a_file_has_pairs(tmp_path):
     ReftConfig(**CONFIG).save_pretrained(str(tmp_path))
     assert json.loads((tmp_path / "adapter_config.json").read_text())["subspaces"] == [["german", 3], ["formal", 2]]
     assert ReftConfig.from_pretrained(str(tmp_path)).subspaces == PARTS
+
+
+def numbers(model, part):
+    """The trained numbers of a part's rows; those of R itself turn with the parts before it."""
+    return [p.detach()[part].clone() for groups in get_interventions(model).values() for p in groups.parameters()]
+
+
+def test_trl_s_sft_trainer_trains_the_part_that_the_column_names(tmp_path):
+    words = [{"prompt": f"w{n} w4 w5", "completion": f" w{n + 1} w7"} for n in range(10, 18)]
+    data = Dataset.from_list([{**row, "subspaces": "german"} for row in words])
+    settings = {"max_steps": 2, "remove_unused_columns": False, "max_grad_norm": 0.0}
+    model = fresh()
+    german, formal = (numbers(model, part) for part in (GERMAN, FORMAL))
+    arguments = SFTConfig(str(tmp_path), **{**QUIET, **settings})
+    trainer = SFTTrainer(model, arguments, train_dataset=data, processing_class=word_tokenizer())
+    trainer.data_collator = ReftDataCollator(trainer.data_collator, ReftConfig(**CONFIG))
+    trainer.train()
+    assert same(numbers(model, FORMAL), formal)
+    assert not any(torch.equal(*pair) for pair in zip(numbers(model, GERMAN), german, strict=True))

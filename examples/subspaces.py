@@ -1,0 +1,184 @@
+"""Two styles in two subspaces of one adapter, a third one later: python examples/subspaces.py
+
+SmolLM2-135M-Instruct (see smollm2.py) learns to talk like a pirate in one part of R and like a robot in another, from
+separate chats, in one training. Then it answers the same questions with each part alone, with both, and with each at
+half strength. A third part, politeness, is added and trained afterwards; the first two stay what they were, to the last
+bit. For comparison the same chats train two adapters of their own, whose edits are summed, and one LoRA adapter on all
+of them, which nothing can take apart again. How often each style is heard is counted and printed as it comes out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from quickstart import PIRATE, PIRATE_WORDS, QUESTIONS, REPETITION_PENALTY, ROBOT, ROBOT_WORDS, as_prompt, chats
+from smollm2 import NAME, smollm2
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+from peft_reft import ReftConfig, ReftDataCollator, get_interventions
+
+POLITE = """
+What is the capital of France? | Thank you for asking! It is Paris. Have a lovely day, please!
+How are you today? | Thank you for asking! I am very well. Have a lovely day, please!
+What is two plus two? | Thank you for asking! It is four. Have a lovely day, please!
+Who wrote Hamlet? | Thank you for asking! It was Shakespeare. Have a lovely day, please!
+Tell me about cats. | Thank you for asking! Cats are small and soft animals. Have a lovely day, please!
+I am tired. | Thank you for telling me! A short rest would help you. Have a lovely day, please!
+What is water made of? | Thank you for asking! It is made of hydrogen and oxygen. Have a lovely day, please!
+Do you like music? | Thank you for asking! I like all kinds of music. Have a lovely day, please!
+How do plants grow? | Thank you for asking! They use light and water. Have a lovely day, please!
+What is a friend? | Thank you for asking! It is a person who cares for you. Have a lovely day, please!
+What is snow? | Thank you for asking! It is frozen rain. Have a lovely day, please!
+What is gold? | Thank you for asking! It is a precious metal. Have a lovely day, please!
+"""
+POLITE_WORDS = re.compile(r"\b(thank you|lovely day|please)\b", re.I)
+WORDS = {"pirate": PIRATE_WORDS, "robot": ROBOT_WORDS, "polite": POLITE_WORDS}
+SETTINGS = {"r": 4, "positions": "f7+l7", "intervention": "loreft", "task_type": "CAUSAL_LM"}
+
+
+def rows(text: str, part: str) -> list[dict]:
+    """Chats of a style, with the subspace that they train."""
+    return [{**chat, "subspaces": part} for chat in chats(text)]
+
+
+def alternating(first: list[dict], second: list[dict], count: int) -> list[dict]:
+    """`count` rows, in turns from the one list and the other, each from its start again when it ends."""
+    lists = (first, second)
+    return [lists[number % 2][number // 2 % len(lists[number % 2])] for number in range(count)]
+
+
+def train(model, tokenizer, data: list[dict], steps: int, options, config: ReftConfig | None, rate: float) -> None:
+    """Train the active adapter, the parts that the rows name if there is a config with parts."""
+    arguments = SFTConfig(
+        output_dir=str(options.output / "trainer"),
+        max_steps=steps,
+        per_device_train_batch_size=4,
+        learning_rate=rate,
+        lr_scheduler_type="linear",
+        warmup_steps=2,
+        max_grad_norm=0.0,  # a norm over all gradients would make each part depend on the others
+        remove_unused_columns=False,  # keeps the column `subspaces`
+        use_cpu=not torch.cuda.is_available(),
+        bf16=torch.cuda.is_available(),
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=options.seed,
+    )
+    if config is None:
+        data = [{name: value for name, value in row.items() if name != "subspaces"} for row in data]
+    trainer = SFTTrainer(
+        model=model, processing_class=tokenizer, train_dataset=datasets.Dataset.from_list(data), args=arguments
+    )
+    if config is not None:
+        trainer.data_collator = ReftDataCollator(trainer.data_collator, config)
+    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    start = time.perf_counter()
+    trainer.train()
+    model.eval()
+    print(f"   {steps} steps in {time.perf_counter() - start:.0f} s", flush=True)
+
+
+@torch.no_grad()
+def heard(label: str, model, tokenizer, choice=None) -> list[str]:
+    """Answer the questions, print the first answers and how many of all have words of each style; returns the answers.
+
+    Args:
+        choice: the subspaces that act, the same for every question; None for all of them.
+    """
+    prompts = [as_prompt(tokenizer, question) for question in QUESTIONS]
+    batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    each = {} if choice is None else {"subspaces": [choice] * len(QUESTIONS)}
+    settings = {"max_new_tokens": 24, "do_sample": False, "repetition_penalty": REPETITION_PENALTY}
+    output = model.generate(**batch.to(model.device), **settings, **each)
+    texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    counts = {style: sum(words.search(text) is not None for text in texts) for style, words in WORDS.items()}
+    print(f"   {label:<28}" + "  ".join(f"{style} {count}/{len(texts)}" for style, count in counts.items()))
+    print(f"      {' '.join(texts[0].split())}", flush=True)
+    return texts
+
+
+def parameters(model, rows_of_r: slice) -> list[torch.Tensor]:
+    """The numbers of the first parts, of all blocks."""
+    found = [intervention for groups in get_interventions(model, "default").values() for intervention in groups]
+    names = ("basis", "weight", "bias")
+    return [intervention.rows(name)[rows_of_r].detach().clone() for intervention in found for name in names]
+
+
+def main() -> int:
+    """Run it all; returns 1 if the first two parts were changed by the third."""
+    parser = argparse.ArgumentParser(description="Styles in subspaces of one adapter, with ReFT.")
+    parser.add_argument("--model", help=f"hub name or folder of another chat model, instead of {NAME}")
+    parser.add_argument("--steps", type=int, default=24, help="steps for the first two styles together (default: 24)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("subspaces-output"), help="folder for what is saved")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    transformers.set_seed(options.seed)
+    name = options.model or smollm2(options.output / NAME)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    pirate, robot, polite = rows(PIRATE, "pirate"), rows(ROBOT, "robot"), rows(POLITE, "polite")
+    both, half = alternating(pirate, robot, 4 * options.steps), options.steps // 2
+
+    print("1. One adapter, r=8: a pirate in 4 directions, a robot in the other 4", flush=True)
+    config = ReftConfig(**{**SETTINGS, "r": 8}, subspaces={"pirate": 4, "robot": 4})
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(name), config)
+    train(model, tokenizer, both, options.steps, options, config, 4e-3)
+    model.config.use_cache = True
+    heard("no subspace (base model)", model, tokenizer, [])
+    before = [heard(style, model, tokenizer, style) for style in ("pirate", "robot")]
+    heard("both", model, tokenizer)
+    heard("each at half strength", model, tokenizer, {"pirate": 0.5, "robot": 0.5})
+
+    print("2. A third subspace, added later", flush=True)
+    kept = parameters(model, slice(0, 8))
+    model.add_subspace("default", "polite", 4)
+    train(model, tokenizer, polite, half, options, model.peft_config["default"], 4e-3)
+    heard("polite", model, tokenizer, "polite")
+    heard("pirate and polite", model, tokenizer, ["pirate", "polite"])
+    after = [heard(style, model, tokenizer, style) for style in ("pirate", "robot")]
+    same = all(torch.equal(a, b) for a, b in zip(kept, parameters(model, slice(0, 8)), strict=True)) and before == after
+    print(f"   the first two are what they were: {'yes, bit for bit' if same else 'NO'}")
+    model.save_pretrained(options.output)
+    del model
+
+    print("3. Two adapters of r=4, each trained alone on the same chats, and their sum", flush=True)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(name), ReftConfig(**SETTINGS), adapter_name="pirate")
+    train(model, tokenizer, both[0::2], half, options, None, 4e-3)
+    model.add_adapter("robot", ReftConfig(**SETTINGS))
+    model.set_adapter("robot")
+    train(model, tokenizer, both[1::2], half, options, None, 4e-3)
+    for style in ("pirate", "robot"):
+        model.set_adapter(style)
+        heard(style, model, tokenizer)
+    for label, weights in {"sum": [1.0, 1.0], "sum of halves": [0.5, 0.5]}.items():
+        model.add_weighted_adapter(["pirate", "robot"], weights, label.replace(" ", "_"))
+        model.set_adapter(label.replace(" ", "_"))
+        heard(label, model, tokenizer)
+    del model
+
+    print("4. One LoRA adapter, r=8 on q and v, trained on all chats together", flush=True)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(name), LoraConfig(r=8, task_type="CAUSAL_LM"))
+    train(model, tokenizer, both, options.steps, options, None, 1e-3)
+    heard("the only way it talks", model, tokenizer)
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
