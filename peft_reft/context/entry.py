@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import CodeType
 from typing import Any
 
 import torch
@@ -87,6 +88,11 @@ class ForwardEntry:
     @property
     def __doc__(self) -> str | None:  # type: ignore[override]
         return self.__wrapped__.__doc__
+
+    @property
+    def __code__(self) -> CodeType:  # torch.export names the function that it exports
+        code: CodeType = self.__wrapped__.__code__
+        return code
 
     def attach(self) -> None:
         self.module.__dict__["forward"] = self
