@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import CodeType
 from typing import Any
 
 import torch
@@ -76,6 +77,11 @@ class ForwardEntry(MethodEntry):
         self.passive = False
         parameters = inspect.signature(type(module).forward).parameters.values()
         self.names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+
+    @property
+    def __code__(self) -> CodeType:  # torch.export names the function that it exports
+        code: CodeType = self.__wrapped__.__code__
+        return code
 
     def attach(self) -> None:
         super().attach()
