@@ -274,8 +274,9 @@ def _flat(
     if columns is not None or several or not every_row:
         if columns is None:
             columns = torch.arange(shape[1], device=keep.device).expand(keep.shape)
-        first = torch.arange(0, shape[0] * shape[1], shape[1], device=keep.device)
-        index = columns + (first if every_row else first[rows])[:, None, None]
+        row = torch.arange(shape[0], device=keep.device)
+        row = row if every_row else row[rows]
+        index = torch.add(columns, row[:, None, None], alpha=shape[1])
     if several:  # an intervention for each row and group
         return None if index is None else index.flatten(), keep.flatten(0, 1).unsqueeze(-1)
     # One for each group, or one for all.
