@@ -33,8 +33,12 @@ def check(name, place, implementation, stream=None, **settings):
         assert len(hooks) == 4
         if stream is not None:
             assert {hook.convention.stream for hook in hooks} == {stream}
+        asked = Asked(llm, adapters)
+        # Of some models (Gemma 2) vLLM's own log-probabilities differ from transformers' by more than rounding.
+        base_alone = asked.compare([(None, prompt) for prompt in prompts(6)], truth)
+        assert_right(base_alone, 0.05)
         pairs = every_pair([None, *ADAPTERS], prompts(6))
-        assert_right(Asked(llm, adapters).compare(pairs, truth))
+        assert_right(asked.compare(pairs, truth), max(2e-4, 2 * base_alone.worst))
     for own in ADAPTERS:
         assert any(truth.answer(own, prompt).tokens != truth.answer(None, prompt).tokens for prompt in prompts(6))
 
