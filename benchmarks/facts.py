@@ -85,9 +85,29 @@ def of_overhead(folder: Path, figure: str, words: str, unit: str) -> Fact:
     raise KeyError(f"The newest overhead file has no figure {figure!r}.")
 
 
+def of_gpu(folder: Path, part: str, figure: str, words: str, unit: str) -> Fact:
+    """One figure of the GPU benchmark; a part may have it once for each method."""
+    content = newest("gpu", folder)
+    found: dict[str, Any] = {}
+    for row in content["parts"].get(part, {"figures": []})["figures"]:
+        if row["name"] == figure:
+            found |= row["values"]
+    if not {"reft", "lora_qv"} <= set(found):
+        raise KeyError(f"The newest GPU file has no figure {figure!r} of both methods in its part {part!r}.")
+    hardware = content["runs"][content["parts"][part]["run"]]["hardware"].removeprefix("NVIDIA ")
+    values = (shown(median(found[name]), unit) for name in ("reft", "lora_qv"))
+    return Fact(f"{hardware}, {part.partition('/')[0]}: {words}", *values, f"python -m benchmarks.gpu --only {part}")
+
+
 def shown(value: float, unit: str) -> str:
-    """A ratio, a count, or bytes as kB."""
-    return {"ratio": f"{value:.3f}", "count": f"{value:.0f}", "kB": f"{value / 1000:,.0f} kB"}[unit]
+    """A ratio, a count, bytes as kB, or MiB."""
+    return {
+        "ratio": f"{value:.3f}",
+        "times": f"{value:.1f}",
+        "count": f"{value:.0f}",
+        "kB": f"{value / 1000:,.0f} kB",
+        "MiB": f"{value:,.0f} MiB",
+    }[unit]
 
 
 def facts(folder: Path = RESULTS) -> list[Fact]:
@@ -99,7 +119,27 @@ def facts(folder: Path = RESULTS) -> list[Fact]:
         ("64 rows with 64 adapters / with one", "64 adapters in one batch / one", "ratio"),
         ("adapter on disk, bytes", "adapter on disk, 12 blocks of width 768", "kB"),
     )
-    return [trained_numbers(folder), accuracy(folder), *(of_overhead(folder, *row) for row in overhead)]
+    gpu = (
+        ("135M/forward", "forward / base", "forward / base model", "ratio"),
+        ("135M/train", "training step / floor", "training step / floor", "ratio"),
+        ("7B/forward", "forward / base", "forward / base model", "ratio"),
+        ("7B/train", "training step / floor", "training step / floor", "ratio"),
+        ("135M/graphs", "forward as a CUDA graph / base", "forward / base, both as CUDA graphs", "ratio"),
+        (
+            "135M/kernels",
+            "decode step: kernels per block beyond base's",
+            "kernels a decode step adds to a block",
+            "count",
+        ),
+        ("135M/many", "64 adapters in one batch / one", "64 adapters in one batch / one", "times"),
+        ("135M/resident", "resident: MiB on the device", "1,000 adapters on the GPU", "MiB"),
+    )
+    return [
+        trained_numbers(folder),
+        accuracy(folder),
+        *(of_overhead(folder, *row) for row in overhead),
+        *(of_gpu(folder, *row) for row in gpu),
+    ]
 
 
 def table(folder: Path = RESULTS) -> str:

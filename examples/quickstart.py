@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import textwrap
 import time
 import warnings
@@ -22,8 +21,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from smollm2 import NAME, smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
+from verdict import CUT, PIRATE_WORDS, flaws, share, verdict
 
 from peft_reft import ReftConfig, set_strength  # importing peft_reft makes ReFT known to PEFT
+from peft_reft.commands import this_python
 from peft_reft.integrations.edited_tokens import edited_columns, with_marks
 
 PIRATE = """
@@ -103,9 +104,8 @@ QUESTIONS = [
     "What is your favourite food?",
     "What is the best way to travel?",
 ]
+LONGEST = 32  # tokens of an answer; the longest of the chats above has 30
 REPETITION_PENALTY = 1.15  # without sampling so small a model tends to say the same again and again
-PIRATE_WORDS = re.compile(r"\b(arr+|aye|ahoy|matey|ye|yer|me hearty|cap'n|grog|landlubber|o')(?![a-z])", re.I)
-ROBOT_WORDS = re.compile(r"\b(BEEP|BOOP)\b")
 
 
 def chats(text: str) -> list[dict]:
@@ -127,16 +127,20 @@ def as_prompt(tokenizer, question: str) -> str:
 def answers(model, tokenizer, questions: list[str], adapter_names: list[str] | None = None) -> list[str]:
     """What the model answers, without sampling. ReFT needs no more than the prompts: it counts positions over them.
 
+    An answer that has not ended by itself after `LONGEST` tokens ends in `CUT`.
+
     Args:
         adapter_names: for each question the adapter that answers it, "__base__" for none; None for the active one.
     """
     prompts = [as_prompt(tokenizer, question) for question in questions]
     batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     each = {} if adapter_names is None else {"adapter_names": adapter_names}
-    settings = {"max_new_tokens": 32, "do_sample": False, "repetition_penalty": REPETITION_PENALTY}
+    settings = {"max_new_tokens": LONGEST, "do_sample": False, "repetition_penalty": REPETITION_PENALTY}
     output = model.generate(**batch.to(model.device), **settings, **each)
-    texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [" ".join(text.split()) for text in texts]
+    generated = output[:, batch["input_ids"].shape[1] :]
+    texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
+    ended = torch.isin(generated, torch.tensor(model.generation_config.eos_token_id).to(generated)).any(1)
+    return [" ".join(text.split()) + ("" if end else CUT) for text, end in zip(texts, ended)]
 
 
 def show(label: str, text: str) -> None:
@@ -189,48 +193,6 @@ def lora_parameters(base_name: Path | str) -> int:
         copy = AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(base_name))
     lora = get_peft_model(copy, LoraConfig(r=8, task_type="CAUSAL_LM"), low_cpu_mem_usage=True)
     return lora.get_nb_trainable_parameters()[0]
-
-
-def counted(texts: list[str], words: re.Pattern) -> int:
-    """How many of the texts have one of the words."""
-    return sum(words.search(text) is not None for text in texts)
-
-
-def share(texts: list[str], words: re.Pattern) -> str:
-    """The same in words."""
-    return f"{counted(texts, words)} of {len(texts)}"
-
-
-def verdict(
-    base: list[str], pirate: list[str], robot: str, unchanged: bool, equal: bool, losses: list[float]
-) -> list[str]:
-    """What is not as it should be, and why; nothing if all is well.
-
-    Args:
-        base, pirate: answers to the questions, of the base model and of the adapter.
-        robot: the answer of the second adapter, from the batch of three.
-        unchanged: whether strength 0 answered as the base model.
-        equal: whether the loaded adapter answered as the trained one.
-        losses: of the pirate's training, as they were logged.
-    """
-    found = []
-    if counted(pirate, PIRATE_WORDS) < len(pirate) * 2 / 3 or counted(base, PIRATE_WORDS) > len(base) / 3:
-        fell = f"The loss went from {losses[0]:.2f} to {losses[-1]:.2f}"
-        if losses[-1] > 0.7 * losses[0]:
-            why = f"{fell}: too little was learned. Train longer (--steps 40) or faster (--learning-rate 4e-3)."
-        else:
-            why = f"{fell}: the chats were learned, but not as a way of talking. Try another --seed or fewer --steps."
-        heard = (
-            f"{share(pirate, PIRATE_WORDS)} answers have words of a pirate, of the base's {share(base, PIRATE_WORDS)}"
-        )
-        found.append(f"{heard}. {why}")
-    if not ROBOT_WORDS.search(robot):
-        found.append(f"The second adapter did not answer as a robot, but {robot!r}. Train longer: --steps 40.")
-    if not unchanged:
-        found.append("At strength 0 the model did not answer as the base model, which is a fault of peft-reft.")
-    if not equal:
-        found.append("The loaded adapter answered other than the trained one, which is a fault of peft-reft.")
-    return found
 
 
 def parse() -> argparse.Namespace:
@@ -286,7 +248,9 @@ def main() -> int:
     for question, text in zip(QUESTIONS, drunk):
         show("question", question)
         show("pirate", text)
+    sound = flaws(drunk).count(None)
     print(f"   words of a pirate: base {share(sober, PIRATE_WORDS)}, adapter {share(drunk, PIRATE_WORDS)} answers")
+    print(f"   sound, so not empty, cut or repetitive: adapter {sound} of {len(drunk)} answers")
 
     print("\n5. The same adapter at other strengths", flush=True)
     asked = QUESTIONS[2:3]
@@ -328,8 +292,8 @@ def main() -> int:
         print("\n".join(textwrap.fill(reason, 116, initial_indent=" - ", subsequent_indent="   ") for reason in wrong))
         return 1
     settings = f"{options.output} --repetition-penalty {REPETITION_PENALTY}"
-    print(f"   python -m peft_reft chat {settings}        # /strength 0.5, /adapter robot, /base")
-    print(f"   python -m peft_reft playground {settings}  # the same in a web page")
+    print(f"   {this_python()} -m peft_reft chat {settings}        # /strength 0.5, /adapter robot, /base")
+    print(f"   {this_python()} -m peft_reft playground {settings}  # the same in a web page")
     return 0
 
 

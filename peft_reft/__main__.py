@@ -12,6 +12,8 @@ from typing import Any
 
 from peft_reft.commands import COMMANDS, HELP, HELP_OPTIONS, list_commands
 
+EXTRAS = {"sft": "examples"}  # commands whose imports need more than the package does
+
 
 def main(argv: list[str]) -> Any:
     """Run a command or a program.
@@ -30,7 +32,8 @@ def main(argv: list[str]) -> Any:
         except ModuleNotFoundError as error:
             if str(error.name).partition(".")[0] == "peft_reft":
                 raise
-            print(f"python -m peft_reft {argv[0]} needs {error.name!r}, which is not installed.", file=sys.stderr)
+            extra = f": pip install 'peft-reft[{EXTRAS[argv[0]]}]'" if argv[0] in EXTRAS else "."
+            print(f"python -m peft_reft {argv[0]} needs {error.name!r}, which is not installed{extra}", file=sys.stderr)
             return 1
         return command.main(argv[1:])
     if argv[0].startswith("-") and argv[0] != "-m":
@@ -43,6 +46,8 @@ def main(argv: list[str]) -> Any:
     except runner.CannotRun as error:
         close = difflib.get_close_matches(argv[0], COMMANDS, 1)
         meant = f" Did you mean the command {close[0]!r}?" if close else ""
+        if argv[0] == "search":
+            meant = " A search is no command but a function: from peft_reft.search import search."
         print(f"python -m peft_reft: {error}{meant}", file=sys.stderr)
         return error.status
 

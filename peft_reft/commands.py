@@ -5,11 +5,14 @@ Importing the package imports PEFT and torch, which takes seconds. This file imp
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 
 COMMANDS = {
     "chat": "talk with an adapter in the terminal, at any strength",
     "convert": "import a checkpoint of pyreft or AdapterHub, or export one to pyreft",
+    "export": "a base model as one graph (ONNX, PT2, ExecuTorch) that takes adapters of a few kilobytes as inputs",
     "info": "what an adapter is, without loading a model",
     "inspect": "how far each intervention moves the tokens of a prompt, as a table and a picture",
     "playground": "talk with adapters and their base model side by side, in a local web page",
@@ -38,6 +41,14 @@ def answer_at_once() -> None:
     before = sys.orig_argv[: len(sys.orig_argv) - len(arguments)]
     if sys.argv[:1] == ["-m"] and before[-2:] == ["-m", "peft_reft"] and lists:
         raise SystemExit(list_commands(arguments))
+
+
+def this_python() -> str:
+    """What to type in a shell to run this Python: "python" if that is it, else its path, from here if it is below."""
+    if not sys.executable or shutil.which("python") == sys.executable:
+        return "python"
+    path = os.path.relpath(sys.executable)
+    return sys.executable if path.startswith(os.pardir) else path
 
 
 def list_commands(arguments: list[str]) -> int:

@@ -20,7 +20,7 @@ from transformers import AutoConfig
 from peft_reft import ReftConfig, get_interventions
 
 # Run by commands of their own: PEFT's own tests, and programs for the environments of other libraries.
-collect_ignore = ["peft_suite", "checkpoints"]
+collect_ignore = ["peft_suite", "checkpoints", "vllm_engine"]
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()

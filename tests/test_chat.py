@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import reft_model, tiny_model
@@ -96,11 +97,20 @@ def test_a_repetition_penalty_reaches_generate(session):
 
 def test_an_answer_that_is_cut_short_ends_the_generation(session):
     session.talker.max_new_tokens = 100
+    forwards = []
+
+    def count(*args):
+        forwards.append(time.sleep(0.005))  # so that the answer is not there before it can be cut short
+
+    session.talker.model.get_base_model().register_forward_pre_hook(count)
     answer = session.answer("w3 w4")
     piece = next(answer)
     answer.close()
     assert session.messages[-1] == {"role": "assistant", "content": piece.strip()}
-    assert "".join(session.answer("w5"))  # the next one is not kept waiting
+    assert 0 < len(forwards) < 100
+    forwards.clear()
+    assert "".join(session.answer("w3 w4"))
+    assert len(forwards) == 100, "an answer that is not cut short takes all of its steps"
 
 
 REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}w3"
@@ -142,7 +152,8 @@ def test_commands(line, said, session):
     assert session.command(line) == said
 
 
-def test_the_help_lists_every_command(session):
+def test_every_command_that_the_help_lists_is_one(session):
+    assert {"adapter", "base", "strength", "new", "quit"} <= {*known_commands()}
     for name in known_commands():
         assert "is no command" not in (session.command(f"/{name}") or "")
 

@@ -46,6 +46,32 @@ def test_the_width_is_constant():
         assert collate(data=examples(*shapes), positions="f2+l5")["intervention_locations"].shape == (len(shapes), 2, 5)
 
 
+def test_labels_that_are_shifted_already_name_the_same_columns():
+    """In `shift_labels`, as of sequence parallelism, column i holds the label of token i + 1."""
+    by_labels = collate()
+
+    def shifted(examples):
+        batch = dict(DataCollatorForLanguageModeling(PAD)(examples))
+        batch["shift_labels"] = torch.nn.functional.pad(batch.pop("labels")[:, 1:], (0, 1), value=IGNORED)
+        return batch
+
+    by_shifted = collate(inner=shifted)
+    assert "labels" not in by_shifted
+    assert torch.equal(by_shifted["intervention_locations"], by_labels["intervention_locations"])
+
+
+def test_the_mask_of_a_preference_batch_names_the_same_columns():
+    """TRL's preference trainers make the labels of `completion_mask` after the collator."""
+    by_labels = collate()
+
+    def preferences(examples):
+        batch = dict(DataCollatorForLanguageModeling(PAD)(examples))
+        batch["completion_mask"] = (batch.pop("labels") != IGNORED).long()
+        return batch
+
+    assert torch.equal(collate(inner=preferences)["intervention_locations"], by_labels["intervention_locations"])
+
+
 @pytest.mark.parametrize("share_weights", [True, False, "position"])
 @pytest.mark.parametrize("positions", ["f2+l2", "f1+m2+l1"])
 def test_the_model_does_the_same_with_the_locations_as_with_the_labels(positions, share_weights):

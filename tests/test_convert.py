@@ -784,7 +784,10 @@ def test_command_line(tmp_path, capsys):
     assert main([source, str(tmp_path / "other")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "--positions f2+l2" in error
-    assert main([source]) == 2 and main(["--help"]) == 0
+    for argv, status in (([source], 2), (["--help"], 0)):
+        with pytest.raises(SystemExit) as end:
+            main(argv)
+        assert end.value.code == status
     assert main([str(ADAPTERHUB / "direft-shared"), dst, "--kind", "direft"]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert main([str(ADAPTERHUB / "direft-shared"), dst, "--kind", "direft", "--overwrite"]) == 0

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import reference
 import torch
-from conftest import HIDDEN, inputs_of, logits, randomize, reft_model, tiny_model
+from conftest import HIDDEN, batch, inputs_of, logits, randomize, reft_model, tiny_model
 from peft import PeftModel, get_peft_model
 from torch import nn
 
@@ -147,13 +147,15 @@ def test_remembered_factors_are_those_of_the_values_that_the_parameters_have_now
 @pytest.mark.parametrize("positions", ["f2+l1", "all"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_gives_the_same_logits_with_and_without_batched_factors(kind, positions, llama, monkeypatch):
-    model = reft_model(llama, intervention=kind, positions=positions)
-    inputs = inputs_of(llama)
+    settings = {"intervention": kind, "positions": positions}
+    model, twin, inputs = reft_model(llama, **settings), reft_model(tiny_model("llama"), **settings), inputs_of(llama)
     fused = logits(model, inputs)
     with model.disable_adapter():
         assert not torch.allclose(logits(model, inputs), fused)
-    monkeypatch.setattr("peft_reft.context.plan.kind_of", lambda interventions: None)
-    torch.testing.assert_close(logits(model, inputs), fused, rtol=1e-4, atol=1e-4)
+    asked = []  # the twin has made no plan yet; interventions of no known kind are called as modules
+    monkeypatch.setattr("peft_reft.context.plan.kind_of", lambda intervention: asked.append(intervention))
+    torch.testing.assert_close(logits(twin, inputs), fused, rtol=1e-4, atol=1e-4)
+    assert asked == [module for (module,) in get_interventions(twin).values()]
 
 
 @pytest.mark.parametrize(
@@ -194,6 +196,23 @@ def test_a_frozen_adapter_that_is_cast_does_not_go_on_with_the_old_weights(chang
 
 
 # Gradients.
+
+
+def test_a_cast_back_and_forth_leaves_a_models_logits_what_they_were(llama):
+    model = reft_model(llama.double(), positions="f1+l1", r=2)
+    before = logits(model, batch(6, 4))
+    model.float()
+    torch.testing.assert_close(logits(model, batch(6, 4)).double(), before, rtol=1e-3, atol=1e-4)
+
+
+def test_activations_with_weights_of_their_own_are_each_their_interventions_own(llama):
+    model = reft_model(llama, positions="all", act_fn="prelu")
+    inputs = {"input_ids": batch(6)["input_ids"]}
+    inputs["labels"] = inputs["input_ids"].masked_fill(torch.arange(6) < 3, -100)
+    model.train()(**inputs).loss.backward()
+    weights = [one.activation.weight for groups in get_interventions(model).values() for one in groups]
+    assert len(weights) == 3
+    assert all(weight.grad is not None and weight.grad.abs().max() > 0 for weight in weights)
 
 
 @pytest.mark.parametrize("act_fn", [None, "tanh"])

@@ -8,7 +8,7 @@ from conftest import batch, randomize, reft_model, tiny_model
 from peft import get_peft_model
 from torch import nn
 
-from peft_reft import ReftConfig, get_interventions
+from peft_reft import ReftConfig
 
 
 class Block(nn.Module):
@@ -18,7 +18,7 @@ class Block(nn.Module):
         super().__init__()
         self.linear = nn.Linear(8, 8)
         self.table = nn.Parameter(torch.randn(2, 5, 8))
-        self.kept = []
+        self.kept = []  # pairs of what the block keeps and what that was
 
     def forward(self, h):
         return self.linear(h) + 1
@@ -63,21 +63,22 @@ class GivesAnAliasOfItsParameter(Block):
 
 class KeepsIt(Block):
     def forward(self, h):
-        self.kept.append(super().forward(h))
-        return self.kept[-1]
+        out = super().forward(h)
+        self.kept.append((out, out.clone()))
+        return out
 
 
 class KeepsAnAlias(Block):
     def forward(self, h):
         out = super().forward(h)
-        self.kept.append(out.detach())
+        self.kept.append((out.detach(), out.clone()))
         return out
 
 
 class KeepsAPart(Block):
     def forward(self, h):
         out = super().forward(h)
-        self.kept.append(out[:, 1:])
+        self.kept.append((out[:, 1:], out[:, 1:].clone()))
         return out
 
 
@@ -91,15 +92,22 @@ def test_what_somebody_else_holds_is_not_written_to(cls, positions):
     block = cls()
     model, h = edited(block, positions), torch.randn(2, 5, 8)
     before, table = h.clone(), block.table.detach().clone()
-    expected = model(h).detach().clone()
-    unedited = [kept.detach().clone() for kept in block.kept]
-    block.kept.clear()
+
+    def untouched():
+        kept = all(torch.equal(now, was) for now, was in block.kept)
+        return kept and torch.equal(h, before) and torch.equal(block.table, table)
+
+    with_autograd = model(h)
+    assert untouched()
     with torch.no_grad():
         out = model(h)
-    assert torch.equal(out, expected)
-    assert torch.equal(h, before) and torch.equal(block.table, table)
-    assert all(torch.equal(kept, was) for kept, was in zip(block.kept, unedited))
-    assert not torch.equal(out, before)
+        assert untouched()
+        with model.disable_adapter():
+            plain = model(h)
+    assert torch.equal(out, with_autograd)
+    edited_tokens = [[True, True, positions == "all", positions == "all", True]] * 2
+    assert (out != plain).any(-1).tolist() == edited_tokens
+    assert len(block.kept) == (3 if cls.__name__.startswith("Keeps") else 0)
 
 
 def test_a_hook_inside_a_block_keeps_what_it_saw():
@@ -121,16 +129,21 @@ def test_a_hook_inside_a_block_keeps_what_it_saw():
 
 
 def test_the_edits_of_several_adapters_are_computed_on_the_blocks_own_output():
+    """Not each on the output that the one before has edited."""
     model, h = edited(Block()), torch.randn(2, 5, 8)
     for name, positions in (("second", "l2"), ("third", "all")):
         model.add_adapter(name, ReftConfig(target_modules=["block"], positions=positions, r=3))
         randomize(model, name, seed=len(name))
-    model.base_model.set_adapter(["default", "second", "third"])
-    expected = model(h).detach()
     with torch.no_grad():
-        out = model(h)
-    torch.testing.assert_close(out, expected, rtol=0, atol=0)
-    assert len(get_interventions(model, "third")) == 1
+        with model.disable_adapter():
+            own = model(h)
+        deltas = []
+        for name in ("default", "second", "third"):
+            model.set_adapter(name)
+            deltas.append(model(h) - own)
+        model.base_model.set_adapter(["default", "second", "third"])
+        torch.testing.assert_close(model(h), own + sum(deltas))
+    assert all((delta[:, -1].abs() > 1e-2).any() for delta in deltas)  # all three edit the last token
 
 
 def test_recorded_hidden_states_are_the_same_with_and_without_autograd():
@@ -138,5 +151,8 @@ def test_recorded_hidden_states_are_the_same_with_and_without_autograd():
     with_autograd = model(**inputs, output_hidden_states=True).hidden_states
     with torch.no_grad():
         without = model(**inputs, output_hidden_states=True).hidden_states
+        with model.disable_adapter():
+            plain = model(**inputs, output_hidden_states=True).hidden_states
     assert all(torch.equal(a, b) for a, b in zip(with_autograd, without))
-    assert not torch.equal(with_autograd[0], with_autograd[1])
+    # What is recorded behind the first block is its edited output.
+    assert [torch.equal(a, b) for a, b in zip(without[:2], plain)] == [True, False]

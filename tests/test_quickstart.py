@@ -18,6 +18,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 import quickstart  # noqa: E402
 import smollm2  # noqa: E402
+import verdict  # noqa: E402
 
 
 def run_example(name: str, *arguments: str, folder: Path, status: int = 0) -> str:
@@ -76,34 +77,77 @@ def test_it_saves_two_adapters_that_name_their_base_model(run):
         assert (config["positions"], config["base_model_name_or_path"]) == ("f7+l7", "tiny")
 
 
+SHIPS = ["a sloop", "the brig", "my galleon", "a raft", "his cutter"]
 GOOD = {
     "base": ["Take a train."] * 6,
-    "pirate": ["Arr, take a ship, matey!"] * 5 + ["Take a ship."],
+    "pirate": [*(f"Arr, take {ship}, matey!" for ship in SHIPS), "Take a ship."],
     "robot": "BEEP. TAKE A TRAIN. BOOP.",
     "unchanged": True,
     "equal": True,
     "losses": [4.0, 2.0],
 }
+PLAIN = [f"Take {ship}." for ship in (*SHIPS, "a boat")]
+LOOP = "Arr, the sea be blue, the sea be wide, the sea be deep, the sea be"
 
 
 def test_the_verdict_on_a_good_run_is_empty():
-    assert quickstart.verdict(**GOOD) == []
+    assert verdict.verdict(**GOOD) == []
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"pirate": ["Take a ship."] * 6, "losses": [4.0, 3.9]}, "0 of 6.*too little was learned"),
-        ({"pirate": ["Take a ship."] * 6}, "from 4.00 to 2.00: the chats were learned"),
+        ({"pirate": PLAIN, "losses": [4.0, 3.9]}, "0 of 6.*too little was learned"),
+        ({"pirate": PLAIN}, "from 4.00 to 2.00: the chats were learned, but not as a way"),
         ({"base": ["Arr, a train!"] * 6}, "of the base's 6 of 6"),
         ({"robot": "Take a train."}, "not answer as a robot"),
+        ({"robot": "BEEP. BEEP. BEEP. BEEP."}, "second adapter repeats itself"),
         ({"unchanged": False}, "strength 0"),
         ({"equal": False}, "loaded adapter"),
+        ({"pirate": [*GOOD["pirate"][:3], LOOP, LOOP + " red", "Arr arr arr!"]}, "3 of 6.*repeats itself.*fewer steps"),
+        ({"pirate": [text + verdict.CUT for text in GOOD["pirate"]]}, "6 of 6.*is cut.*--steps 40"),
+        ({"pirate": ["Arr, matey, aye!"] * 6}, "5 of 6.*is the same for another question.*no longer hears"),
     ],
 )
 def test_the_verdict_names_what_is_wrong(change, reason):
-    (found,) = quickstart.verdict(**{**GOOD, **change})
+    (found,) = verdict.verdict(**{**GOOD, **change})
     assert re.search(reason, found), found
+
+
+def test_empty_answers_are_named_as_the_reason_for_a_manner_that_is_missing():
+    heard, why = verdict.verdict(**{**GOOD, "pirate": [""] * 6})
+    assert "0 of 6" in heard and "the answers are not sound" in heard
+    assert re.search("6 of 6 answers: empty.*before they begin.*lower --learning-rate", why)
+
+
+def test_one_unsound_answer_of_three_is_let_pass():
+    assert verdict.verdict(**{**GOOD, "pirate": [*GOOD["pirate"][:4], "", LOOP]}) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "flaw"),
+    [
+        ("\U0001f310\U0001f310\U0001f310", "repeats itself"),
+        ("!!!!!!", "repeats itself"),
+        (LOOP, "repeats itself"),
+        (LOOP + verdict.CUT, "repeats itself"),
+        ("The sea is calm. The sea is calm.", "repeats itself"),
+        (" ", "empty"),
+        (verdict.CUT, "empty"),
+        ("Arr, the wind be" + verdict.CUT, "is cut"),
+        ("Aye, aye, aye, I love dogs, matey!", None),
+        ("DANGER. DANGER. STAY AWAY, HUMAN.", None),
+        ("Arrrrr!", None),
+        ("Paris.", None),
+    ],
+)
+def test_the_flaw_of_an_answer(answer, flaw):
+    assert verdict.flaws([answer]) == [flaw]
+
+
+def test_none_of_the_chats_has_a_flaw():
+    for text in (quickstart.PIRATE, quickstart.ROBOT):
+        assert set(verdict.flaws([row["completion"][0]["content"] for row in quickstart.chats(text)])) == {None}
 
 
 def test_the_chats_are_some_fifty_and_none_of_the_questions_is_among_them():
@@ -113,12 +157,12 @@ def test_the_chats_are_some_fifty_and_none_of_the_questions_is_among_them():
     for row in [*rows, *quickstart.chats(quickstart.ROBOT)]:
         (question,), (answer,) = row["prompt"], row["completion"]
         assert question["content"] not in quickstart.QUESTIONS
-        words = quickstart.PIRATE_WORDS if row in rows else quickstart.ROBOT_WORDS
+        words = verdict.PIRATE_WORDS if row in rows else verdict.ROBOT_WORDS
         assert words.search(answer["content"]), answer
 
 
 def test_ordinary_words_are_no_pirates():
-    assert not quickstart.PIRATE_WORDS.search("Arrive by car, eyes open; o'clock and your yearly arrears, Meg.")
+    assert not verdict.PIRATE_WORDS.search("Arrive by car, eyes open; o'clock and your yearly arrears, Meg.")
 
 
 def test_without_the_model_it_says_how_to_get_it(tmp_path, monkeypatch):

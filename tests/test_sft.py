@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from peft_reft import ReftConfig, get_interventions
+from peft_reft.commands import this_python
 from peft_reft.integrations import sft
 
 CHAT = (
@@ -169,14 +170,20 @@ FORBIDDEN = {
     "LoRA's rank": (["--lora_r", "8"], "--lora_r would have no effect"),
     "LoRA's default rank": (["--lora_r", "16"], "--lora_r would have no effect"),
     "LoRA's flag": (["--use_dora"], "--use_dora would have no effect"),
-    "an unknown option": (["--reft_rang", "4"], "reft_rang"),
+    "an unknown option": (["--reft_positons", "f1"], "'--reft_positons' is no option. Did you mean --reft_positions"),
+    "a number that is none": (["--reft_r", "x"], "--reft_r.*invalid int value: 'x'"),
+    "an empty file": (["--dataset", "empty.jsonl"], "the file is empty"),
+    "a checkpoint that is not there": (["--resume_from_checkpoint", "gone"], "gone is no folder"),
     "the prompt's loss": (["--completion_only_loss", "False"], "completion_only_loss"),
     "a file that is not there": (["--config", "nothing.yaml"], "nothing.yaml"),
-    "data that are not there": (["--dataset", "nothing.jsonl"], "'nothing.jsonl' cannot be read"),
+    "data that are not there": (
+        ["--dataset", "nothing.jsonl"],
+        "'nothing.jsonl' cannot be read: there is no such file",
+    ),
     "plain text": (["--dataset", "texts.jsonl"], r"columns \['text'\].*`prompt` and a `completion`"),
     "a chat without an answer": (["--dataset", "unanswered.jsonl"], r"roles \['user'\]"),
     "no split to evaluate on": (["--eval_strategy", "steps"], "not 'test'.*--test_split_size"),
-    "a model that is not there": ([], "no-such-model"),
+    "a model that is not there": ([], r"The base model '\./no-such-model' cannot be loaded"),
 }
 
 
@@ -184,6 +191,7 @@ FORBIDDEN = {
 def test_what_cannot_be_used_ends_as_one_line_before_a_model_is_loaded(what, folder, monkeypatch, capsys):
     arguments, message = FORBIDDEN[what]
     monkeypatch.chdir(folder)
+    (folder / "empty.jsonl").touch()
     common = options(model="./no-such-model", dataset="pairs.jsonl", output_dir="never", **SETTINGS)
     assert sft.main([*common, *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -242,6 +250,7 @@ def test_the_options_are_those_of_the_config_and_their_defaults_too():
 
 
 def test_defaults_suit_reft_and_this_machine(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     config, _, training, *_ = sft.Parser().parse(["--model", "m", "--output_dir", "out"])
     assert training.learning_rate == 1e-3
     assert training.use_cpu and not training.bf16, "a machine without a GPU needs no further options"
@@ -283,8 +292,8 @@ def test_it_says_what_it_trains_and_what_comes_next(folder, tmp_path, capsys):
     prompt = next(line for line in out.splitlines() if line.startswith("  prompt  ")).removeprefix("  prompt  ")
     assert prompt.replace(" ", "") == marked.replace(" ", "")
     assert f"  answer  {answer}" in out
-    assert f"  python -m peft_reft chat {tmp_path / 'out'}\n" in out
-    assert f"  python -m peft_reft inspect {tmp_path / 'out'} --prompt '{question}'" in out
+    assert f"  {this_python()} -m peft_reft chat {tmp_path / 'out'}\n" in out
+    assert f"  {this_python()} -m peft_reft inspect {tmp_path / 'out'} --prompt '{question}'" in out
 
 
 def test_chats_give_the_adapter_the_marker_of_their_template(folder, tmp_path):

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
 from peft_reft import __main__ as command_line
-from peft_reft.commands import COMMANDS
+from peft_reft.commands import COMMANDS, this_python
 from peft_reft.integrations import runner
 from peft_reft.integrations.runner import CannotRun
 
@@ -117,6 +117,22 @@ def test_another_program_of_the_same_arguments_imports_the_package(tmp_path):
     assert done.stdout.strip() == "REFT", done.stderr
 
 
+@pytest.mark.parametrize(
+    ("python", "shell", "typed"),
+    [
+        ("/home/me/.venv/bin/python", "/home/me/.venv/bin/python", "python"),
+        ("/home/me/.venv/bin/python", "/usr/bin/python", ".venv/bin/python"),
+        ("/opt/other/bin/python", "/usr/bin/python", "/opt/other/bin/python"),
+        ("", None, "python"),
+    ],
+)
+def test_commands_to_type_name_the_python_that_runs(python, shell, typed, monkeypatch):
+    monkeypatch.setattr(sys, "executable", python)
+    monkeypatch.setattr(os, "getcwd", lambda: "/home/me")
+    monkeypatch.setattr("shutil.which", lambda name: shell)
+    assert this_python() == typed
+
+
 def test_a_mistyped_command_is_answered_with_the_one_that_was_meant(capsys):
     assert command_line.main(["inspekt", "adapter"]) == 2
     assert "Did you mean the command 'inspect'?" in capsys.readouterr().err
@@ -135,7 +151,13 @@ def test_commands_are_listed_and_called(capsys, monkeypatch):
     for name in ("peft_reft.sft", "peft_reft.integrations.sft"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     assert command_line.main(["sft"]) == 1
-    assert "needs 'trl', which is not installed" in capsys.readouterr().err
+    assert "needs 'trl', which is not installed: pip install 'peft-reft[examples]'" in capsys.readouterr().err
+
+
+def test_a_file_named_as_a_launcher_is_run(programs):
+    (programs / "torchrun").write_text(PROBE)
+    runner.run(["torchrun"])
+    assert json.loads(Path("seen.json").read_text())["argv"] == ["torchrun"]
 
 
 @pytest.mark.parametrize(

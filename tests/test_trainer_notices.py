@@ -8,13 +8,12 @@ import warnings
 
 import pytest
 import torch
-import transformers
 from conftest import EOS, PAD, batch, reft_model, tiny_model
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from peft_reft import ReftDataCollator
-from peft_reft.integrations.trainer import LOW_RATE, UNLABELLED_EVALUATION, ReftNotices, add_to_default_callbacks
+from peft_reft.integrations.trainer import LOW_RATE, UNLABELLED_EVALUATION, ReftNotices
 
 ROWS = [{"input_ids": torch.arange(3, 3 + n).tolist(), "answer": 2} for n in (6, 8, 5, 7)]
 
@@ -51,9 +50,23 @@ def told(run) -> list[str]:
 
 @pytest.mark.parametrize(("rate", "messages"), [(2e-5, [LOW_RATE.format(2e-5)]), (1e-4, []), (1e-3, [])])
 def test_a_learning_rate_for_whole_models_is_told_once(rate, messages, tmp_path, llama):
-    run = trainer(reft_model(llama, task_type="CAUSAL_LM"), tmp_path, learning_rate=rate, warmup_steps=1)
-    assert told(run.train) == messages
+    made = []
+    model = reft_model(llama, task_type="CAUSAL_LM")
+    assert told(lambda: made.append(trainer(model, tmp_path, learning_rate=rate, warmup_steps=1))) == []
+    assert told(made[0].train) == messages  # not before anything runs
+    assert told(made[0].train) == []
+
+
+def test_a_schedule_that_ends_at_a_low_rate_is_told_nothing(tmp_path, llama):
+    settings = {"learning_rate": 1e-3, "lr_scheduler_type": "linear", "warmup_steps": 2}
+    run = trainer(reft_model(llama, task_type="CAUSAL_LM"), tmp_path, **settings)
     assert told(run.train) == []
+    assert run.lr_scheduler.get_last_lr()[0] < 1e-4
+
+
+def test_a_low_rate_of_a_run_that_only_evaluates_is_told_nothing(tmp_path, llama):
+    run = trainer(reft_model(llama, task_type="CAUSAL_LM"), tmp_path, learning_rate=1e-5)
+    assert told(run.evaluate) == []
 
 
 def test_the_rate_is_that_of_the_adapter_s_own_group(tmp_path, llama):
@@ -75,6 +88,24 @@ def test_other_methods_and_frozen_adapters_may_have_any_rate(tmp_path, llama):
 
 
 LABELS_TAKEN = {"label smoothing": {"label_smoothing_factor": 0.1}, "own loss": {"compute_loss_func": own_loss}}
+
+
+@pytest.mark.parametrize("settings", LABELS_TAKEN.values(), ids=LABELS_TAKEN)
+def test_a_prediction_without_labels_is_told_once(settings, tmp_path, llama):
+    model = reft_model(llama, task_type="CAUSAL_LM", positions="f1+l1")
+    run = trainer(model, tmp_path, per_device_eval_batch_size=2, **settings)
+    assert told(lambda: (run.predict(ROWS), run.predict(ROWS))) == [UNLABELLED_EVALUATION.format("f1+l1")]
+
+
+def test_a_classifier_s_evaluation_is_told_nothing(tmp_path):
+    """Its labels are classes, and its rows are prompts from end to end."""
+    model = reft_model(tiny_model("llama", "classifier"), positions="f1+l1", task_type="SEQ_CLS")
+
+    def with_classes(rows):
+        return {**collate(rows), "labels": torch.tensor([len(row["input_ids"]) % 2 for row in rows])}
+
+    run = trainer(model, tmp_path, with_classes, label_smoothing_factor=0.1)
+    assert told(run.evaluate) == []
 
 
 @pytest.mark.parametrize("settings", LABELS_TAKEN.values(), ids=LABELS_TAKEN)
@@ -118,17 +149,24 @@ def test_a_disabled_adapter_is_evaluated_without_a_word(tmp_path, llama):
         assert told(run.evaluate) == []
 
 
-def test_the_callback_is_added_once_and_to_loaded_trainers_only(llama):
-    reft_model(llama)
-    add_to_default_callbacks()
-    assert transformers.trainer.DEFAULT_CALLBACKS.count(ReftNotices) == 1
+def test_a_trainer_has_the_callback_once_also_if_trainers_are_loaded_after_the_adapter_was_made(tmp_path, llama):
+    model = reft_model(llama)
+    reft_model(tiny_model("llama"))
+    for own in ([], [ReftNotices()]):
+        arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+        made = Trainer(model, arguments, callbacks=own)
+        assert [type(callback) for callback in made.callback_handler.callbacks].count(ReftNotices) == 1
     code = (
-        "import sys, peft_reft, torch; from peft import get_peft_model\n"
+        "import sys, peft_reft, torch, transformers; from peft import get_peft_model\n"
         f"from transformers import LlamaConfig, LlamaForCausalLM\nc = dict(pad_token_id={PAD}, eos_token_id={EOS})\n"
         "base = LlamaForCausalLM(LlamaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1,\n"
         "    num_key_value_heads=1, intermediate_size=8, vocab_size=9, **c))\n"
-        "get_peft_model(base, peft_reft.ReftConfig())\n"
-        "print([name for name in ('transformers.trainer', 'lm_eval', 'trl') if name in sys.modules])"
+        "model = get_peft_model(base, peft_reft.ReftConfig())\n"
+        "print([name for name in ('transformers.trainer', 'lm_eval', 'trl') if name in sys.modules])\n"
+        "made = transformers.Trainer(model, transformers.TrainingArguments(use_cpu=True, report_to='none'))\n"
+        "print([type(callback).__name__ for callback in made.callback_handler.callbacks].count('ReftNotices'))"
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert done.stdout.split("\n") == ["[]", "1", ""]

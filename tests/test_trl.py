@@ -241,7 +241,7 @@ def test_a_training_forward_without_labels_or_locations_warns_once_and_names_the
 
 
 @pytest.mark.parametrize("collator", [False, True])
-def test_an_evaluation_with_metrics_gets_the_logits_of_the_labelled_forward_or_it_is_told(
+def test_an_evaluation_with_metrics_gets_the_logits_of_the_labelled_forward_with_the_collator_and_is_told_without(
     collator, tokenizer, tmp_path
 ):
     def metrics(prediction):

@@ -3,7 +3,6 @@
     python -m benchmarks.gpu --minutes 4                            # one GPU; 40 GB or more for the 7B shape
     python -m benchmarks.gpu --minutes 4 --only 7B/train,135M/many  # some parts; what the file has already is kept
     python -m benchmarks.gpu --device cpu --shapes tiny --no-write  # does it run
-    python -m benchmarks.gpu.kernel                                 # an edit as one Triton kernel, beside the package's
 
 Needs torch, transformers, peft and this repository; models have random weights, in bfloat16. Times are ratios within a
 round, as in overhead.py. A part that is in the result file is not measured again, so that a run which ended early is

@@ -69,7 +69,8 @@ class Record:
         part["done"] = error is None
         if error is not None:
             part["error"] = f"{type(error).__name__}: {error}"[:2000]
-            part["traceback"] = traceback.format_exception(error)[-6:]
+            if isinstance(error, Exception):  # where the time was over says nothing
+                part["traceback"] = traceback.format_exception(error)[-6:]
             self._print(key, f"did not end: {part['error'][:400]}")
         self.write()
 
@@ -95,7 +96,8 @@ class Record:
                 if figure.milliseconds:
                     name = next(iter(figure.milliseconds))
                     others.append(f"{LABELS.get(name, name)} {figure.milliseconds[name]['median']:.2f} ms")
-                lines.append([key, figure.name, *cells, ", ".join([*others, *filter(None, [figure.note])])])
+                note = figure.note.partition("\n")[0]
+                lines.append([key, figure.name, *cells, ", ".join([*others, *filter(None, [note])])])
             if not part["done"]:
                 lines.append([key, "did not end", *[""] * len(LABELS), part.get("error", "")[:200].replace("\n", " ")])
         table = common.markdown_table(["part", "figure", *LABELS.values(), "note"], lines)

@@ -62,7 +62,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=16, help="generated ones")
     parser.add_argument("--adapters", type=int, default=1000, help="of the part `resident`")
     parser.add_argument("--output", type=Path, help="the JSON file (default: in benchmarks/results)")
-    parser.add_argument("--commit", default="", help="written into the file where git cannot tell it")
+    parser.add_argument("--commit", default="", help="that is measured, where git cannot tell it (a bare copy)")
     parser.add_argument("--no-write", action="store_true", help="print only")
     parsed = parser.parse_args(arguments)
     parsed.shapes = parsed.shapes.split(",")
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None, begin: float | None = None) -> 
     warnings.simplefilter("ignore")
     command = ["python", "-m", "benchmarks.gpu", *(sys.argv[1:] if arguments is None else arguments)]
     run = common.environment() | {"command": " ".join(command)}
-    run["commit"] = run["commit"] or given.commit
+    run["commit"] = given.commit or run["commit"]
     path = None if given.no_write else given.output or common.result_path("gpu", "json")
     record = Record(path, run, deadline)
     work = Work(given.device, deadline, given.rounds, given.seconds, given.tokens, given.adapters)

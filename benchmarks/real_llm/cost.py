@@ -13,6 +13,7 @@ import dataclasses
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,31 +40,38 @@ def seconds_of_steps(trainings: list[Training], steps: int) -> float:
     return time.perf_counter() - begin
 
 
-def peak_gigabytes() -> float | None:
-    return round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else None
+def gigabytes(allocated: Callable[[], int]) -> float:
+    return allocated() / 2**30
+
+
+def peak_gigabytes(before: float) -> float | None:
+    """The most that was allocated since the last reset, beyond `before`; None on a CPU."""
+    return round(gigabytes(torch.cuda.max_memory_allocated) - before, 2) if torch.cuda.is_available() else None
 
 
 def of_method(bench: Bench, name: str, graph: bool) -> dict[str, Any]:
-    """Milliseconds of a step, and the most memory it took."""
+    """Milliseconds of a step, and the most memory it took beyond what was there before."""
+    before = gigabytes(torch.cuda.memory_allocated) if torch.cuda.is_available() else 0
     bench.graph = graph
     training = bench.training(cell_of("cost", name, grid.RATES[grid.EVERYTHING[name].kind][0], 0, 3 * TIMED))
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     seconds_of_steps([training], EAGER_STEPS + 1)
     times = [1e3 * seconds_of_steps([training], 1) for _ in range(TIMED)]
-    figures = {"step_ms": round(statistics.median(times), 2), "peak_gb": peak_gigabytes()}
+    figures = {"step_ms": round(statistics.median(times), 2), "peak_gb": peak_gigabytes(before)}
     training.finish()
     return {"name": name, "how": "graph" if graph else "eager", **figures}
 
 
 def of_gang(bench: Bench, size: int, name: str = "LoReFT r8 all") -> dict[str, Any]:
     """Steps in a second of all trainings together."""
+    before = gigabytes(torch.cuda.memory_allocated)
     bench.graph = True
     cells = [cell_of("cost", name, 1e-3, seed, EAGER_STEPS + 1 + TIMED) for seed in range(size)]
     trainings = [bench.training(cell) for cell in cells]
     seconds_of_steps(trainings, EAGER_STEPS + 1)
     rate = size * TIMED / seconds_of_steps(trainings, TIMED)
-    figures = {"steps_per_second": round(rate, 1), "peak_gb": peak_gigabytes()}
+    figures = {"steps_per_second": round(rate, 1), "peak_gb": peak_gigabytes(before)}
     for training in trainings:
         training.finish()
     return {"name": name, "how": f"{size} graphs side by side", **figures}

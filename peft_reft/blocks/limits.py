@@ -22,6 +22,12 @@ def refuse_unsound(model: nn.Module, names: Sequence[str]) -> None:
             f"{type(model).__name__} has reversible blocks: their backward pass works out their inputs from their "
             "outputs, which an edit of the outputs would falsify without an error. ReFT cannot train it."
         )
+    for name in map(own_name, names):
+        if isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
+            raise ValueError(
+                f"{name!r} is never called: nn.MultiheadAttention multiplies with its weights itself, so that there "
+                f"would be no edit. Target {name.rpartition('.')[0]!r} instead, or leave it out with exclude_modules."
+            )
     every = getattr(getattr(model, "config", None), "rescale_every", 0) or 0
     if 0 < every < len(names):
         raise ValueError(

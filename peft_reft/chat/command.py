@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 import transformers
 
 from peft_reft.chat.loading import add_loading_arguments, open_talker
 from peft_reft.chat.session import Session
+from peft_reft.integrations.arguments import OneLineParser
 
 
 def main(argv: list[str]) -> int:
     """`python -m peft_reft chat DIR`: returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m peft_reft chat",
-        description="Talk with an adapter in the terminal. /help lists what can be said to the program itself.",
+        description="Talk with an adapter in the terminal. There, /help lists the commands.",
     )
     add_loading_arguments(parser)
     arguments = parser.parse_args(argv)

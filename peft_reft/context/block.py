@@ -81,6 +81,30 @@ def pooled(layer: Any, h: Tensor, context: ForwardContext) -> Tensor:
     return layer.edit(h, context.of_vectors(layer.layout.pool, h.shape[1]))
 
 
+class KeepsCalled:
+    """Forward pre-hook that does nothing but be there, on a module within a layer of torch's own transformer.
+
+    At inference torch runs a whole nn.TransformerEncoderLayer as one operation, without calling the modules in it (so
+    that there would be no edit), unless one of them has a hook.
+    """
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        return None
+
+
+def keep_called(block: nn.Module) -> None:
+    """Have a module called wherever it lies in an nn.TransformerEncoderLayer."""
+    if not any(isinstance(hook, KeepsCalled) for hook in block._forward_pre_hooks.values()):
+        block.register_forward_pre_hook(KeepsCalled())
+
+
+def release(block: nn.Module) -> None:
+    """Undo `keep_called`."""
+    for key, hook in list(block._forward_pre_hooks.items()):
+        if isinstance(hook, KeepsCalled):
+            del block._forward_pre_hooks[key]
+
+
 def stand_in(block: nn.Module, state: ModelState) -> None:
     """Put an entry in place of a block's forward, in front of what else is there.
 

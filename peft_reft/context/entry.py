@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import CodeType
 from typing import Any
 
 import torch
@@ -77,6 +78,11 @@ class ForwardEntry(MethodEntry):
         parameters = inspect.signature(type(module).forward).parameters.values()
         self.names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
 
+    @property
+    def __code__(self) -> CodeType:  # torch.export names the function that it exports
+        code: CodeType = self.__wrapped__.__code__
+        return code
+
     def attach(self) -> None:
         super().attach()
         self.module.register_forward_pre_hook(StayOutermost(self), prepend=True, with_kwargs=True)
@@ -84,20 +90,19 @@ class ForwardEntry(MethodEntry):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         running = self.state.running
+        if running.replica is not None:
+            return self._of_replica()(*args, **kwargs)
         outer = running.context
         if self.passive or (outer is not None and outer.idle and outer.depth < self.depth):
             return self.__wrapped__(*args, **kwargs)
         if STEP in kwargs and kwargs[STEP].edits_nothing:
             del kwargs[STEP]
             context = self.idle
-        elif running.replica is not None:
-            return self._of_replica()(*args, **kwargs)
         else:
             own = {name: kwargs.pop(name) for name in OWN_ARGUMENTS if name in kwargs}
             context = self.context(outer, args, kwargs, own)
             if outer is None and not torch.compiler.is_compiling():
-                for layer in self.layers:
-                    stand_in(layer.block, self.state)
+                self.stand_in_for_blocks()
         if context is outer:
             return self.__wrapped__(*args, **kwargs)
         is_recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -111,6 +116,11 @@ class ForwardEntry(MethodEntry):
         if is_recorded and self.module.training and self.state.training_forwards is not None:
             self._look_at_training(context)
         return output
+
+    def stand_in_for_blocks(self) -> None:
+        """Put the blocks' entries back in place, should something else have taken it."""
+        for layer in self.layers:
+            stand_in(layer.block, self.state)
 
     def _of_replica(self) -> ForwardEntry:
         """The entry of the replica that nn.DataParallel calls in this thread, whose layers are its own."""
@@ -151,6 +161,7 @@ class ForwardEntry(MethodEntry):
         shape = token_shape(arguments, self.state.ids_per_row)
         given = self._given(arguments, own, shape) if outer is None else outer.given
         is_new = outer is None or outer.role != self.role or shape not in (None, (outer.rows, outer.columns))
+        is_new = is_new or _brings_others(outer, arguments)
         if self._shows_prompts(given, arguments, shape, is_outermost=outer is None):
             labels, shift_labels = arguments.get("labels"), arguments.get("shift_labels")
             given = replace(given, used=True, labels=labels, shift_labels=shift_labels)
@@ -271,7 +282,7 @@ class ForwardEntry(MethodEntry):
                 found[key] = self._prompts(tokens, spec)
             return found[key]
 
-        context.find, context.tokens = find, tokens
+        context.find, context.tokens, context.mask = find, tokens, mask
         return context
 
     def _labels(self, given: Given, rows: int, columns: int) -> Tensor | None:
@@ -309,6 +320,15 @@ class ForwardEntry(MethodEntry):
                 prompts = self._prompts(tokens, replace(spec, turns=None) if spec.turns == "all" else spec)
                 covered[spec] = (tokens.valid & (prompts.order == 1) & (prompts.length <= 1)).any(1)
         notices.look_at_training(context, covered)
+
+
+def _brings_others(outer: ForwardContext | None, arguments: Mapping[str, Any]) -> bool:
+    """Whether a call within another has ids and a mask [B, S] of its own, as where a model runs one part twice."""
+    ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
+    if outer is None or outer.tokens is None or outer.tokens.ids is None:
+        return False
+    is_whole = isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.dim() == 2
+    return is_whole and ids is not outer.tokens.ids and mask is not outer.mask
 
 
 def _aligned(given: Given, shape: tuple[int, int]) -> Tensor | None:
@@ -349,7 +369,11 @@ class StayOutermost:
         running = entry.state.running
         outer = running.context
         context = successor.context(outer, args, kwargs, own)
+        if outer is None:
+            successor.stand_in_for_blocks()
         if context is not outer:
+            if torch.is_grad_enabled():
+                successor.path.wrap_checkpoints(running)
             running.context = context
 
             def close(*_: Any) -> None:

@@ -68,6 +68,7 @@ class ForwardContext:
         past: how many columns of the row came before those of `locations`.
         answers_only: there are generated tokens only.
         tokens: what is known of the tokens, where `find` takes it from them.
+        mask: their attention mask as it was passed.
         training: whether the model is in training mode.
         device: of the hidden states, where no tokens tell it.
     """
@@ -85,6 +86,7 @@ class ForwardContext:
     past: int | Tensor = 0
     answers_only: bool = False
     tokens: Tokens | None = None
+    mask: Any = None
     training: bool = False
     device: torch.device | None = None
     _edits: list[Edit] | None = None
@@ -124,7 +126,8 @@ class ForwardContext:
     def _plan(self, layers: Sequence[Any]) -> list[Edit]:
         assert self.rows is not None and self.columns is not None
         names = self.adapters_of_rows(self.rows)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not any(layer is layers[0] for layer in self.state.layers):
+            # Not kept: it would be part of the graph; or the layers are a replica's, made for this call alone.
             plan = Plan(layers, None if names is None else list(dict.fromkeys(names)), once=True)
         else:
             plan = plan_for(self.state.plans, layers, names)

@@ -75,8 +75,9 @@ class Family:
             return {number: list(row[0]) for number, row in zip(self.layers, self.groups)}
         factors = stack_factors(self.distinct) if self.memo is None else self.memo(self.distinct)
         key = None if adapters is None else tuple(adapters)
-        if self._split is not None and self._split[0] is factors and self._split[1] == key:
-            return self._split[2]
+        known = self._split  # read once: another thread may replace it
+        if known is not None and known[0] is factors and known[1] == key:
+            return known[2]
         whole, count, chosen = factors, self.count, [row[0] for row in self.places]
         if adapters is not None:
             whole, chosen = self._of_rows(factors, adapters), list(range(len(self.layers)))
@@ -91,7 +92,8 @@ class Family:
         found = {
             number: Factors(own[0], own[1], own[2], own[3], whole.act) for number, *own in zip(self.layers, *parts)
         }
-        self._split = None if self.memo is None else (factors, key, found)
+        # Others belong to one call, and to its gradients, which must not outlive it.
+        self._split = (factors, key, found) if self.memo is not None and self.memo.holds(factors) else None
         return found
 
     def _of_rows(self, factors: Factors, adapters: Sequence[int]) -> Factors:
@@ -272,8 +274,9 @@ def _flat(
     if columns is not None or several or not every_row:
         if columns is None:
             columns = torch.arange(shape[1], device=keep.device).expand(keep.shape)
-        first = torch.arange(0, shape[0] * shape[1], shape[1], device=keep.device)
-        index = columns + (first if every_row else first[rows])[:, None, None]
+        row = torch.arange(shape[0], device=keep.device)
+        row = row if every_row else row[rows]
+        index = torch.add(columns, row[:, None, None], alpha=shape[1])
     if several:  # an intervention for each row and group
         return None if index is None else index.flatten(), keep.flatten(0, 1).unsqueeze(-1)
     # One for each group, or one for all.
@@ -316,14 +319,14 @@ def plan_for(kept: dict[Any, Plan], layers: Sequence[Any], names: Sequence[str] 
             if groups is not None:
                 first = groups._modules["0"]
                 weight = next(iter(first._parameters.values()), None)
-                # Wrappers for sharding and offloading replace parameters, or their contents.
-                kind = None if weight is None else (type(weight), weight.device, weight.numel())
+                # Wrappers for sharding and offloading replace parameters, or their contents; casts, their dtype.
+                kind = None if weight is None else (type(weight), weight.device, weight.dtype, weight.numel())
                 key.append((id(first), layer.scaling[name], id(layer.position_specs[name]), kind))
     signature = tuple(key)
     plan = kept.get(signature)
     if plan is None:
         plan = Plan(layers, names)
         while len(kept) >= KEPT:
-            kept.pop(next(iter(kept)))
+            kept.pop(next(iter(tuple(kept))), None)  # another thread may be here, too
         kept[signature] = plan
     return plan

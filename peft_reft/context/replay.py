@@ -55,7 +55,9 @@ class InContext:
 
 
 class Path:
-    """The modules on the way from an entry to the edited blocks, among which a checkpoint may be.
+    """The modules from an entry to the edited blocks, any of which may be checkpointed.
+
+    transformers before 5.22 checkpoints a block's whole call, the edit of its output included.
 
     Args:
         root: the entry's module.
@@ -63,7 +65,7 @@ class Path:
     """
 
     def __init__(self, root: nn.Module, blocks: Iterable[str]):
-        self.modules: list[nn.Module] = [root]
+        modules = {id(root): root}
         self.links: dict[tuple[int, str], tuple[nn.Module, str, nn.Module]] = {}
         for block in blocks:
             parent = root
@@ -71,8 +73,9 @@ class Path:
                 child = parent._modules[name]
                 assert child is not None
                 self.links[id(parent), name] = (parent, name, child)
+                modules[id(child)] = child
                 parent = child
-        self.modules += [parent for parent, _, _ in self.links.values()]
+        self.modules = list(modules.values())
 
     def wrap_checkpoints(self, running: Running) -> None:
         """Wrap the functions that make checkpoints, as far as they are not."""

@@ -73,6 +73,10 @@ class ModelState:
         self.training_forwards: int | None = 0
         self.forwards_without_edit = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Plans are found by the identity of modules, which a copied or pickled model does not share.
+        return {**self.__dict__, "plans": {}}
+
     def adapters(self) -> list[str]:
         """Names of the model's ReFT adapters."""
         return sorted({name for layer in self.layers for name in layer.reft_interventions})

@@ -189,9 +189,9 @@ def convert(
         raise ConversionError(f"{source} is no directory. A checkpoint on the hub has to be downloaded first.")
     with reading(source):
         adapter_config = source / CONFIG_NAME
-        told = read_json(adapter_config) if adapter_config.is_file() else {}
+        config = read_json(adapter_config) if adapter_config.is_file() else {}
         is_pyreft = find_checkpoint(source) is not None
-    if told.get("peft_type") == "REFT":
+    if config.get("peft_type") == "REFT":
         if to == "peft":
             raise ConversionError(
                 f"{source} is a ReFT adapter of PEFT already. Use to='pyreft' (--to pyreft) to export it."
@@ -219,13 +219,15 @@ def convert(
         "task_type": task_type,
         "overwrite": overwrite,
     }
-    if is_adapterhub(told):
+    if is_adapterhub(config):
         _refuse({"positions": positions, "act_fn": act_fn}, f"AdapterHub's config in {source} says it itself")
         return from_adapterhub(source, dst, **shared)  # type: ignore[arg-type]
     if is_pyreft:
         return from_pyreft(source, dst, positions=positions, act_fn=act_fn, **shared)  # type: ignore[arg-type]
     found = (
-        f"an adapter of PEFT's type {told['peft_type']}" if "peft_type" in told else "no checkpoint that is known here"
+        f"an adapter of PEFT's type {config['peft_type']}"
+        if "peft_type" in config
+        else "no checkpoint that is known here"
     )
     raise ConversionError(
         f"{source} is {found}. Known are pyreft's (config.json with sorted_keys, and intkey_*.bin) and AdapterHub's "

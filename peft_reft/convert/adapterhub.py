@@ -41,10 +41,10 @@ def read_adapterhub(
     task_type: str | None = None,
 ) -> Conversion:
     """The adapter in a directory that AdapterHub saved; arguments as in `from_adapterhub`."""
-    told = read_json(directory / "adapter_config.json")
-    if not is_adapterhub(told):
+    saved = read_json(directory / "adapter_config.json")
+    if not is_adapterhub(saved):
         raise ConversionError(f"{directory / 'adapter_config.json'} is not a config of AdapterHub's.")
-    config = told["config"]
+    config = saved["config"]
     refuse_other_methods(config, directory)
     kind = kind_of(config, kind)
     first, last = config.get("prefix_positions", 0), config.get("suffix_positions", 0)
@@ -67,7 +67,7 @@ def read_adapterhub(
         name = structure.module(block) if structure is not None else block
         edits[name] = [units[block][unit] for unit in used]
     every_block = config.get("layers") == "all" and len({re.sub(r"\.?\d+$", "", block) for block in edits}) == 1
-    model_class = str(told.get("model_class"))
+    model_class = str(saved.get("model_class"))
     found, head_notes = read_head(directory, model_class, list(edits), structure) if head else ({}, [])
     made = assemble(
         "AdapterHub",
@@ -80,7 +80,7 @@ def read_adapterhub(
         dropout=float(config.get("dropout") or 0.0),
         every_block=every_block,
         base_model_name_or_path=base_model_name_or_path
-        or (None if structure and structure.path else told.get("model_name")),
+        or (None if structure and structure.path else saved.get("model_name")),
         task_type=task_type or (structure.task_type if structure else None) or task_of(model_class),
     )
     made.notes += head_notes
@@ -129,19 +129,19 @@ def refuse_other_methods(config: Mapping[str, Any], directory: Path) -> None:
         raise ConversionError(f"{directory}: output_reft={config['output_reft']!r} is not ReFT on the blocks' outputs.")
 
 
-def kind_of(config: Mapping[str, Any], told: str | None) -> str:
-    """The intervention's name here."""
+def kind_of(config: Mapping[str, Any], given: str | None) -> str:
+    """The intervention's name here, from the config or as given."""
     if config.get("orthogonality"):
-        if told not in (None, "loreft"):
-            raise ConversionError(f"kind={told!r}, but the checkpoint has orthogonality=true, which is 'loreft'.")
+        if given not in (None, "loreft"):
+            raise ConversionError(f"kind={given!r}, but the checkpoint has orthogonality=true, which is 'loreft'.")
         return "loreft"
-    if told not in ("noreft", "direft"):
+    if given not in ("noreft", "direft"):
         raise ConversionError(
-            f"kind={told!r}: AdapterHub saves DiReFT and NoReFT in the same way, config and tensors, so that nobody "
+            f"kind={given!r}: AdapterHub saves DiReFT and NoReFT in the same way, config and tensors, so that nobody "
             "but you can tell which one this is (AdapterHub itself loads both as NoReFT). Pass kind='direft' "
             "(--kind direft) if it was trained with DiReftConfig, kind='noreft' if with NoReftConfig."
         )
-    return told
+    return given
 
 
 def activation(name: Any) -> str | None:
@@ -186,13 +186,12 @@ def edit_from(tensors: Mapping[str, Tensor], kind: str, where: str) -> Edit:
             f"{where}: {', '.join(sorted(tensors))} are not the tensors of {kind!r}, {', '.join(wanted)}."
         )
     check_tensors(tensors)
-    source, bias = tensors["learned_source.weight"], tensors["learned_source.bias"]
-    shape = tensors[basis[0]].shape
-    fits = len(shape) == 2 and 1 <= shape[0] <= shape[1] and source.shape == shape and bias.shape == shape[:1]
-    if not fits or (kind == "loreft" and tensors[basis[1]].shape != (shape[1], shape[1])):
+    edit = Edit(tensors[basis[0]], tensors["learned_source.bias"], tensors["learned_source.weight"])
+    if not edit.fits or (kind == "loreft" and tensors[basis[1]].shape != (edit.shape[1], edit.shape[1])):
         raise ConversionError(f"{where}: the shapes of {', '.join(sorted(tensors))} do not fit together.")
-    rows = tensors[basis[0]] if kind != "loreft" else orthogonal_weight(tensors[basis[0]], tensors[basis[1]])
-    return Edit(rows, bias, source)
+    if kind == "loreft":
+        edit.basis = orthogonal_weight(tensors[basis[0]], tensors[basis[1]])
+    return edit
 
 
 def read_head(

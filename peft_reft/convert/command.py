@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from peft_reft.convert import convert
+from peft_reft.integrations.arguments import OneLineParser
 from peft_reft.tuner.files import printable
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> OneLineParser:
     """The arguments, by the names that `peft_reft.convert.convert` has for them."""
-    made = argparse.ArgumentParser(
+    made = OneLineParser(
         prog="python -m peft_reft convert",
         description="Convert a ReFT checkpoint of pyreft or AdapterHub into a PEFT adapter, or one into pyreft's form.",
     )
@@ -32,13 +32,10 @@ def parser() -> argparse.ArgumentParser:
 
 def run(argv: Sequence[str]) -> int:
     """Convert and print what was made; 0, or 2 with one line on stderr."""
+    options = vars(parser().parse_args(argv))
+    head = not options.pop("without_head")
     try:
-        told = vars(parser().parse_args(argv))
-    except SystemExit as end:
-        return int(end.code or 0)
-    head = not told.pop("without_head")
-    try:
-        print(convert(told.pop("src"), told.pop("dst"), head=head, **told))
+        print(convert(options.pop("src"), options.pop("dst"), head=head, **options))
     except (ValueError, OSError) as error:
         print(f"python -m peft_reft convert: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from peft_reft.blocks import group_by_stack
 from peft_reft.convert.conversion import Conversion, ConversionError, Edit, is_orthonormal
-from peft_reft.convert.pyreft import KINDS, ROTATION, WITH_BASIS_ROTATED, natural
+from peft_reft.convert.pyreft import KINDS, ROTATION, WITH_BASIS_ROTATED
 from peft_reft.convert.rotation import orthogonal_parameters
 from peft_reft.convert.writing import PYREFT_CONFIG, PYREFT_HEAD, new_directory
+from peft_reft.info.reading import interventions_of
 from peft_reft.interventions.orthonormal import orthonormal_rows
 from peft_reft.tuner.checkpoint import check_tensors
 from peft_reft.tuner.config import ReftConfig
 from peft_reft.tuner.files import read_adapter as read_adapter_files
-from peft_reft.tuner.keys import PEFT_PREFIX, parse_file_key
+from peft_reft.tuner.keys import PEFT_PREFIX
 
 CLASSES = {kind: name for name, kind in reversed(KINDS.items())}
 
@@ -41,21 +42,14 @@ def read_adapter(directory: Path) -> Conversion:
             raise ConversionError(f"{directory}: pyreft has no counterpart of {name}, so that it cannot be exported.")
     saved = read_adapter_files(directory)
     check_tensors(saved.tensors)
-    parts: dict[str, dict[int, dict[str, Tensor]]] = {}
-    head = {}
-    for name, tensor in saved.tensors.items():
-        key = parse_file_key(name)
-        if key is None:
-            head[name.removeprefix(PEFT_PREFIX)] = tensor
-            continue
-        parts.setdefault(key.block, {}).setdefault(key.group, {})[key.parameter] = tensor
+    parameters, others = interventions_of(saved)
     edits = {
         block: [edit_from(groups[group], f"{saved.file}, {block}") for group in sorted(groups)]
-        for block, groups in sorted(parts.items(), key=lambda item: natural(item[0]))
+        for block, groups in parameters.items()
     }
-    if not edits:
-        raise ConversionError(f"{saved.file} holds no interventions.")
-    return Conversion("PEFT", config, edits, head)
+    return Conversion(
+        "PEFT", config, edits, {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in others.items()}
+    )
 
 
 def edit_from(tensors: dict[str, Tensor], where: str) -> Edit:

@@ -1,6 +1,6 @@
 """Reading a checkpoint of pyreft: which block each file is for, which equation, and where R is in it.
 
-The files hold no positions, no activation and no name of the base model: these have to be told. What a directory of
+The files hold no positions, no activation and no name of the base model: these must be given. What a directory of
 ours looks like is known to conversion.py and writing.py; the way back is export.py's.
 """
 
@@ -105,12 +105,12 @@ def read_pyreft(
     return made
 
 
-def kind_of(types: list[Any], told: str | None) -> str:
-    """The intervention's name here, from the class names in the config, or as it was told."""
-    if told is not None:
-        if told not in KINDS.values():
-            raise ConversionError(f"kind={told!r} is none of {', '.join(sorted(set(KINDS.values())))}.")
-        return told
+def kind_of(types: list[Any], given: str | None) -> str:
+    """The intervention's name here, from the class names in the config, or as given."""
+    if given is not None:
+        if given not in KINDS.values():
+            raise ConversionError(f"kind={given!r} is none of {', '.join(sorted(set(KINDS.values())))}.")
+        return given
     names = sorted({str(entry) for entry in types})
     if len(names) > 1:
         raise ConversionError(

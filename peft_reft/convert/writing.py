@@ -14,7 +14,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from peft_reft.convert.conversion import Conversion, ConversionError
-from peft_reft.tuner.files import CARD_NAME, is_reft_adapter, read_json, staged
+from peft_reft.tuner.files import CARD_NAME, is_reft_adapter, read_json
+from peft_reft.tuner.staging import staged
 
 PYREFT_CONFIG, PYREFT_HEAD = "config.json", "pytorch_model.bin"
 CONVERTED = "## Converted from "  # the heading by which a card of ours is known

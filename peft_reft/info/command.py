@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from peft_reft.info.adapter import adapter_info
+from peft_reft.integrations.arguments import OneLineParser
 from peft_reft.tuner.files import printable
 
 
 def main(argv: list[str]) -> int:
     """`python -m peft_reft info DIR [--json]`; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m peft_reft info", description="What a saved ReFT adapter is, without loading its model."
+    parser = OneLineParser(
+        prog="python -m peft_reft info", description="Describe a saved ReFT adapter, without loading its model."
     )
-    parser.add_argument("directory", help="as save_pretrained wrote it")
-    parser.add_argument("--json", action="store_true", help="all fields as JSON")
+    parser.add_argument("directory", metavar="DIR", help="the adapter, as save_pretrained wrote it")
+    parser.add_argument("--json", action="store_true", help="print all fields as JSON")
     arguments = parser.parse_args(argv)
     try:
         info = adapter_info(arguments.directory)

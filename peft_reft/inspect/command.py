@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import math
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftModel
-
-from peft_reft.info.reading import AUTO_CLASSES
 from peft_reft.inspect.batch import is_causal
 from peft_reft.inspect.heatmap import LABELS
 from peft_reft.inspect.run import inspect_adapter
 from peft_reft.inspect.tables import Inspection
-from peft_reft.tuner.files import read_config
+from peft_reft.integrations.arguments import OneLineParser, add_model_options, number
+from peft_reft.integrations.loading import load_adapters
 
 
 def main(argv: list[str]) -> int:
     """`python -m peft_reft inspect DIR --prompt TEXT ...`; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m peft_reft inspect",
-        description="How far an adapter moves each token of some prompts, and how much each block matters.",
+        description="Measure how far an adapter moves each token of some prompts, and how much each block matters.",
         epilog="A chat model's prompts are encoded by its chat template, as a message of the user.",
     )
-    parser.add_argument("directory", help="the adapter, as save_pretrained wrote it")
-    parser.add_argument("--model", help="the base model; default: the one that the adapter names")
+    parser.add_argument("directory", metavar="DIR", help="the adapter, as save_pretrained wrote it")
     parser.add_argument("--prompt", action="append", required=True, help="a prompt; may be given several times")
     parser.add_argument("--raw", action="store_true", help="encode the prompts as they are, without the chat template")
     parser.add_argument("--answer", action="append", help="an answer to each prompt: shows edits of generated tokens")
@@ -36,13 +31,19 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--csv", help="where to write the table of edits; effects go to NAME-effects.csv next to it")
     parser.add_argument("--value", default="relative", choices=LABELS, help="what the heat map shows")
     parser.add_argument("--no-effects", action="store_true", help="do not run the model once more for each block")
-    parser.add_argument("--num-labels", type=int, help="classes of a classifier, if its base model does not say")
-    parser.add_argument("--dtype", default="auto", help="of the base model's weights: auto, float32, bfloat16, ...")
-    parser.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
+    parser.add_argument(
+        "--num-labels", type=number(int, 1), help="classes of a classifier, if its base model does not say"
+    )
+    add_model_options(parser)
     arguments = parser.parse_args(argv)
     try:
+        for name in ("out", "csv"):
+            check_folder(f"--{name}", getattr(arguments, name))
         draws = arguments.out is not None and can_draw(arguments.out, parser.prog)
-        model, tokenizer = load(arguments)
+        folders = {"default": Path(arguments.directory)}
+        model, tokenizer = load_adapters(
+            folders, arguments.model, arguments.dtype, arguments.device, arguments.num_labels
+        )
         prompts = arguments.prompt
         if not arguments.raw and is_chat(model, tokenizer):
             prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
@@ -59,6 +60,12 @@ def main(argv: list[str]) -> int:
         return 2
     print(summary(found))
     return 0 if draws or arguments.out is None else 1
+
+
+def check_folder(option: str, path: str | None) -> None:
+    """Raise ValueError if there is no folder for a file that is to be written. Asked before a model is loaded."""
+    if path is not None and not Path(path).parent.is_dir():
+        raise ValueError(f"{option} {path}: there is no folder {str(Path(path).parent)!r}.")
 
 
 def can_draw(path: str, program: str) -> bool:
@@ -85,30 +92,6 @@ def can_draw(path: str, program: str) -> bool:
 def is_chat(model: Any, tokenizer: Any) -> bool:
     """Whether prompts are to be encoded by the tokenizer's chat template: those of language models that have one."""
     return is_causal(model.get_base_model()) and getattr(tokenizer, "chat_template", None) is not None
-
-
-def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """The adapter on its base model, and the tokenizer."""
-    import transformers
-
-    import peft_reft  # noqa: F401  (makes REFT known to PEFT)
-
-    config = read_config(Path(arguments.directory))
-    name = arguments.model or config.get("base_model_name_or_path")
-    if not name:
-        raise ValueError("the adapter does not name its base model; give it with --model.")
-    auto = getattr(transformers, AUTO_CLASSES.get(str(config.get("task_type")), "AutoModelForCausalLM"))
-    more = {} if arguments.num_labels is None else {"num_labels": arguments.num_labels}
-    base = auto.from_pretrained(name, dtype=arguments.dtype, trust_remote_code=False, **more)
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        model = PeftModel.from_pretrained(base.to(device), arguments.directory)
-    except RuntimeError as error:
-        raise ValueError(f"the adapter does not fit {name!r}; a classifier may need --num-labels: {error}") from error
-    has_tokenizer = (Path(arguments.directory) / "tokenizer_config.json").is_file()
-    source = arguments.directory if has_tokenizer else name
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    return model.eval(), tokenizer
 
 
 def summary(found: Inspection) -> str:

@@ -1,7 +1,8 @@
 """The neighbours, one file each: collators, trainers, lm-eval, model cards, hotswap, continuous batching.
 
 Each imports the tuner, which imports none of them: what they do when an adapter is made or saved is registered here
-with the tuner's lists. A library that is not loaded is not imported for it.
+with the tuner's lists. A library that is not loaded is not imported for it. Two files are shared by the tools:
+arguments.py has what their command lines have in common, loading.py puts saved adapters on their base model.
 """
 
 from __future__ import annotations
@@ -27,11 +28,10 @@ def register() -> None:
 
 
 def watch_trainers(model: nn.Module) -> None:
-    """Let transformers' trainers give the notices of trainer.py, if the program uses them."""
-    if "transformers.trainer" in sys.modules:
-        from peft_reft.integrations.trainer import add_to_default_callbacks
+    """Let transformers' trainers give the notices of trainer.py."""
+    from peft_reft.integrations.trainer import add_to_trainers
 
-        add_to_default_callbacks()
+    add_to_trainers()
 
 
 def watch_lm_eval(model: nn.Module) -> None:

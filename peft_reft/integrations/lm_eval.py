@@ -1,7 +1,7 @@
 """A model class for lm-eval (lm-evaluation-harness) that edits what `generate` would edit, given the same context.
 
-lm-eval's own class, `hf`, scores a continuation in one padded row with its context and does not tell the model where
-the context ends. The class here, `reft`, says so with `intervention_locations`; all else is lm-eval's. Importing this
+lm-eval's own class, `hf`, scores a continuation in one padded row with its context and does not pass on where the
+context ends. The class here, `reft`, passes it as `intervention_locations`; all else is lm-eval's. Importing this
 file registers it; `python -m peft_reft -m lm_eval` has done so.
 
 Shape letters: B rows, S columns, G position groups, P positions per group, V vocabulary.
@@ -105,7 +105,7 @@ class ReftLM(HFLM):
         lengths: list[int] | None = None,
     ) -> Tensor:
         """Logits [B, S, V] of rows [B, S]; without `contexts` and `lengths` (to try a batch size) all is context."""
-        if attn_mask is not None:  # an encoder-decoder model, which is told all there is to know
+        if attn_mask is not None:  # an encoder-decoder model: these arguments show where the prompt ends
             return super()._model_call(inps, attn_mask, labels)
         rows, columns = inps.shape
         ends = torch.tensor([contexts or [columns] * rows, lengths or [columns] * rows], device=inps.device)
@@ -154,10 +154,9 @@ class ReftLM(HFLM):
 
     def _scores(self, requests: list[Request]) -> list[Tensor]:
         """Log-probabilities [C, V] at the C tokens of each request's continuation, run as one batch."""
+        # The last token predicts nothing, and a row that is too long loses its start.
         rows = [(context + continuation)[-(self.max_length + 1) : -1] for _, context, continuation in requests]
-        lengths = [
-            len(row) for row in rows
-        ]  # the last token predicts nothing, and a row that is too long loses its start
+        lengths = [len(row) for row in rows]
         contexts = [length - len(continuation) + 1 for length, (_, _, continuation) in zip(lengths, requests)]
         ids = pad_sequence([torch.tensor(row, device=self.device) for row in rows], batch_first=True)
         logits = self._model_call(ids, contexts=contexts, lengths=lengths)

@@ -25,7 +25,8 @@ from peft_reft.info import AdapterInfo, adapter_info
 from peft_reft.info.reading import AUTO_CLASSES
 from peft_reft.info.words import in_bytes
 from peft_reft.interventions import BUILT_IN
-from peft_reft.tuner.files import CARD_NAME, has_weights, write_text
+from peft_reft.tuner.files import CARD_NAME, has_weights
+from peft_reft.tuner.staging import write_text
 
 BEGIN = "<!-- peft_reft: this section is written anew whenever the adapter is saved; write above or below it -->"
 END = "<!-- peft_reft: end of the section -->"

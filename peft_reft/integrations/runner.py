@@ -1,7 +1,7 @@
 """Runs another Python program with REFT registered, so that tools which only know PEFT can load an adapter.
 
 The program sees what it would see under `python PROGRAM`: `sys.argv`, `sys.path[0]` and `__main__`, and its exit
-status is that of this process. Other processes that it starts are not told: a launcher takes this command as the
+status is that of this process. REFT is unknown in the processes that it starts: a launcher takes this command as the
 program to start, as in `accelerate launch -m peft_reft SCRIPT`.
 """
 
@@ -57,23 +57,27 @@ def run(argv: list[str]) -> Any:
     Raises:
         CannotRun: before anything is run.
     """
-    prepare_for(argv[1:] if argv[0] == "-m" else argv)
     if argv[0] == "-m":
+        prepare_for(argv[1] if len(argv) > 1 else "")
         return run_module(argv[1:])
     if Path(argv[0]).is_file():
         return run_script(argv)
     if Path(argv[0], "__main__.py").is_file():
         return run_folder(argv)
+    prepare_for(argv[0])
     return run_command(argv)
 
 
-def prepare_for(argv: list[str]) -> None:
-    """Refuse a launcher, whose processes would not know REFT, and let lm-eval know the model class `reft`."""
-    name = argv[0] if argv else ""
+def prepare_for(name: str) -> None:
+    """Refuse a launcher, whose processes would not know REFT, and let lm-eval know the model class `reft`.
+
+    Args:
+        name: of the module or command that is to be run; a file of that name is something else.
+    """
     if name in LAUNCHERS:
         raise CannotRun(
-            f"{name} starts other processes, which would not know ReFT. Let it start this command in each: "
-            f"{LAUNCHERS[name]} -m peft_reft SCRIPT ..."
+            f"{name} starts processes of its own, in which ReFT would be unknown. Run this in place of it, which makes "
+            f"ReFT known in each of them: {LAUNCHERS[name]} -m peft_reft SCRIPT ..."
         )
     if name in LM_EVAL and importlib.util.find_spec("lm_eval") is not None:
         importlib.import_module("peft_reft.integrations.lm_eval")

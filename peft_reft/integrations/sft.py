@@ -13,18 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from datasets import load_dataset
-from transformers import AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoTokenizer, set_seed
 from trl import SFTTrainer, get_dataset, get_quantization_config, is_conversational
 from trl.scripts.utils import DatasetConfig
 
+from peft_reft.commands import this_python
 from peft_reft.integrations.chat_template import chat_prompt_end
 from peft_reft.integrations.collator import KEY, ReftDataCollator
 from peft_reft.integrations.edited_tokens import columns_of, with_marks
-from peft_reft.integrations.sft_options import PROGRAM, Parser, ReftArguments, UserError
+from peft_reft.integrations.sft_options import PROGRAM, Parser, UserError
 from peft_reft.positions.prompts import IGNORED
 from peft_reft.tuner.config import ReftConfig
+from peft_reft.tuner.files import one_line
 
-__all__ = ["Parser", "ReftArguments", "main"]
+__all__ = ["Parser", "main"]
 
 FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -42,7 +44,9 @@ def load_data(script: Any, training: Any, mixture: Any) -> tuple[Any, Any]:
     try:
         data = read_data(script, mixture)
     except Exception as error:  # the libraries below have no common class of errors for bad data
-        raise UserError(f"The data set {name or mixture.datasets!r} cannot be read: {error}") from error
+        cause = f" ({one_line(error.__cause__)})" if error.__cause__ is not None else ""
+        reason = str(error) or type(error).__name__
+        raise UserError(f"The data set {name or mixture.datasets!r} cannot be read: {reason}{cause}") from error
     wanted = [script.dataset_train_split, *([script.dataset_test_split] if training.eval_strategy != "no" else [])]
     missing = [split for split in wanted if split not in data]
     if missing:
@@ -61,8 +65,12 @@ def read_data(script: Any, mixture: Any) -> Any:
     if not mixture.datasets and path.is_file():
         if path.suffix not in FILE_TYPES:
             raise ValueError(f"it ends in {path.suffix!r}, not in one of {', '.join(FILE_TYPES)}")
+        if path.stat().st_size == 0:
+            raise ValueError("the file is empty")
         mixture.datasets = [DatasetConfig(path=FILE_TYPES[path.suffix], data_files=str(path))]
         mixture.streaming = streaming
+    elif not mixture.datasets and path.suffix in FILE_TYPES:
+        raise ValueError("there is no such file")
     if mixture.datasets:
         return get_dataset(mixture)
     data = load_dataset(script.dataset_name, name=script.dataset_config, streaming=streaming)
@@ -112,6 +120,12 @@ def make_trainer(training: Any, model: Any, config: ReftConfig, train: Any, test
     Raises:
         UserError: if the model cannot be loaded, or not be edited as the config says.
     """
+    try:
+        AutoConfig.from_pretrained(
+            model.model_name_or_path, revision=model.model_revision, trust_remote_code=training.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"The base model {model.model_name_or_path!r} cannot be loaded: {error}") from error
     training.model_init_kwargs = {
         "revision": model.model_revision,
         "trust_remote_code": training.trust_remote_code,
@@ -182,8 +196,8 @@ def what_next(folder: str, data: Any) -> str:
     asked = shlex.quote(prompt if isinstance(prompt, str) and len(prompt) <= 200 else "...")
     return (
         f"The adapter is in {folder}. To talk with it, and to see what it edits:\n"
-        f"  python -m peft_reft chat {where}\n"
-        f"  python -m peft_reft inspect {where} --prompt {asked}"
+        f"  {this_python()} -m peft_reft chat {where}\n"
+        f"  {this_python()} -m peft_reft inspect {where} --prompt {asked}"
     )
 
 
@@ -208,13 +222,16 @@ def main(argv: list[str]) -> int:
     try:
         # The data are looked at before the model is loaded, which may take minutes.
         config, script, training, model, mixture = Parser().parse(argv)
+        resumed = training.resume_from_checkpoint
+        if isinstance(resumed, str) and not Path(resumed).is_dir():
+            raise UserError(f"--resume_from_checkpoint {resumed} is no folder. Name a checkpoint-N in --output_dir.")
         train, test = load_data(script, training, mixture)
         trainer = make_trainer(training, model, config, train, test)
     except UserError as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     trainer.accelerator.print(what_is_trained(trainer, config))
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=resumed)
     if test is not None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)

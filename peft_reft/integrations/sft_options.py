@@ -7,10 +7,11 @@ what is ReFT's own and what most runs change; the defaults that suit ReFT are se
 from __future__ import annotations
 
 import argparse
+import difflib
 import textwrap
 from dataclasses import MISSING, field, fields, make_dataclass
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import torch
 import yaml
@@ -102,6 +103,9 @@ class Parser(TrlParser):
         }
         return "\n\n".join("\n".join([title, *lines]) for title, lines in sections.items())
 
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
     def set_defaults_with_config(self, **values: Any) -> Any:
         return super().set_defaults_with_config(**{ALIASES.get(name, name): value for name, value in values.items()})
 
@@ -120,10 +124,14 @@ class Parser(TrlParser):
             arguments += [name, value] if name == "--config" and equals else [name + equals + value]
         self.set_defaults(**dict.fromkeys(LORA))  # so that those that are given show
         try:
-            reft, script, training, model, mixture = self.parse_args_and_config(arguments)
+            parsed = self.parse_args_and_config(arguments, return_remaining_strings=True)
+            reft, script, training, model, mixture, unknown = parsed
             config = reft_config(reft)
         except (OSError, ValueError, IndexError, yaml.YAMLError) as error:
             raise UserError(str(error)) from error
+        if unknown:
+            close = difflib.get_close_matches(unknown[0], self._option_string_actions, 1)
+            raise UserError(f"{unknown[0]!r} is no option.{f' Did you mean {close[0]}?' if close else ''}")
         given = [f"--{name}" for name in LORA if getattr(model, name) is not None]
         if given:
             raise UserError(

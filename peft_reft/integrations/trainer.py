@@ -1,22 +1,22 @@
-"""What transformers' `Trainer`, and TRL's trainers with it, are told about a ReFT adapter: two notices, once each.
+"""Two warnings about a ReFT adapter in transformers' `Trainer`, and so in TRL's trainers: each is given once.
 
-They come from a callback. A trainer takes its callbacks from its caller, and from a list in the module
-`transformers.trainer`; entering the list is the only way that asks nothing of the user's code. It is done when an
-adapter is made and that module is loaded by then, so that it holds for the trainers created afterwards.
+They come from a callback. A trainer takes its callbacks from its caller, and hands them to a `CallbackHandler`; adding
+one there is the only way that asks nothing of the user's code, nor that `transformers.trainer` be loaded, which takes
+seconds. It is done when an adapter is made, and holds for the trainers created afterwards.
 """
 
 from __future__ import annotations
 
-import sys
 import warnings
 from typing import Any
 
 from torch import nn
-from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_callback import CallbackHandler, TrainerCallback
 
 from peft_reft.context.notices import unlabelled_forward
 from peft_reft.integrations.active import positions_that_need_the_end, trained_parameters
 from peft_reft.tuner.injection import state_of
+from peft_reft.tuner.loading import wrap_function
 
 LOWEST_RATE = 1e-4
 LOW_RATE = (
@@ -85,8 +85,12 @@ def rate_of(parameters: list[nn.Parameter], optimizer: Any, default: float) -> f
     return max(known, default=None)
 
 
-def add_to_default_callbacks() -> None:
+def add_to_trainers() -> None:
     """Let every trainer that is created from now on have `ReftNotices`."""
-    callbacks = getattr(sys.modules.get("transformers.trainer"), "DEFAULT_CALLBACKS", None)
-    if isinstance(callbacks, list) and ReftNotices not in callbacks:
-        callbacks.append(ReftNotices)
+    wrap_function(CallbackHandler, "__init__", _with_notices)
+
+
+def _with_notices(original: Any, handler: CallbackHandler, *args: Any, **kwargs: Any) -> None:
+    original(handler, *args, **kwargs)
+    if not any(isinstance(callback, ReftNotices) for callback in handler.callbacks):
+        handler.add_callback(ReftNotices)

@@ -39,13 +39,16 @@ def kind_of(intervention: nn.Module) -> Kind | None:
     """The kind of an intervention.
 
     Returns:
-        None for an intervention that has to be called as a module: one of the user's own, or one whose parameters
-        cannot be read before its module runs (sharded, offloaded), or are none (a replica of nn.DataParallel).
+        None for an intervention that has to be called as a module: one of the user's own, one whose activation has
+        parameters of its own (PReLU), or one whose parameters cannot be read before its module runs (sharded,
+        offloaded), or are none (a replica of nn.DataParallel).
     """
     if not isinstance(intervention, Intervention):
         return None
     cls = type(intervention)
     if any(getattr(cls, name) is not getattr(Intervention, name) for name in METHODS):
+        return None
+    if any(True for child in intervention.children() for _ in child.parameters()):  # an activation that is trained
         return None
     parameters = intervention._parameters.values()
     if not parameters or any(
@@ -91,8 +94,7 @@ class FactorMemo:
     """
 
     def __init__(self) -> None:
-        self._stacks: list[Tensor] = []
-        self._factors: Factors | None = None
+        self._known: tuple[list[Tensor], Factors] | None = None  # replaced as a whole: threads share it
 
     def __call__(self, interventions: Sequence[Intervention]) -> Factors:
         """As `stack_factors`, of the same interventions in every call."""
@@ -101,9 +103,14 @@ class FactorMemo:
             stacks = _stack(interventions)
             if not self._may_keep(stacks):
                 return _combine(first, stacks)
-            if self._factors is None or not all(map(_same, stacks, self._stacks)):
-                self._stacks, self._factors = stacks, _combine(first, stacks)
-            return self._factors
+            known = self._known
+            if known is None or not all(map(_same, stacks, known[0])):
+                self._known = known = stacks, _combine(first, stacks)
+            return known[1]
+
+    def holds(self, factors: Factors) -> bool:
+        """Whether these are the remembered ones."""
+        return self._known is not None and factors is self._known[1]
 
     @staticmethod
     def _may_keep(stacks: list[Tensor]) -> bool:

@@ -55,8 +55,8 @@ class PartedRows(nn.Module):
 
     def rows(self, name: str) -> Tensor:
         """A parameter [r, ...] with all of its rows."""
-        own: Any = self._parameters[name]
-        kept = self._parameters.get(KEPT + name)
+        own: Tensor = getattr(self, name)  # no parameter in a replica that nn.DataParallel made
+        kept: Tensor | None = getattr(self, KEPT + name, None)
         return own if kept is None else torch.cat([kept, own])
 
     @property

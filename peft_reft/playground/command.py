@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import sys
 
 from peft_reft.chat.loading import add_loading_arguments, open_talker
+from peft_reft.integrations.arguments import OneLineParser, number
 from peft_reft.playground.replies import Replies
 
 PROGRAM = "python -m peft_reft playground"
@@ -14,12 +14,12 @@ PROGRAM = "python -m peft_reft playground"
 
 def main(argv: list[str]) -> int:
     """`python -m peft_reft playground DIR [DIR ...]`: returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog=PROGRAM,
         description="Talk with adapters and their base model side by side, in a web page of this machine only.",
     )
     add_loading_arguments(parser)
-    parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    parser.add_argument("--port", type=number(int, 1, high=65535), help="default: the first free one from 7860 on")
     parser.add_argument("--no-browser", action="store_true", help="do not open the page in the browser")
     arguments = parser.parse_args(argv)
     missing = [name for name in ("gradio", "matplotlib") if importlib.util.find_spec(name) is None]

@@ -151,7 +151,9 @@ def places_of(spec: PositionSpec, prompts: Prompts, share_weights: bool | str) -
     if widths is None or (prompts.document is not None and prompts.num_documents is None):
         return Places(None, marks)  # their number has no bound that could be known without looking at the data
     width = (sum(widths) if share_weights is True else max(widths)) * (prompts.num_documents or 1)
-    return Places(*columns_of(marks, min(width, marks.shape[-1])))
+    if not torch.compiler.is_compiling():  # one graph for rows of any length: some of its places only fill up
+        width = min(width, marks.shape[-1])
+    return Places(*columns_of(marks, width))
 
 
 def places_at(locations: Tensor) -> Places:

@@ -10,7 +10,7 @@ How a trial trains and is scored is the caller's business, in one function:
     search(objective, SearchSpace.of(load_model()), ReftConfig(task_type="CAUSAL_LM"), "my-search")
 
 Needs Optuna and matplotlib, the extra `search` of the package. space.py says what is tried, attempt.py how a trial is
-scored, study.py runs the search, picture.py draws it.
+scored, trials.py which trials count, study.py runs the search, picture.py draws it.
 """
 
 from peft_reft.search.attempt import Attempt

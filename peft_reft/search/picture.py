@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from peft_reft.search.trials import finished, scored
+
 if TYPE_CHECKING:
     import optuna
     from matplotlib.axes import Axes
@@ -21,9 +23,9 @@ def draw_trials(study: optuna.Study, space: SearchSpace, metric: str) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
-    done = [trial for trial in study.trials if trial.state.name in ("COMPLETE", "PRUNED")]
-    trials = [trial for trial in done if trial.value is not None]  # of one that was given up, its last score
-    scores = [trial.value or 0.0 for trial in trials]
+    done, complete = finished(study), {trial.number for trial in scored(study)}
+    scores = {trial.number: trial.value for trial in done if trial.value is not None}  # if given up, its last score
+    trials = [trial for trial in done if trial.number in scores]
     columns: dict[str, tuple[list[Any], list[Any] | None]] = {
         "trial": ([t.number for t in trials], None),
         "learning rate": ([t.params["learning_rate"] for t in trials], None),
@@ -45,11 +47,10 @@ def draw_trials(study: optuna.Study, space: SearchSpace, metric: str) -> Figure:
         if choices is not None:
             axes.set_xticks(range(len(choices)), [str(c) for c in choices], rotation=35 if name == "blocks" else 0)
             axes.set_xlim(-0.5, len(choices) - 0.5)
-        for place, score, trial in zip(places, scores, trials):
-            complete = trial.state.name == "COMPLETE"
-            colour = "tab:blue" if complete else "tab:gray"
-            axes.plot(place, score, "o" if complete else "x", color=colour, alpha=0.7, markersize=5)
-            if trial.number == best:
+        for place, (number, score) in zip(places, scores.items()):
+            marker, colour = ("o", "tab:blue") if number in complete else ("x", "tab:gray")
+            axes.plot(place, score, marker, color=colour, alpha=0.7, markersize=5)
+            if number == best:
                 axes.plot(place, score, "o", color="tab:red", markersize=11, fillstyle="none", markeredgewidth=2)
         axes.set_xlabel(name)
         axes.grid(axis="y", alpha=0.3)
@@ -64,8 +65,8 @@ def draw_trials(study: optuna.Study, space: SearchSpace, metric: str) -> Figure:
         axes.set_visible(False)
     for axes in panels[: len(columns) : 3]:
         axes.set_ylabel(metric)
-    count = sum(trial.state.name == "COMPLETE" for trial in done)
-    figure.suptitle(f"{count} complete trials (dots), {len(done) - count} given up (crosses); ring: the best")
+    given_up = len(done) - len(complete)
+    figure.suptitle(f"{len(complete)} complete trials (dots), {given_up} given up (crosses); ring: the best")
     return figure
 
 

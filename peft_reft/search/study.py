@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from peft_reft.search.attempt import Attempt
 from peft_reft.search.picture import draw_trials
 from peft_reft.search.space import SearchSpace, positions_of
+from peft_reft.search.trials import FINISHED, TRAINED, finished, scored
 from peft_reft.tuner.config import ReftConfig
-from peft_reft.tuner.files import staged, write_text
+from peft_reft.tuner.staging import staged, write_text
 
 if TYPE_CHECKING:
     import optuna
@@ -123,7 +124,7 @@ def search(
             return value
 
         def after(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-            if trial.state.is_finished() and trial.state.name != "FAIL":
+            if trial.state.name in FINISHED:
                 if scored(study):
                     save_best(result_of(study, space, config), metric, folder)
                 if progress is not None:
@@ -133,7 +134,7 @@ def search(
         if done and progress is not None:
             progress(f"{done} trials of earlier calls are in {folder}")
         if done < n_trials:
-            states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+            states = tuple(optuna.trial.TrialState[name] for name in FINISHED)
             enough = optuna.study.MaxTrialsCallback(n_trials, states)  # those of other processes, too, count
             study.optimize(run, callbacks=[after, enough], gc_after_trial=True)
     finally:
@@ -155,16 +156,6 @@ def search(
 def _asked(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
     """The settings of a trial: those it was enqueued with, or has run with."""
     return {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-
-
-def finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    """Trials that count: complete or given up, not those that were interrupted."""
-    return [trial for trial in study.trials if trial.state.name in ("COMPLETE", "PRUNED")]
-
-
-def scored(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    """Trials that were trained to the end."""
-    return [trial for trial in finished(study) if trial.state.name == "COMPLETE"]
 
 
 def description(space: SearchSpace, config: ReftConfig, metric: str, direction: str) -> dict[str, Any]:
@@ -213,7 +204,7 @@ def line_about(study: optuna.Study, trial: optuna.trial.FrozenTrial, n_trials: i
     """One finished trial, the best until now and the time that the others will take, in a line."""
     done = finished(study)
     seconds = [t.duration.total_seconds() for t in done if t.duration is not None]
-    if trial.value is not None and trial.state.name == "COMPLETE":
+    if trial.value is not None and trial.state.name == TRAINED:
         outcome = f"{trial.value:.4g}"
     else:
         steps = trial.intermediate_values

@@ -15,9 +15,9 @@ from transformers.activations import ACT2FN
 
 from peft_reft.interventions import intervention_names, nearest_name, takes_source
 from peft_reft.positions import PositionSpec, parse_positions
-from peft_reft.tuner.files import staged
 from peft_reft.tuner.neighbours import AFTER_SAVING
 from peft_reft.tuner.sizes import check_config_sizes, check_ids, shown
+from peft_reft.tuner.staging import staged
 from peft_reft.tuner.subspaces import as_subspaces, check_subspaces
 
 

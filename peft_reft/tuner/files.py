@@ -1,20 +1,14 @@
-"""The files of saved adapters: opening those of strangers, and writing so that a reader never finds half a file.
+"""The files of saved adapters, as strangers may have made them: opened with care.
 
 Nothing that is read is executed: configs are JSON, tensors come from safetensors, or from a pickle that may hold
-tensors and nothing else. Files are written to a directory beside their places and then renamed into them, one by one.
+tensors and nothing else. Writing is the work of staging.py.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import tempfile
-import time
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +18,9 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor
 
+from peft_reft.tuner.staging import wait_until_whole
+
 CARD_NAME = "README.md"
-STAGE = ".saving-"  # how the names of temporary directories begin
-ABANDONED = 24 * 3600  # seconds after which one is nobody's
 
 
 @dataclass(frozen=True)
@@ -60,8 +54,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     """adapter_config.json of a ReFT adapter, as it stands.
 
     Raises:
-        ValueError: if it is missing, unreadable or that of something else.
+        ValueError: if it is missing, unreadable or that of something else, or if a save was interrupted.
     """
+    wait_until_whole(directory)
     path = directory / CONFIG_NAME
     if not path.is_file():
         inside = sorted(str(found.parent) for found in directory.glob(f"*/{CONFIG_NAME}"))
@@ -188,45 +183,3 @@ def one_line(error: BaseException) -> str:
     """The beginning of an error's message on one line, with its class."""
     text = re.sub(r"\s+", " ", str(error)).strip()
     return f"{type(error).__name__}: {text[:200]}"
-
-
-@contextmanager
-def staged(directory: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary directory whose files take their places in `directory` when the block ends; none do if it raises.
-
-    A reader, or whoever comes after a process that was killed, finds each file as it was or as it is now, never a part
-    of one. A file keeps the permissions of the one that it replaces, and a link stays a link.
-
-    Args:
-        directory: made if it is missing.
-    """
-    target = Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
-    for left in target.glob(f"{STAGE}*"):  # by a process that was killed
-        if time.time() - left.stat().st_mtime > ABANDONED:
-            shutil.rmtree(left, ignore_errors=True)
-    # Inside of it, so that both are on one file system and a rename is one step.
-    with tempfile.TemporaryDirectory(prefix=STAGE, dir=target, ignore_cleanup_errors=True) as temporary:
-        stage = Path(temporary)
-        yield stage
-        for file in sorted(path for path in stage.rglob("*") if path.is_file()):
-            _put_in_place(file, target / file.relative_to(stage))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file as a whole; line ends stay what they are in `text`."""
-    with staged(path.parent) as stage, open(stage / path.name, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
-
-
-def _put_in_place(file: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.is_symlink():
-        # The file that it points to may be on another file system: copy next to that one first.
-        real = Path(os.path.realpath(target))
-        with tempfile.TemporaryDirectory(prefix=STAGE, dir=real.parent) as beside:
-            _put_in_place(Path(shutil.copy(file, beside)), real)
-        return
-    if target.exists():
-        shutil.copymode(target, file)
-    os.replace(file, target)

@@ -10,7 +10,7 @@ from peft.config import PeftConfig
 from peft.utils.peft_types import TaskType
 from torch import nn
 
-from peft_reft.context.block import CHILD
+from peft_reft.context.block import CHILD, keep_called
 from peft_reft.context.entry import ForwardEntry, detach_entries
 from peft_reft.context.generate import GenerateEntry, PrepareEntry
 from peft_reft.context.method import MethodEntry
@@ -40,8 +40,10 @@ def attach_entries(model: nn.Module, state: ModelState) -> None:
     state.plans.clear()
     layers = reft_layers(model)
     state.layers[:] = layers.values()
-    for number, layer in enumerate(state.layers):
+    for number, (name, layer) in enumerate(layers.items()):
         layer.number = number
+        if any(isinstance(model.get_submodule(path), nn.TransformerEncoderLayer) for path in around([name])):
+            keep_called(layer.block)
     roles = roles_of(model)
     for path in sorted(around(layers)):
         module = model.get_submodule(path)

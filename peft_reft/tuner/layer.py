@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from peft_reft.blocks import PLAIN, Layout, device_and_dtype
-from peft_reft.context.block import CHILD, BlockEntry, stand_in
+from peft_reft.context.block import CHILD, BlockEntry, release, stand_in
 from peft_reft.context.forward import ForwardContext
 from peft_reft.context.state import ModelState
 from peft_reft.interventions import Intervention, PartedRows, build_intervention
@@ -233,6 +233,7 @@ def detach_layer(block: nn.Module) -> None:
     delattr(block, CHILD)
     for name in SHOWN:
         block.__dict__.pop(name, None)
+    release(block)
     entry = block.__dict__.get("forward")
     if isinstance(entry, BlockEntry):
         entry.detach()

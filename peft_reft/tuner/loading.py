@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -28,6 +30,7 @@ from peft_reft.tuner.checkpoint import (
 from peft_reft.tuner.config import ReftConfig
 from peft_reft.tuner.injection import reft_layers, tidy_up
 from peft_reft.tuner.keys import is_intervention, without_adapter
+from peft_reft.tuner.staging import wait_until_whole
 
 HUB = ("subfolder", "revision", "cache_dir", "token", "force_download", "local_files_only", "proxies", "use_auth_token")
 
@@ -52,17 +55,24 @@ def wrap_function(owner: Any, name: str, replacement: Any) -> None:
 def _peft_load_adapter(original: Any, model: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
     current = model.peft_config.get(adapter_name)
     is_new = current is None or _is_waiting(model, adapter_name)
-    if isinstance(current, ReftConfig) and not is_new:
-        saved = PeftConfig.from_pretrained(model_id, **{key: kwargs[key] for key in HUB if key in kwargs})
-        reason = other_meaning(saved, current) if saved.peft_type == current.peft_type else "it is of another type"
-        if reason is not None:
-            raise ValueError(cannot_replace(adapter_name, reason))
     try:
+        _wait_for_writers(model_id, kwargs.get("subfolder"))
+        if isinstance(current, ReftConfig) and not is_new:
+            saved = PeftConfig.from_pretrained(model_id, **{key: kwargs[key] for key in HUB if key in kwargs})
+            reason = other_meaning(saved, current) if saved.peft_type == current.peft_type else "it is of another type"
+            if reason is not None:
+                raise ValueError(cannot_replace(adapter_name, reason))
         return original(model, model_id, adapter_name, *args, **kwargs)
     except BaseException:
         if is_new and isinstance(model.peft_config.get(adapter_name), ReftConfig):
             _remove(model, adapter_name)
         raise
+
+
+def _wait_for_writers(model_id: Any, subfolder: str | None) -> None:
+    """Raise ValueError for a directory in which a save was interrupted between two files."""
+    if isinstance(model_id, (str, os.PathLike)) and os.path.isdir(model_id):
+        wait_until_whole(Path(model_id, subfolder or ""))
 
 
 def _is_waiting(model: nn.Module, adapter_name: str) -> bool:
@@ -87,6 +97,7 @@ def _remove(model: Any, adapter_name: str) -> None:
 def _transformers_load_adapter(
     original: Any, model: Any, peft_model_id: Any = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
 ) -> Any:
+    _wait_for_writers(peft_model_id, (kwargs.get("adapter_kwargs") or {}).get("subfolder"))
     name = "default" if adapter_name is None else adapter_name
     layers = reft_layers(model).values()
     existed = any(name in layer.reft_interventions for layer in layers)

@@ -23,7 +23,7 @@ transformers PeftAdapterMixin.load_adapter, ditto tuner/loading.py              
                                                   a hook of the tuner after loading
 transformers _gradient_checkpointing_func         context/replay.py                blocks run again in backward
                                                   a context around what a checkpoint runs
-transformers DEFAULT_CALLBACKS                    integrations/trainer.py          notices when training starts
+transformers CallbackHandler.__init__, wrapped    integrations/trainer.py          notices when training starts
                                                   callbacks that a model brings
 """
 

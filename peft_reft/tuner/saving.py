@@ -21,7 +21,8 @@ from typing import Any
 from peft import PeftModel
 
 from peft_reft.tuner.config import ReftConfig
-from peft_reft.tuner.files import CARD_NAME, staged
+from peft_reft.tuner.files import CARD_NAME
+from peft_reft.tuner.staging import staged
 
 
 def save_whole_files() -> None:

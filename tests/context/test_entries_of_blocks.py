@@ -1,14 +1,23 @@
 """What stands in for a block's forward stays in force, whatever else is put in its place, and costs no hook."""
 
 import copy
+import functools
+import gc
 import inspect
 import pickle
+import weakref
 
 import accelerate
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from conftest import batch, logits, reft_model, tiny_model
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 
 from peft_reft.context.block import BlockEntry
 
@@ -144,3 +153,70 @@ def test_offloaded_blocks_are_edited(model):
     wanted = edited(model, inputs)
     offloaded = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     torch.testing.assert_close(logits(offloaded, inputs), wanted)
+
+
+def test_the_replica_of_a_model_that_continues_a_cache_runs_its_own_modules(model):
+    inputs = batch(6, 6, seed=2)
+    following = {"input_ids": torch.tensor([[5], [6]]), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        wanted = model(**following, past_key_values=copy.deepcopy(cache)).logits
+        replica = replica_of(model.get_base_model())
+        for parameter in model.parameters():
+            parameter.zero_()
+        found = replica(**following, past_key_values=cache).logits
+    torch.testing.assert_close(found, wanted)
+
+
+def test_the_replica_of_a_model_is_freed_after_its_call(model):
+    replica = replica_of(model.get_base_model())
+    logits(replica, batch(6, 4, seed=2))
+    kept = weakref.ref(replica.model.layers[0].reft)
+    del replica
+    gc.collect()
+    assert kept() is None
+    assert blocks_of(model)[0].reft.state.running.replica is None
+
+
+@pytest.mark.parametrize("inside", ["self_attn", "linear1", "linear2", "norm2"])
+def test_modules_of_torchs_own_layer_are_edited_at_inference_as_in_training(inside):
+    layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+    model = reft_model(nn.Sequential(layer), target_modules=[inside], positions="all")
+    x = torch.randn(2, 5, 16)
+    trained = model.train()(x).detach()
+    with torch.no_grad(), model.disable_adapter():
+        assert not torch.allclose(model(x), trained, atol=1e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), trained)
+    model.unload()
+    assert not any(module._forward_pre_hooks for module in layer.modules())
+
+
+def test_the_projection_of_torchs_own_attention_is_refused():
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    with pytest.raises(ValueError, match="never called"):
+        reft_model(nn.Sequential(layer), target_modules=["out_proj"], positions="all")
+
+
+@pytest.mark.parametrize("positions", ["f1+l1", "all"])
+@pytest.mark.parametrize("kind", CheckpointImpl, ids=lambda kind: kind.name)
+def test_the_first_step_after_something_took_the_place_of_forward_replays_its_call(kind, positions):
+    def gradients(changed):
+        model = reft_model(tiny_model("llama"), positions=positions, r=2, task_type="CAUSAL_LM").train()
+        model.enable_input_require_grads()
+        base = model.get_base_model()
+        if changed:
+            wrapper = functools.partial(checkpoint_wrapper, checkpoint_impl=kind)
+            apply_activation_checkpointing(
+                base, checkpoint_wrapper_fn=wrapper, check_fn=lambda module: module in set(base.model.layers)
+            )
+            base.forward = functools.partial(base.forward)
+        inputs = batch(6, 4, seed=2)
+        model(
+            **inputs, labels=inputs["input_ids"].index_fill(1, torch.arange(3), -100), use_cache=False
+        ).loss.backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+    wanted = gradients(changed=False)
+    assert len(wanted) == 9
+    torch.testing.assert_close(gradients(changed=True), wanted)

@@ -89,6 +89,7 @@ def test_a_generator_around_a_forward_that_is_closed_leaves_nothing():
     model = reft_model(tiny_model("llama"), **CONFIG)
     base, ids, other = model.get_base_model(), batch(6, 6)["input_ids"], batch(6, 6, seed=9)
     expected = logits(base.model, other)
+    assert (expected - logits(tiny_model("llama").model, other)).abs().max() > 1e-3
 
     def steps():
         def give_up(*args):
@@ -113,6 +114,7 @@ def test_an_interrupted_scope_of_adapter_names_leaves_the_active_adapter():
     model = reft_model(tiny_model("llama"), **CONFIG)
     inputs = batch(6, 6)
     expected = logits(model, inputs)
+    assert (expected - logits(tiny_model("llama"), inputs)).abs().max() > 1e-3
     handle = model.get_base_model().model.layers[2].register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
         model(**inputs, adapter_names=["__base__", "__base__"])
@@ -127,6 +129,7 @@ def test_an_interrupted_backward_pass_of_checkpointed_blocks_leaves_nothing():
     model.enable_input_require_grads()
     other = batch(7, 4, seed=9)
     expected = logits(model.eval(), other)
+    assert (expected - logits(tiny_model("llama"), other)).abs().max() > 1e-3
     loss = model.train()(**labelled(batch(6, 6)["input_ids"])).loss
     handle = model.get_base_model().model.layers[1].mlp.register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):

@@ -253,6 +253,8 @@ def test_beams_of_rows_with_adapters_of_their_own_continue_like_the_rows_alone(f
             rows = model.generate(input_ids=prompt, **settings)
         alone += rows[:, prompt.shape[1] :].tolist()
     assert got == alone
+    with model.disable_adapter():
+        assert got != model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :].tolist()
 
 
 def test_sampled_sequences_of_a_row_all_have_its_own_adapter():

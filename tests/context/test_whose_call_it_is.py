@@ -9,6 +9,7 @@ from conftest import batch, randomize, reft_model, tiny_model
 from edit_spy import EditSpy, spied
 from peft import get_peft_model
 from slow_places import places_in_generate
+from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from peft_reft import ReftConfig
@@ -86,6 +87,29 @@ def test_a_forward_in_a_step_of_generate_is_a_forward_of_its_own(positions, sett
             torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-4)
         with model.disable_adapter():
             assert (by_forward(inner, **OTHER[other]) - expected).abs().max() > 1e-3
+
+
+class AsksTwice(nn.Module):
+    """Runs one language model on two batches of the same shape."""
+
+    def __init__(self, lm):
+        super().__init__()
+        self.lm, self.config = lm, lm.config
+
+    def forward(self, input_ids, attention_mask, other_ids, other_mask):
+        other = self.lm(input_ids=other_ids, attention_mask=other_mask)
+        return self.lm(input_ids=input_ids, attention_mask=attention_mask).logits, other.logits
+
+
+def test_a_part_that_runs_twice_within_a_model_edits_each_batch_at_its_own_places():
+    lm = tiny_model("llama")
+    model = reft_model(AsksTwice(lm), positions="f1+l1", target_modules=r"lm\.model\.layers\.\d+")
+    one, other = batch(7, 5), batch(3, 7, side="left", seed=1)
+    with torch.no_grad():
+        found = model(**one, other_ids=other["input_ids"], other_mask=other["attention_mask"])
+    for inputs, logits in zip((one, other), found):
+        kept = inputs["attention_mask"].bool()
+        torch.testing.assert_close(logits[kept], by_forward(lm, **inputs)[kept])
 
 
 def test_a_forward_with_labels_in_a_step_of_generate_uses_them():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import json
 import os
 from pathlib import Path
@@ -91,16 +93,48 @@ def test_a_config_that_cannot_be_read_is_not_replaced(tmp_path):
     assert (tmp_path / "a" / "adapter_config.json").read_text() == "{"
 
 
-def test_a_write_that_fails_replaces_nothing(tmp_path, monkeypatch):
+def broken(monkeypatch, name, nth):
+    """The nth call of a function, and of no other, finds the disk full."""
+    module, _, attribute = name.rpartition(".")
+    whole, calls = getattr(importlib.import_module(module), attribute), itertools.count()
+
+    def call(*args, **kwargs):
+        if next(calls) == nth:
+            raise OSError("the disk is full")
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(name, call)
+    return calls
+
+
+def renames_of_a_conversion(src, tmp_path, monkeypatch):
+    from_adapterhub(SHARED, tmp_path)
+    with monkeypatch.context() as patched:
+        calls = broken(patched, "os.replace", -1)
+        from_adapterhub(src, tmp_path, overwrite=True)
+    return next(calls)
+
+
+@pytest.mark.parametrize("nth", [0, 2, 3, 4])  # the other is of the section in README.md, which may be missing
+def test_a_write_that_fails_replaces_nothing(nth, tmp_path, monkeypatch):
+    """Whichever file it is that cannot take its place, those before it get back what they were."""
+    assert renames_of_a_conversion(DEFAULT, tmp_path / "count", monkeypatch) == 5
     from_adapterhub(SHARED, tmp_path / "a")
     before = contents(tmp_path / "a")
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="full"):
+        broken(patched, "os.replace", nth)
+        from_adapterhub(DEFAULT, tmp_path / "a", overwrite=True)
+    assert contents(tmp_path / "a") == before
+    assert set(os.listdir(tmp_path / "a")) == OURS, "nothing temporary is left"
+    from_adapterhub(DEFAULT, tmp_path / "a", overwrite=True)
+    assert positions(tmp_path / "a") == "f3"
 
-    def fail(*args, **kwargs):
-        raise OSError("the disk is full")
 
-    for name in ("peft_reft.convert.writing.save_file", "os.replace"):
-        with monkeypatch.context() as patched, pytest.raises(OSError, match="full"):
-            patched.setattr(name, fail)
-            from_adapterhub(DEFAULT, tmp_path / "a", overwrite=True)
-        assert contents(tmp_path / "a") == before
-        assert set(os.listdir(tmp_path / "a")) == OURS, "nothing temporary is left"
+def test_weights_that_cannot_be_written_replace_nothing(tmp_path, monkeypatch):
+    from_adapterhub(SHARED, tmp_path / "a")
+    before = contents(tmp_path / "a")
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="full"):
+        broken(patched, "peft_reft.convert.writing.save_file", 0)
+        from_adapterhub(DEFAULT, tmp_path / "a", overwrite=True)
+    assert contents(tmp_path / "a") == before
+    assert set(os.listdir(tmp_path / "a")) == OURS, "nothing temporary is left"

@@ -67,9 +67,9 @@ def test_conversations_are_prompts_too(tokenizer):
 def test_what_is_missing_is_said_before_loading_and_tables_are_written_all_the_same(
     argv, tmp_path, monkeypatch, capsys
 ):
-    find, load, said = importlib.util.find_spec, command.load, []
+    find, load, said = importlib.util.find_spec, command.load_adapters, []
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
-    monkeypatch.setattr(command, "load", lambda arguments: said.append(capsys.readouterr().err) or load(arguments))
+    monkeypatch.setattr(command, "load_adapters", lambda *given: said.append(capsys.readouterr().err) or load(*given))
     assert main([*argv, "--out", str(tmp_path / "plot.png")]) == 1
     assert "matplotlib" in said[0] and ".[inspect]" in said[0]
     assert not (tmp_path / "plot.png").exists()
@@ -80,6 +80,6 @@ def test_what_is_missing_is_said_before_loading_and_tables_are_written_all_the_s
 
 
 def test_a_name_that_is_no_picture_s_is_refused_before_loading(argv, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "load", lambda arguments: pytest.fail("loaded"))
+    monkeypatch.setattr(command, "load_adapters", lambda *given: pytest.fail("loaded"))
     assert main([*argv, "--out", str(tmp_path / "plot.jpeg2")]) == 2
     assert ".png" in capsys.readouterr().err

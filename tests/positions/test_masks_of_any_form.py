@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from conftest import batch, reft_model, tiny_model
-from edit_spy import edited_columns, right_or_told, spied
+from edit_spy import assert_right, edited_columns, spied
 from transformers import DynamicCache, StaticCache
 from transformers.masking_utils import create_masks_for_generate
 
@@ -52,7 +52,7 @@ def test_a_mask_as_wide_as_the_cache_is_read_from_its_first_column(cache, side, 
     valid = inputs["attention_mask"].bool()
     torch.testing.assert_close(own[valid], narrow[valid], rtol=1e-4, atol=1e-5)
     expected = LEFT if side == "left" else RIGHT
-    right_or_told(model, clean, expected, input_ids=inputs["input_ids"], attention_mask=wide, past_key_values=empty)
+    assert_right(model, clean, expected, input_ids=inputs["input_ids"], attention_mask=wide, past_key_values=empty)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -77,7 +77,7 @@ def test_padding_of_a_4d_mask_is_read(side, form, pads_see_themselves):
     inputs = batch(*LENGTHS, side=side)
     mask = form(causal(inputs["attention_mask"], pads_see_themselves))
     expected = LEFT if side == "left" else RIGHT
-    right_or_told(model, clean, expected, input_ids=inputs["input_ids"], attention_mask=mask)
+    assert_right(model, clean, expected, input_ids=inputs["input_ids"], attention_mask=mask)
 
 
 def test_pads_that_look_at_every_column_are_read():
@@ -86,7 +86,7 @@ def test_pads_that_look_at_every_column_are_read():
     inputs = batch(*LENGTHS, side="left")
     looks = causal(inputs["attention_mask"])
     looks = looks | ~looks.any(-1, keepdim=True)
-    right_or_told(model, clean, LEFT, input_ids=inputs["input_ids"], attention_mask=additive(looks))
+    assert_right(model, clean, LEFT, input_ids=inputs["input_ids"], attention_mask=additive(looks))
 
 
 @pytest.mark.parametrize("wide", [9, 16])
@@ -104,14 +104,14 @@ def test_the_mask_of_a_forward_behind_a_cache_is_read_where_its_columns_are(wide
             return clean(ids[:, :4], use_cache=True).past_key_values
 
     given = {"input_ids": ids[:, 4:], "attention_mask": mask, "labels": labels}
-    right_or_told(model, clean, [[0, 2, 3], [1, 2, 3]], past_key_values=cache, **given)
+    assert_right(model, clean, [[0, 2, 3], [1, 2, 3]], past_key_values=cache, **given)
 
 
 def test_a_4d_mask_of_one_row_holds_for_all():
     model, clean = family(), tiny_model("llama")
     ids = batch(6, 6)["input_ids"]
     mask = causal(torch.tensor([[0, 0, 1, 1, 1, 1]]))
-    right_or_told(model, clean, [[2, 4, 5]] * 2, input_ids=ids, attention_mask=mask)
+    assert_right(model, clean, [[2, 4, 5]] * 2, input_ids=ids, attention_mask=mask)
 
 
 @pytest.mark.parametrize("fill", [False, True])
@@ -120,7 +120,7 @@ def test_a_4d_mask_as_wide_as_a_static_cache_is_read(fill):
     inputs = batch(*LENGTHS, side="left")
     looks = torch.full((2, 1, 6, 16), False)
     looks[..., :6] = causal(inputs["attention_mask"], pads_see_themselves=fill)
-    right_or_told(
+    assert_right(
         model,
         clean,
         LEFT,
@@ -148,7 +148,7 @@ def test_documents_of_a_block_diagonal_mask_are_documents(positions_restart, lab
         answers = torch.tensor([[0, 0, 0, 1, 1, 0, 0, 1, 1]]).bool()
         extra["labels"] = ids.masked_fill(~answers, -100)
         expected = [[0, 1, 2, 5, 6]]
-    right_or_told(model, clean, expected, input_ids=ids, attention_mask=blocks(*lengths), use_cache=False, **extra)
+    assert_right(model, clean, expected, input_ids=ids, attention_mask=blocks(*lengths), use_cache=False, **extra)
 
 
 def test_a_causal_4d_mask_makes_one_document_wherever_position_ids_restart():
@@ -160,9 +160,7 @@ def test_a_causal_4d_mask_makes_one_document_wherever_position_ids_restart():
         whole = clean(ids, attention_mask=mask, position_ids=restarted, use_cache=False).logits
         alone = clean(ids[:, 5:], use_cache=False).logits
     assert (whole[:, 5:] - alone).abs().max() > 1e-3
-    right_or_told(
-        model, clean, [[0, 7, 8]], input_ids=ids, attention_mask=mask, position_ids=restarted, use_cache=False
-    )
+    assert_right(model, clean, [[0, 7, 8]], input_ids=ids, attention_mask=mask, position_ids=restarted, use_cache=False)
 
 
 # Other forms.
@@ -183,7 +181,7 @@ def test_the_masks_of_each_layer_type_are_read(side):
     )
     assert isinstance(masks, dict)
     expected = LEFT if side == "left" else RIGHT
-    right_or_told(model, clean, expected, input_ids=inputs["input_ids"], attention_mask=masks, use_cache=False)
+    assert_right(model, clean, expected, input_ids=inputs["input_ids"], attention_mask=masks, use_cache=False)
 
 
 def test_a_3d_mask_of_an_encoder_is_read():
@@ -196,7 +194,7 @@ def test_a_3d_mask_of_an_encoder_is_read():
         clean(input_ids=inputs["input_ids"], attention_mask=mask)
     except Exception as error:
         pytest.skip(f"this transformers' BERT refuses 3-D masks itself: {error}")
-    right_or_told(model, clean, RIGHT, name="bert.encoder.layer.0", input_ids=inputs["input_ids"], attention_mask=mask)
+    assert_right(model, clean, RIGHT, name="bert.encoder.layer.0", input_ids=inputs["input_ids"], attention_mask=mask)
 
 
 class Unreadable:

@@ -17,8 +17,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from peft_reft import ReftConfig
-from peft_reft.tuner import files
-from peft_reft.tuner.files import read_adapter, read_json, read_tensors, staged, write_text
+from peft_reft.tuner.files import read_adapter, read_json, read_tensors
+from peft_reft.tuner.staging import ABANDONED, STAGE, staged, write_text
 
 FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors")
 posix = pytest.mark.skipif(os.name == "nt", reason="needs fork, permissions and links of POSIX")
@@ -77,7 +77,7 @@ def test_every_file_is_whole_after_each_of_forty_kills(tmp_path):
         assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "REFT"
         assert {name: (tmp_path / name).stat().st_size for name in FILES} == sizes
         assert sums(tmp_path) == wanted
-        interrupted += len(list(tmp_path.glob(f"{files.STAGE}*"))) > 0
+        interrupted += len(list(tmp_path.glob(f"{STAGE}*"))) > 0
     assert interrupted, "no kill hit a save, so that nothing was tested"
 
 
@@ -194,11 +194,11 @@ def test_a_config_is_written_whole(tmp_path, monkeypatch):
 
 
 def test_what_killed_processes_left_is_removed_after_a_day(tmp_path):
-    fresh, old = (tmp_path / f"{files.STAGE}{name}" for name in ("fresh", "old"))
+    fresh, old = (tmp_path / f"{STAGE}{name}" for name in ("fresh", "old"))
     for folder in (fresh, old):
         folder.mkdir()
         (folder / "adapter_model.safetensors").write_bytes(b"x")
-    os.utime(old, times=(time.time() - files.ABANDONED - 60,) * 2)
+    os.utime(old, times=(time.time() - ABANDONED - 60,) * 2)
     write_text(tmp_path / "a.txt", "a\r\n")
     assert (tmp_path / "a.txt").read_bytes() == b"a\r\n"
     assert fresh.exists() and not old.exists(), "another process may be writing into the fresh one"

@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-import transformers
 from conftest import batch, logits, randomize, reft_model, tiny_model
-from datasets import Dataset
 from edit_spy import warnings_of
 from peft import LoraConfig, get_peft_model
 
-from peft_reft import ReftConfig, ReftDataCollator, get_interventions, set_strength
+from peft_reft import ReftConfig, get_interventions, set_strength
 
 CONFIG = {"positions": "f1+l1", "r": 2, "task_type": "CAUSAL_LM"}
 
@@ -115,119 +113,3 @@ def test_without_a_name_the_strength_is_that_of_the_active_adapters():
 def test_an_unknown_adapters_strength_is_refused_with_the_names_there_are():
     with pytest.raises(ValueError, match=r"'three'.*\['one', 'two'\]"):
         set_strength(two_adapters(), 0.5, "three")
-
-
-# Learning rates.
-
-
-def rows(count=8):
-    ids = [list(range(3 + number, 11 + number)) for number in range(count)]
-    return Dataset.from_list(
-        [{"input_ids": row, "attention_mask": [1] * 8, "labels": [-100] * 4 + row[4:]} for row in ids]
-    )
-
-
-def trainer_of(model, folder, **settings):
-    settings = {
-        "max_steps": 1,
-        "use_cpu": True,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        **settings,
-    }
-    return transformers.Trainer(
-        model=model,
-        args=transformers.TrainingArguments(str(folder), **settings),
-        train_dataset=rows(),
-        eval_dataset=rows(),
-        data_collator=transformers.default_data_collator,
-    )
-
-
-def about_rates(messages):
-    return [message for message in messages if "learning rate" in message or "learning_rate" in message]
-
-
-@pytest.mark.parametrize(("rate", "count"), [(5e-5, 1), (9e-5, 1), (1e-4, 0), (1e-3, 0), (2e-2, 0)])
-def test_a_learning_rate_far_below_what_reft_needs_is_said_once_when_training_begins(rate, count, tmp_path):
-    model = get_peft_model(tiny_model("llama"), ReftConfig(**CONFIG))
-    made = []
-    told = warnings_of(lambda: made.append(trainer_of(model, tmp_path, learning_rate=rate, max_steps=3)))
-    assert about_rates(told) == []  # nothing runs yet
-    told = about_rates(warnings_of(made[0].train))
-    assert len(told) == count
-    if count:
-        assert f"{rate:g}" in told[0] or str(rate) in told[0]
-
-
-def test_a_schedule_that_ends_at_a_low_rate_says_nothing(tmp_path):
-    model = get_peft_model(tiny_model("llama"), ReftConfig(**CONFIG))
-    made = trainer_of(model, tmp_path, learning_rate=1e-3, max_steps=4, lr_scheduler_type="linear", warmup_steps=2)
-    assert about_rates(warnings_of(made.train)) == []
-
-
-def test_a_low_rate_says_nothing_of_other_methods_and_of_evaluation(tmp_path):
-    lora = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    assert about_rates(warnings_of(trainer_of(lora, tmp_path / "lora", learning_rate=1e-5).train)) == []
-    model = reft_model(tiny_model("llama"), **CONFIG)
-    assert about_rates(warnings_of(trainer_of(model, tmp_path / "reft", learning_rate=1e-5).evaluate)) == []
-
-
-# Evaluation by a trainer that takes the labels away.
-
-
-def own_loss(outputs, labels, num_items_in_batch=None):
-    return torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-
-
-def evaluated(model, folder, how, wrapped=False, batches=1, method="evaluate"):
-    settings = {"label_smoothing_factor": 0.1} if how == "label smoothing" else {}
-    extra = {"compute_loss_func": own_loss} if how == "compute_loss_func" else {}
-    collator = transformers.default_data_collator
-    made = transformers.Trainer(
-        model=model,
-        args=transformers.TrainingArguments(
-            str(folder),
-            use_cpu=True,
-            report_to=[],
-            disable_tqdm=True,
-            label_names=["labels"],
-            remove_unused_columns=False,
-            per_device_eval_batch_size=8 // batches,
-            **settings,
-        ),
-        data_collator=ReftDataCollator(collator, model.peft_config["default"]) if wrapped else collator,
-        eval_dataset=rows(),
-        **extra,
-    )
-    return warnings_of(lambda: made.evaluate() if method == "evaluate" else made.predict(rows()))
-
-
-@pytest.mark.parametrize("method", ["evaluate", "predict"])
-@pytest.mark.parametrize("how", ["label smoothing", "compute_loss_func"])
-def test_an_evaluation_that_takes_the_labels_away_is_told_once(how, method, tmp_path):
-    model = reft_model(tiny_model("llama"), **CONFIG)
-    told = evaluated(model, tmp_path, how, batches=4, method=method)
-    assert len(told) == 1
-    assert "ReftDataCollator" in told[0]
-
-
-@pytest.mark.parametrize(("how", "wrapped"), [("plain", False), ("plain", True), ("label smoothing", True)])
-def test_an_evaluation_with_labels_or_locations_is_told_nothing(how, wrapped, tmp_path):
-    model = reft_model(tiny_model("llama"), **CONFIG)
-    assert evaluated(model, tmp_path, how, wrapped) == []
-
-
-def test_an_evaluation_of_a_classifier_is_told_nothing(tmp_path):
-    model = reft_model(tiny_model("llama", "classifier"), positions="f1+l1", task_type="SEQ_CLS")
-    data = Dataset.from_list([{"input_ids": [3, 4, 5], "attention_mask": [1, 1, 1], "labels": n % 2} for n in range(4)])
-    made = transformers.Trainer(
-        model=model,
-        args=transformers.TrainingArguments(
-            str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, label_smoothing_factor=0.1
-        ),
-        data_collator=transformers.default_data_collator,
-        eval_dataset=data,
-    )
-    assert warnings_of(made.evaluate) == []

@@ -12,7 +12,7 @@ from edit_spy import edited_columns
 from model_state import assert_as_before, state_of
 from torch.nn.modules.module import register_module_forward_hook
 
-from peft_reft import ReftConfig, get_interventions
+from peft_reft import ReftConfig
 
 CONFIG = {"positions": "f1+l1", "r": 2, "task_type": "CAUSAL_LM"}
 
@@ -105,7 +105,7 @@ def test_deleting_the_last_native_adapter_leaves_the_base_models_logits_and_weig
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "deepcopy of the base", "pickle of the base"])
-@pytest.mark.parametrize("after", ["nothing", "generate", "labelled"])
+@pytest.mark.parametrize("after", ["nothing", "generate", "labelled", "with gradients", "training step"])
 def test_a_copy_of_a_model_computes_the_same_and_is_a_model_of_its_own(after, how):
     model = reft_model(tiny_model("llama", eos_token_id=None), **CONFIG)
     inputs = batch(6, 4, side="left")
@@ -113,6 +113,11 @@ def test_a_copy_of_a_model_computes_the_same_and_is_a_model_of_its_own(after, ho
         model.generate(**inputs, max_new_tokens=2)
     elif after == "labelled":
         logits(model, inputs, labels=inputs["input_ids"])
+    elif after == "with gradients":
+        model(**inputs)
+    elif after == "training step":
+        model.train()(**labelled(batch(6, 6)["input_ids"])).loss.backward()
+        model.eval()
     original = model.get_base_model() if how.endswith("base") else model
     copied = pickle.loads(pickle.dumps(original)) if how.startswith("pickle") else copy.deepcopy(original)
     expected = logits(original, inputs)
@@ -150,6 +155,7 @@ def test_a_global_hook_that_keeps_outputs_keeps_what_they_were(warm, grad, posit
     assert len(kept) > 10
     for output, then in kept:
         assert torch.equal(output, then)
+    assert edited_columns(model, tiny_model("llama"), **inputs) == [[0, 5] if positions == "f1+l1" else [*range(6)]] * 2
 
 
 def test_hooks_of_a_users_own_see_each_block_once_and_its_output_stays():
@@ -164,4 +170,6 @@ def test_hooks_of_a_users_own_see_each_block_once_and_its_output_stays():
         assert torch.equal(output, then)
     for (output, _), state in zip(seen[:2], states[1:]):
         assert torch.equal(output, state)
-    assert len(get_interventions(model)) == 3
+    with torch.no_grad():
+        plain = tiny_model("llama")(**batch(6, 6), output_hidden_states=True).hidden_states[1]
+    assert (states[1] != plain).any(-1).tolist() == [[True, False, False, False, False, True]] * 2

@@ -1,0 +1,30 @@
+"""Exporting: a frozen backbone as one graph in which edits are inputs, and adapters as files of a few kilobytes.
+
+masks.py says which tokens are edited, tensors.py what an adapter multiplies with, backbone.py is the module that takes
+both, caches.py its keys and values as plain tensors, files.py what an app downloads, programs.py the formats (ONNX,
+PT2, ExecuTorch), answers.py the loop that runs them, command.py `python -m peft_reft export`.
+"""
+
+from peft_reft.export.answers import greedy_answer
+from peft_reft.export.backbone import BakedBackbone, EditableBackbone, exportable
+from peft_reft.export.command import main
+from peft_reft.export.files import BackboneDescription, load_adapter_tensors, save_adapter_tensors
+from peft_reft.export.masks import edit_mask
+from peft_reft.export.programs import export_backbone, open_backbone
+from peft_reft.export.tensors import EditTensors, adapter_tensors
+
+__all__ = [
+    "BackboneDescription",
+    "BakedBackbone",
+    "EditTensors",
+    "EditableBackbone",
+    "adapter_tensors",
+    "edit_mask",
+    "export_backbone",
+    "exportable",
+    "greedy_answer",
+    "load_adapter_tensors",
+    "main",
+    "open_backbone",
+    "save_adapter_tensors",
+]

@@ -1,0 +1,60 @@
+"""Greedy answers of a backbone in any form: what an app's loop looks like, and the check that a file is the model.
+
+prompt -> mask of the prompt -> forward -> token -> mask of the next generated token -> forward -> ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from peft_reft.export.masks import edit_mask
+
+# A backbone that can be run, whatever its file: input_ids, attention_mask, edit_mask, down, bias, up, *past (those of
+# the adapter are missing where it is baked in) -> logits, *present.
+Run = Callable[..., Sequence[Tensor]]
+
+
+@torch.no_grad()
+def greedy_answer(
+    run: Run,
+    prompt: Sequence[int],
+    adapter: Mapping[str, Tensor] | None,
+    positions: str,
+    share_weights: bool | str,
+    past: Sequence[Tensor] | None,
+    new_tokens: int = 16,
+    strength: float = 1.0,
+    max_groups: int | None = None,
+) -> list[int]:
+    """The likeliest tokens behind a prompt, one after the other.
+
+    Args:
+        run: the backbone, as a function.
+        prompt: token ids.
+        adapter: its tensors for this backbone; None where one is baked in.
+        positions, share_weights: of the adapter.
+        past: the cache of a new row (`Backbone.empty_past`); None for a backbone without a cache.
+        new_tokens: how many.
+        strength: 0 for the backbone alone.
+        max_groups: the graph's number of groups, if that is fixed.
+    """
+    row, answer = list(prompt), list[int]()
+    columns = row
+    tensors = () if adapter is None else tuple(adapter[name] for name in ("down", "bias", "up"))
+    while len(answer) < new_tokens:
+        mask = edit_mask(positions, prompt_length=len(prompt), generated=len(answer), share_weights=share_weights)
+        mask = strength * mask[:, -len(columns) :]
+        if max_groups is not None:
+            mask = torch.nn.functional.pad(mask, (0, max_groups - mask.shape[-1]))
+        ids, attention_mask = torch.tensor([columns]), torch.ones(1, len(row), dtype=torch.long)
+        logits, *present = run(ids, attention_mask, mask, *tensors, *(past or ()))
+        answer.append(int(logits[0, -1].argmax()))
+        row = [*row, answer[-1]]
+        if past is not None:
+            past, columns = present, answer[-1:]
+        else:
+            columns = row
+    return answer

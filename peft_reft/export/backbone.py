@@ -1,0 +1,256 @@
+"""A frozen backbone whose edits are inputs: one graph for every adapter of every equation, rank, blocks and positions.
+
+Every block's output h [B, S, d] becomes
+
+    h + ((h downᵀ + bias) · mask) up
+
+summed over the position groups. All built-in equations without an activation have this form (`adapter_tensors`), blocks
+that an adapter leaves alone have zeros, the mask's value is the strength, and a decode step is the same graph with a
+mask of zeros. No gather, no scatter, no factorisation: what every runtime has.
+
+Shape letters: B rows, S columns of this forward, L blocks, G position groups, r rank, d hidden size.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from peft_reft.blocks import ModelBlocks, edit_hidden_state, own_name
+from peft_reft.context.forward import ForwardContext, Given
+from peft_reft.export.caches import LayerCache, cache_of, cache_shape, tensors_of
+from peft_reft.interventions import edit_of, low_rank_edit, stack_factors
+from peft_reft.interventions.batched import kind_of
+from peft_reft.tuner.injection import state_of
+from peft_reft.tuner.model import get_interventions
+
+Edit = Callable[[int, Tensor], Tensor]  # the number of a block and its output -> what is added to that
+
+
+class Backbone(nn.Module):
+    """A causal language model, run with an edit of each block's output that is passed in.
+
+    Attributes:
+        model: the causal language model.
+        blocks: module names of its L blocks, in their order.
+        width: d.
+        cache: what its layers keep, None without a cache.
+    """
+
+    def __init__(self, model: nn.Module, blocks: list[str], width: int, cache: list[LayerCache] | None):
+        super().__init__()
+        self.model = model
+        self.blocks = blocks
+        self.width = width
+        self.cache = cache
+        self.takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's weights, and so of its cache."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    def empty_past(self, rows: int = 1, columns: int = 0) -> list[Tensor]:
+        """Keys and values of `columns` earlier columns, all zero: none for the first forward of a row."""
+        return [
+            torch.zeros(rows, layer.heads, columns, width, dtype=self.dtype)
+            for layer in self.cache or []
+            for width in (layer.key, layer.value)
+        ]
+
+    def run(
+        self, input_ids: Tensor, attention_mask: Tensor, edit: Edit, past: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        """Logits [B, S, vocabulary], and keys and values of each layer with those of this forward behind the past."""
+        arguments: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if self.takes_positions:  # counted over tokens, as `generate` does, so that padding may be on any side
+            numbers = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+            # Selected, not sliced: whether a slice is the whole of it would decide between two graphs.
+            past_columns = attention_mask.shape[1] - input_ids.shape[1]
+            arguments["position_ids"] = numbers.index_select(1, columns + past_columns)
+        if self.cache is None:
+            with edited(self.model, self.blocks, edit):
+                return (self.model(**arguments, use_cache=False).logits,)
+        cache = cache_of(self.cache, past)
+        with edited(self.model, self.blocks, edit):
+            logits = self.model(**arguments, past_key_values=cache, use_cache=True).logits
+        return logits, *tensors_of(self.cache, cache)
+
+
+class EditableBackbone(Backbone):
+    """A backbone that takes an adapter's tensors; made by `exportable`."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        edit_mask: Tensor,
+        down: Tensor,
+        bias: Tensor,
+        up: Tensor,
+        *past: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """One forward.
+
+        Args:
+            input_ids: [B, S].
+            attention_mask: [B, past + S], of the whole row.
+            edit_mask: [B, S, G], see `edit_mask`.
+            down, bias, up: [L, G, r, d], [L, G, r] and [L, G, r, d], see `adapter_tensors`.
+            past: with a cache, key and value of each layer in turn, [B, heads, past, width].
+
+        Returns:
+            Logits [B, S, vocabulary]; with a cache, then the next forward's `past`.
+        """
+        if (
+            down.shape[1] == 1 and edit_mask.shape[-1] != 1
+        ):  # one intervention for all groups, which have no token twice
+            edit_mask = edit_mask.sum(-1, keepdim=True)
+
+        # All groups' directions one under the other, [L, G * r, d], so that an edit is two products of matrices.
+        keep = edit_mask.unsqueeze(-1).expand(*edit_mask.shape, down.shape[2]).flatten(2)
+        downs, biases, ups = down.flatten(1, 2).mT, bias.flatten(1), up.flatten(1, 2)
+
+        def edit(number: int, h: Tensor) -> Tensor:
+            return ((h.to(down.dtype) @ downs[number] + biases[number]) * keep) @ ups[number]
+
+        return self.run(input_ids, attention_mask, edit, past)
+
+
+class BakedBackbone(Backbone):
+    """A backbone with one adapter inside, for interventions that are no tensors: with `act_fn`, or of one's own.
+
+    Args:
+        interventions: by block, one per position group, as `get_interventions` gives them.
+    """
+
+    def __init__(self, *args: Any, interventions: dict[str, nn.ModuleList]):
+        super().__init__(*args)
+        self.edits: dict[int, list[Callable[[Tensor], Tensor]]] = {}
+        for block, groups in interventions.items():
+            self.edits[self.blocks.index(block)] = [_constant(intervention) for intervention in groups]
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, edit_mask: Tensor, *past: Tensor
+    ) -> tuple[Tensor, ...]:
+        """As `EditableBackbone.forward`, without the adapter's tensors."""
+
+        def edit(number: int, h: Tensor) -> Tensor:
+            groups = self.edits.get(number, [])
+            mask = edit_mask.sum(-1, keepdim=True) if len(groups) == 1 else edit_mask
+            # Chosen, not multiplied: a module of one's own may return anything for a vector that it is not meant for.
+            edits = [
+                torch.where(mask[..., g : g + 1] != 0, group(h) * mask[..., g : g + 1], 0.0)
+                for g, group in enumerate(groups)
+            ]
+            return torch.stack(edits).sum(0) if edits else torch.zeros_like(h)
+
+        return self.run(input_ids, attention_mask, edit, past)
+
+
+def _constant(intervention: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The edit of an intervention, with all that does not depend on h worked out: a graph needs no Cholesky."""
+    if kind_of(intervention) is None:
+        return partial(edit_of, intervention)
+    with torch.no_grad():
+        factors = stack_factors([intervention]).map(lambda part: part[0])  # type: ignore[list-item]
+    return lambda h: low_rank_edit(h.flatten(0, 1), factors).expand(h.shape[0] * h.shape[1], -1).view(h.shape)
+
+
+@contextmanager
+def edited(model: nn.Module, blocks: list[str], edit: Edit) -> Iterator[None]:
+    """Blocks return edited hidden states within it, whose vectors are [B, S, d]; the model's own ReFT adapters rest."""
+    with ExitStack() as stack:
+        state = state_of(model)
+        if state is not None:
+            outer, state.running.context = (
+                state.running.context,
+                ForwardContext(state, (), Given(), depth=-1, idle=True),
+            )
+            stack.callback(setattr, state.running, "context", outer)
+        for number, name in enumerate(blocks):
+
+            def hook(block: nn.Module, args: Any, output: Any, number: int = number) -> Any:
+                return edit_hidden_state(output, lambda h: h + edit(number, h).to(h.dtype))
+
+            stack.callback(model.get_submodule(name).register_forward_hook(hook, prepend=True).remove)
+        yield
+
+
+def _nothing(number: int, h: Tensor) -> Tensor:
+    return torch.zeros_like(h)
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The causal language model itself, without a `PeftModel` around it; other adapters in it stay."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def blocks_of_model(model: nn.Module) -> tuple[list[str], int]:
+    """The blocks of a decoder, by their own names, and their width.
+
+    Raises:
+        ValueError: if its blocks are not one stack of plain hidden states [B, S, d] of one width.
+    """
+    found = ModelBlocks(model)
+    stacks = found.stacks()
+    if len(stacks) != 1:
+        raise ValueError(
+            f"{type(model).__name__} has {len(stacks)} stacks of blocks; one exported graph holds one stack, that of a "
+            "decoder-only language model."
+        )
+    shapes = [found.shape_of(name) for name in stacks[0]]
+    found.forget_trace()
+    widths = sorted({width for width, _ in shapes})
+    odd = next((layout for _, layout in shapes if (layout.rows, layout.columns, layout.streams) != (0, 1, 1)), None)
+    if len(widths) > 1 or odd is not None or any(layout.pool or layout.before or layout.padded for _, layout in shapes):
+        what = f"widths {widths}" if len(widths) > 1 else f"a layout of their own ({odd or shapes[0][1]})"
+        raise ValueError(
+            f"The blocks of {type(model).__name__} return hidden states of {what}, where an exported graph edits "
+            "[rows, columns, width] of one width. Export the model with its adapter by torch.export instead."
+        )
+    return [own_name(name) for name in stacks[0]], widths[0]
+
+
+def exportable(model_or_base: nn.Module, cache: bool = True, baked: str | None = None) -> Backbone:
+    """A causal language model as a module that torch.export and its followers take, with edits as inputs.
+
+    Args:
+        model_or_base: the model, or a `PeftModel` around it, whose own ReFT adapters then take no part (others do).
+        cache: whether it takes and returns keys and values; without, every forward runs the whole row.
+        baked: the name of one of the model's ReFT adapters that becomes part of the graph, for interventions that
+            `adapter_tensors` refuses. The graph then serves this adapter alone.
+
+    Returns:
+        A module whose forward is that of `EditableBackbone`, or of `BakedBackbone`: without `down`, `bias` and `up`.
+        The model is used, not copied; it stays as it was.
+
+    Raises:
+        ValueError: if the model is no decoder-only causal language model whose blocks and cache have the usual form.
+    """
+    model = base_of(model_or_base)
+    config: Any = getattr(model, "config", None)
+    if config is None or getattr(config, "is_encoder_decoder", False) or not hasattr(model, "get_output_embeddings"):
+        raise ValueError(
+            f"{type(model).__name__} is no decoder-only causal language model of transformers; pass one, such as "
+            "AutoModelForCausalLM makes."
+        )
+    model.eval()
+    blocks, width = blocks_of_model(model)
+    with edited(model, [], _nothing):
+        shape = cache_shape(model) if cache else None
+    if baked is None:
+        return EditableBackbone(model, blocks, width, shape).eval()
+    interventions = get_interventions(model_or_base, baked)
+    others = sorted(interventions.keys() - set(blocks))
+    if others:
+        raise ValueError(f"The adapter {baked!r} edits {others[0]!r}, which is none of the model's blocks.")
+    return BakedBackbone(model, blocks, width, shape, interventions=interventions).eval()

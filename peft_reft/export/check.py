@@ -1,0 +1,100 @@
+"""Whether a backbone's file is the model: greedy answers of both, with an adapter and without.
+
+The adapter is a random one, edited at both ends of the prompt and in generated tokens; nothing has to be trained. For a
+backbone with an adapter inside, that one is used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import GenerationConfig
+
+from peft_reft.export.answers import greedy_answer
+from peft_reft.export.backbone import Backbone
+from peft_reft.export.programs import empty_past, open_backbone
+from peft_reft.export.tensors import read_edits
+from peft_reft.tuner.config import ReftConfig
+from peft_reft.tuner.injection import reft_layers
+from peft_reft.tuner.model import set_strength
+
+PROMPT = 9  # tokens
+STRENGTHS = (1.0, 4.0, 16.0, 64.0)  # tried until the adapter changes the answer
+
+
+def check_backbone(model: nn.Module, backbone: Backbone, folder: Path, tokens: int = 12) -> tuple[list[str], bool]:
+    """Compare a file with the model that it was made from.
+
+    Args:
+        model: the model, or the `PeftModel` whose adapter is in the graph.
+        backbone: what was exported.
+        folder: where `export_backbone` wrote it.
+        tokens: length of the answers.
+
+    Returns:
+        Lines to be read, and whether all answers are equal.
+    """
+    run, description = open_backbone(folder)
+    adapted: Any
+    if description.baked is None:
+        groups = min(2, description.max_groups or 2)
+        config = ReftConfig(
+            r=min(2, description.max_rank or 2),
+            intervention="direft",
+            positions="f2+l2" if groups == 1 else "f2+d2",
+            share_weights=groups == 1,
+            init_weights=False,
+            task_type="CAUSAL_LM",
+        )
+        torch.manual_seed(0)
+        adapted = get_peft_model(model, config, adapter_name="check")
+        found = replace(read_edits(adapted, "check"), base_model=None)  # whatever the files call the model
+        adapter, positions, share = description.inputs(found), found.positions, found.share_weights
+    else:
+        adapted, adapter = model, None
+        layer = next(iter(reft_layers(backbone.model).values()))
+        name = layer.active_adapters[0]
+        positions, share = str(layer.position_specs[name]), layer.share_weights[name]
+    assert isinstance(adapted, PeftModel)
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(3, description.vocabulary, (PROMPT,), generator=generator).tolist()
+    tokens = min(tokens, (description.max_columns or tokens + PROMPT) - PROMPT)
+    lines, equal = [], True
+    plain = _of_model(adapted, prompt, tokens, 0.0, description.end_tokens)
+    for strength in (0.0, *STRENGTHS):
+        expected = plain if strength == 0 else _of_model(adapted, prompt, tokens, strength, description.end_tokens)
+        if strength and expected == plain and strength != STRENGTHS[-1]:
+            continue
+        past = empty_past(description)
+        got = greedy_answer(
+            run, prompt, adapter, positions, share, past, len(expected), strength, description.max_groups
+        )
+        same = sum(one == other for one, other in zip(got, expected))
+        what = "the base model" if strength == 0 else f"an adapter at {positions}"
+        lines.append(f"{what}: {same} of {len(expected)} tokens equal")
+        equal = equal and got == expected
+        if strength:
+            if expected == plain:
+                lines.append("the adapter does not change the answer, so that this shows nothing of it")
+            break
+    if description.baked is None:
+        adapted.unload()
+    return lines, equal
+
+
+def _of_model(model: Any, prompt: list[int], tokens: int, strength: float, ends: tuple[int, ...]) -> list[int]:
+    """What the package answers, up to the first token that ends an answer."""
+    set_strength(model, strength)
+    ids = torch.tensor([prompt])
+    settings = GenerationConfig(
+        max_new_tokens=tokens, do_sample=False, eos_token_id=list(ends) or None, pad_token_id=ends[0] if ends else 0
+    )
+    with torch.no_grad():
+        found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    set_strength(model, 1.0)
+    return found[0, len(prompt) :].tolist()

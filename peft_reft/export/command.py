@@ -1,0 +1,149 @@
+"""The command line: `python -m peft_reft export BASE OUT` and `python -m peft_reft export --adapter DIR OUT`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peft_reft.export.backbone import exportable
+from peft_reft.export.check import check_backbone
+from peft_reft.export.files import save_adapter_tensors
+from peft_reft.export.programs import FLOATS, FORMATS, INTEGERS, export_backbone
+from peft_reft.tuner.files import printable, read_config
+
+FAULTS = (ValueError, OSError, ImportError)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments."""
+    made = argparse.ArgumentParser(
+        prog="python -m peft_reft export",
+        usage="%(prog)s BASE OUT [options]\n       %(prog)s --adapter DIR OUT [--dtype ...] [--base-model NAME]",
+        description="Export a base model as one graph in which edits are inputs, and adapters as small files for it.",
+    )
+    made.add_argument("paths", nargs="+", metavar="BASE OUT", help="name or folder of the base model; folder to write")
+    made.add_argument(
+        "--adapter", metavar="DIR", help="a saved adapter, to be written as the file (or into the folder) OUT"
+    )
+    made.add_argument("--format", default="onnx", choices=list(FORMATS), help="of the graph (default: onnx)")
+    made.add_argument(
+        "--cache", action=argparse.BooleanOptionalAction, default=True, help="keys and values as inputs and outputs"
+    )
+    made.add_argument(
+        "--dtype",
+        choices=[*FLOATS, *INTEGERS],
+        help="of the backbone's weights (default: float32), or of an adapter's file (default: float16)",
+    )
+    made.add_argument("--max-rank", type=int, help="fix the rank of the inputs; smaller adapters are padded")
+    made.add_argument("--max-groups", type=int, help="fix the number of position groups of the inputs")
+    made.add_argument("--max-columns", type=int, help="the longest row that the graph takes")
+    made.add_argument("--bake", metavar="DIR", help="put this adapter into the graph, which then serves it alone")
+    made.add_argument("--base-model", metavar="NAME", help="what the files call the base model (default: its own name)")
+    made.add_argument("--tokens", type=int, default=12, help="length of the answers that are compared (default: 12)")
+    made.add_argument("--no-check", action="store_true", help="do not run the file and compare its answers")
+    return made
+
+
+def main(argv: Sequence[str]) -> int:
+    """`python -m peft_reft export ...`: returns the exit status; 1 if the file answers other than the model."""
+    made = parser()
+    arguments = made.parse_args(argv)
+    paths = [Path(path) for path in arguments.paths]
+    if len(paths) != (1 if arguments.adapter else 2):
+        made.error("give BASE and OUT for a backbone, or OUT alone with --adapter DIR")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        if arguments.adapter:
+            return _adapter(arguments, paths[0])
+        return _backbone(arguments, paths[1])
+    except FAULTS as error:
+        print(f"{made.prog}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        return 2
+
+
+def _adapter(arguments: argparse.Namespace, out: Path) -> int:
+    dtype = arguments.dtype or "float16"
+    if dtype not in FLOATS:
+        raise ValueError(f"--dtype {dtype} is for backbones; the edits of an adapter stay in floating point.")
+    read_config(Path(arguments.adapter))  # raises, if it is no adapter
+    if out.is_dir() or out.suffix != ".safetensors":
+        out = out / f"{Path(arguments.adapter).resolve().name}.safetensors"
+    save_adapter_tensors(arguments.adapter, out, FLOATS[dtype], base_model=arguments.base_model)
+    print(f"{out}: {out.stat().st_size:,} bytes")
+    return 0
+
+
+class Steps:
+    """Says what is done, and how long the last thing took."""
+
+    def __init__(self) -> None:
+        self.begun = time.perf_counter()
+
+    def __call__(self, text: str) -> None:
+        now = time.perf_counter()
+        print(f"[{now - self.begun:6.1f} s] {text}", flush=True)
+
+
+def _backbone(arguments: argparse.Namespace, out: Path) -> int:
+    say = Steps()
+    name, dtype = arguments.paths[0], arguments.dtype or "float32"
+    if dtype not in FORMATS[arguments.format].dtypes:
+        raise ValueError(
+            f"--dtype {dtype} is none for --format {arguments.format}; use one of "
+            f"{', '.join(FORMATS[arguments.format].dtypes)}."
+        )
+    say(f"Loading {name}")
+    base: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
+    parameters = sum(p.numel() for p in base.parameters())
+    model, baked = base, None
+    if arguments.bake:
+        model = PeftModel.from_pretrained(base, arguments.bake, adapter_name="baked")
+        baked = model.peft_config["baked"]
+    backbone = exportable(model, cache=arguments.cache, baked="baked" if baked else None)
+    kept = "no cache" if backbone.cache is None else f"a cache of {len(backbone.cache)} layers"
+    say(f"Tracing {len(backbone.blocks)} blocks of width {backbone.width}, {parameters:,} parameters, {kept}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's exporters to each other
+        description = export_backbone(
+            backbone,
+            out,
+            arguments.format,
+            dtype=dtype,
+            max_rank=arguments.max_rank,
+            max_groups=arguments.max_groups,
+            max_columns=arguments.max_columns,
+            base_model=arguments.base_model,
+            baked=baked.positions if baked else None,
+        )
+    for file in sorted(out.glob(f"{description.file}*")):
+        say(f"{file}: {file.stat().st_size:,} bytes")
+    _tokenizer(name, out)
+    if arguments.no_check:
+        return 0
+    say("Running the file, and comparing its greedy answers with the model's")
+    base.float()
+    lines, equal = check_backbone(model, backbone, out, arguments.tokens)
+    print("\n".join(f"           {line}" for line in lines), flush=True)
+    say("Done" if equal else "The file does not answer as the model does")
+    return 0 if equal or dtype != "float32" else 1
+
+
+def _tokenizer(name: str, out: Path) -> None:
+    """Put the tokenizer beside the backbone, if there is one: an app needs both."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except FAULTS:
+        print("           no tokenizer is found with the base model; the app needs one of its own", flush=True)
+        return
+    tokenizer.save_pretrained(out)

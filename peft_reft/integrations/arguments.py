@@ -1,0 +1,65 @@
+"""Command lines of the tools: a mistake ends as one line, and what several tools ask for is declared once."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line on stderr: which argument is wrong, and what it may be."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}. See {self.prog} --help.\n")
+
+
+def device(text: str) -> str:
+    """A device of this machine, for `type=` of an option.
+
+    Raises:
+        ArgumentTypeError: if it is none; the message lists those that there are.
+    """
+    there = ["cpu"]
+    if torch.accelerator.is_available() and (accelerator := torch.accelerator.current_accelerator()) is not None:
+        there += [accelerator.type, *(f"{accelerator.type}:{n}" for n in range(torch.accelerator.device_count()))]
+    if text not in there:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine, which has {', '.join(there)}")
+    return text
+
+
+def number(kind: type, low: float, *, above: bool = False, high: float = math.inf) -> Callable[[str], float]:
+    """A finite number within bounds, for `type=` of an option.
+
+    Args:
+        kind: `int` or `float`.
+        low, high: the bounds.
+        above: whether `low` itself is out.
+    """
+    name = "an integer" if kind is int else "a number"
+    bounds = f"{'above' if above else 'of at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value > high or value < low or (above and value == low):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {name} {bounds}")
+        return value
+
+    return read
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say which base model an adapter is loaded on, how, and where."""
+    parser.add_argument("--model", help="name or folder of the base model (default: the one that the adapter names)")
+    parser.add_argument(
+        "--dtype", default="auto", choices=DTYPES, help="data type of the base model's weights (default: auto)"
+    )
+    parser.add_argument("--device", type=device, help="where to run (default: cuda if there is one, else cpu)")

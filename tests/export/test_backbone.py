@@ -1,0 +1,188 @@
+"""A backbone with edits as inputs answers as the package does: every equation, positions, cache and padding."""
+
+import pytest
+import torch
+from conftest import DECODERS, batch, logits, randomize, reft_model, tiny_model
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from peft_reft import ReftConfig, register_intervention, set_strength
+from peft_reft.export import adapter_tensors, edit_mask, exportable, greedy_answer
+from peft_reft.interventions import BUILT_IN, REGISTRY, takes_source
+
+EQUATIONS = [name for name in sorted(BUILT_IN) if not takes_source(name)]
+PROMPT, TOKENS = [5, 9, 31, 44, 7, 80], 6
+
+
+def answer(model, tokens=TOKENS):
+    ids = torch.tensor([PROMPT])
+    model.generation_config.eos_token_id = None  # answers go on behind a token that would end them
+    settings = {"max_new_tokens": tokens, "do_sample": False}
+    return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)[0, len(PROMPT) :].tolist()
+
+
+def answer_of(backbone, tensors, positions, share_weights=True, strength=1.0):
+    past = backbone.empty_past() if backbone.cache else None
+    return greedy_answer(backbone, PROMPT, tensors, positions, share_weights, past, TOKENS, strength)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("intervention", EQUATIONS)
+def test_every_equation_gives_the_logits_of_the_package(intervention, side):
+    settings = {"positions": "f2+l1", "share_weights": False, "layers_to_transform": [0, 2]}
+    model = reft_model(tiny_model("llama"), intervention=intervention, r=3, task_type="CAUSAL_LM", **settings)
+    inputs = batch(7, 4, side=side)
+    tensors, mask = adapter_tensors(model), edit_mask("f2+l1", inputs["attention_mask"])
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
+        "down": (3, 2, 3, 32),
+        "bias": (3, 2, 3),
+        "up": (3, 2, 3, 32),
+    }
+    backbone, valid = exportable(model, cache=False), inputs["attention_mask"].bool()
+    with torch.no_grad():
+        got, off = (backbone(*inputs.values(), m, *tensors.values())[0] for m in (mask, mask.roll(1, dims=1)))
+    expected = logits(model, inputs)
+    torch.testing.assert_close(got[valid], expected[valid], rtol=1e-4, atol=1e-4)
+    assert (got - off)[valid].abs().max() > 1e-2  # one token further is another result
+    with model.disable_adapter():
+        assert (logits(model, inputs) - expected)[valid].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("intervention", sorted(BUILT_IN.difference(EQUATIONS)))
+def test_an_intervention_that_takes_a_source_is_refused(intervention):
+    model = reft_model(tiny_model("llama"), intervention=intervention, task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="takes the hidden states of another input"):
+        adapter_tensors(model)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("family", DECODERS)
+def test_answers_are_those_of_generate(family, cache):
+    model = reft_model(tiny_model(family), positions="f2+d2", share_weights=False, task_type="CAUSAL_LM")
+    backbone, tensors = exportable(model, cache=cache), adapter_tensors(model)
+    for strength in (1.0, 0.5, 0.0):
+        set_strength(model, strength)
+        assert answer_of(backbone, tensors, "f2+d2", False, strength) == answer(model)
+    assert answer_of(backbone, tensors, "f2+d2", False) != answer_of(backbone, tensors, "f2+d3", False)
+
+
+def test_a_padded_batch_with_a_cache_continues_as_the_whole_rows():
+    model = reft_model(tiny_model("gpt2"), positions="f1+l2", task_type="CAUSAL_LM")  # with absolute places
+    backbone, tensors = exportable(model), adapter_tensors(model)
+    inputs = batch(7, 4, side="left")
+    ids, mask = inputs.values()
+    edits = edit_mask("f1+l2", mask, share_weights=True)
+    with torch.no_grad():
+        logits_whole, *_ = backbone(ids, mask, edits, *tensors.values(), *backbone.empty_past(2))
+        _, *past = backbone(ids[:, :5], mask[:, :5], edits[:, :5], *tensors.values(), *backbone.empty_past(2))
+        logits_rest, *_ = backbone(ids[:, 5:], mask, edits[:, 5:], *tensors.values(), *past)
+    torch.testing.assert_close(logits_rest, logits_whole[:, 5:], rtol=1e-4, atol=1e-4)
+    answers = model.generate(**inputs, max_new_tokens=1, do_sample=False)[:, -1]
+    assert logits_whole[:, -1].argmax(-1).tolist() == answers.tolist()
+
+
+def test_shared_weights_take_a_mask_of_one_group_or_of_one_per_term():
+    model = reft_model(tiny_model("llama"), positions="f1+l1", task_type="CAUSAL_LM")
+    backbone, tensors, inputs = exportable(model, cache=False), adapter_tensors(model), batch(6)
+    assert tensors["bias"].shape[1] == 1
+    with torch.no_grad():
+        one, two = (
+            backbone(*inputs.values(), edit_mask("f1+l1", prompt_length=6, share_weights=share), *tensors.values())[0]
+            for share in (True, False)
+        )
+    torch.testing.assert_close(one, two)
+    torch.testing.assert_close(one, logits(model, inputs), rtol=1e-4, atol=1e-4)
+
+
+def test_the_model_stays_what_it_was():
+    model = reft_model(tiny_model("llama"), positions="f1+l1", task_type="CAUSAL_LM")
+    before, hooks = answer(model), [len(module._forward_hooks) for module in model.modules()]
+    backbone = exportable(model)
+    answer_of(backbone, adapter_tensors(model), "f1+l1")
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+    with pytest.raises((IndexError, RuntimeError)):  # tensors of no adapter
+        answer_of(backbone, dict.fromkeys(("down", "bias", "up"), torch.ones(1, 1, 1, 32)), "f1+l1")
+    assert answer(model) == before
+
+
+def test_adapters_of_other_types_stay_part_of_the_backbone():
+    base = tiny_model("llama")
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    expected = answer(model)
+    backbone = exportable(model)
+    nothing = {"down": torch.zeros(3, 1, 1, 32), "bias": torch.zeros(3, 1, 1), "up": torch.zeros(3, 1, 1, 32)}
+    assert answer_of(backbone, nothing, "f1") == expected
+    with model.disable_adapter():
+        assert answer(model) != expected
+
+
+class Squared(nn.Module):
+    def __init__(self, d, r):
+        super().__init__()
+        self.direction = nn.Parameter(torch.randn(r, d))
+
+    def forward(self, h):
+        return h + (h @ self.direction.T).square() @ self.direction * 0.1
+
+
+@pytest.mark.parametrize("settings", [{"act_fn": "gelu", "intervention": "loreft"}, {"intervention": "squared"}])
+@pytest.mark.filterwarnings("ignore:.*no weights for which the edit is zero")
+def test_what_is_no_two_products_is_refused_as_tensors_and_can_be_baked_in(settings):
+    register_intervention("squared", Squared)
+    try:
+        model = reft_model(
+            tiny_model("llama"), positions="f2+l2", share_weights=False, task_type="CAUSAL_LM", **settings
+        )
+        with pytest.raises(ValueError, match="baked"):
+            adapter_tensors(model)
+        backbone = exportable(model, baked="default")
+        assert answer_of(backbone, None, "f2+l2", False) == answer(model)
+        with model.disable_adapter():
+            assert answer_of(backbone, None, "f2+l2", False, strength=0.0) == answer(model)
+            assert answer_of(backbone, None, "f2+l2", False) != answer(model)
+    finally:
+        del REGISTRY["squared"]
+
+
+def test_a_baked_adapter_keeps_its_weights_when_the_model_trains_on():
+    model = reft_model(tiny_model("llama"), positions="l1", task_type="CAUSAL_LM")
+    backbone, before = exportable(model, baked="default"), answer(model)
+    randomize(model, seed=5)
+    assert answer_of(backbone, None, "l1") == before != answer(model)
+
+
+@pytest.mark.parametrize(
+    ("model", "cache", "why"),
+    [
+        (lambda: tiny_model("t5"), True, "no decoder-only causal language model"),
+        (lambda: tiny_model("bert"), True, "no key/value cache|takes no key/value cache|past_key_values|kept nothing"),
+        (lambda: nn.Linear(3, 3), True, "no decoder-only causal language model"),
+    ],
+)
+def test_models_that_cannot_be_exported_are_refused_with_the_reason(model, cache, why):
+    with pytest.raises(ValueError, match=why):
+        exportable(model(), cache=cache)
+
+
+def test_a_recurrent_state_is_refused_with_the_way_out():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, state_size=4)).eval()
+    with pytest.raises(ValueError, match="cache=False"):
+        exportable(model)
+    assert exportable(model, cache=False).cache is None
+
+
+def test_too_few_tensors_of_the_past_are_refused():
+    model = reft_model(tiny_model("llama"), positions="l1", task_type="CAUSAL_LM")
+    ids = torch.tensor([PROMPT])
+    with pytest.raises(ValueError, match="takes 6 tensors of the past"):
+        exportable(model)(ids, torch.ones_like(ids), torch.ones(1, 6, 1), *adapter_tensors(model).values())
+
+
+def test_config_has_a_name_for_every_way_of_sharing():
+    model = reft_model(tiny_model("llama"), positions="f1+l2", share_weights="position", task_type="CAUSAL_LM")
+    tensors = adapter_tensors(model)
+    assert tensors["bias"].shape[1] == 3
+    assert ReftConfig(positions="f1+l2", share_weights="position").share_weights == "position"
+    assert answer_of(exportable(model), tensors, "f1+l2", "position") == answer(model)

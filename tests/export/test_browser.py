@@ -1,0 +1,199 @@
+"""The web page of examples/browser: its mask is Python's (in node), and the page itself in headless Chromium.
+
+PEFT_REFT_BROWSER=1 pytest tests/export/test_browser.py   (needs '.[export]', selenium, chromium, chromedriver, and
+                                                           `npm install` in examples/browser)
+"""
+
+import functools
+import http.server
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import browser
+import pytest
+import torch
+from conftest import randomize, reft_model, tiny_model
+from test_tools import word_tokenizer
+
+from peft_reft import ReftConfig
+from peft_reft.export import edit_mask, export_backbone, exportable, save_adapter_tensors
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "browser"
+POSITIONS = ["f2", "l3", "f2+l1", "f1+l3", "m2", "m3+e2", "e3", "all", "d", "d2", "f2+m1+l2+e3+d2", "all+d3", "l1+d"]
+PENALTY, MOST = 1.15, 60  # of the page
+ADAPTERS = {"loud": ("f2+d2", False), "quiet": ("l1", True)}
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_the_mask_in_javascript_is_that_of_python(tmp_path):
+    cases = [
+        [positions, share, prompt, generated]
+        for positions in POSITIONS
+        for share in (True, False, "position")
+        if share != "position" or not set(positions) & set("ead")
+        for prompt in range(1, 10)
+        for generated in (0, 1, 5)
+    ]
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    program = f"""
+        import {{ readFileSync }} from "fs";
+        import {{ editMask }} from {json.dumps((EXAMPLE / "mask.mjs").as_uri())};
+        const cases = JSON.parse(readFileSync("cases.json"));
+        console.log(JSON.stringify(cases.map((c) => {{ const m = editMask(...c); return [m.groups, [...m.mask]]; }})));
+    """
+    (tmp_path / "program.mjs").write_text(program)
+    done = subprocess.run(["node", "program.mjs"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert len(cases) > 800
+    for (positions, share, prompt, generated), (groups, mask) in zip(cases, json.loads(done.stdout), strict=True):
+        wanted = edit_mask(positions, prompt_length=prompt, generated=generated, share_weights=share)
+        assert (groups, mask) == (wanted.shape[-1], wanted.flatten().tolist()), (positions, share, prompt, generated)
+
+
+def missing() -> list[str]:
+    needed = ("selenium", "onnx", "onnxscript", "onnxruntime")
+    found = [name for name in needed if importlib.util.find_spec(name) is None]
+    found += [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
+    return found + ([] if (EXAMPLE / "node_modules").is_dir() else ["npm install in examples/browser"])
+
+
+needs_a_browser = pytest.mark.skipif(
+    os.environ.get("PEFT_REFT_BROWSER") != "1" or bool(missing()),
+    reason=f"opt-in by PEFT_REFT_BROWSER=1; missing: {missing()}",
+)
+
+
+def two_adapters():
+    base = tiny_model("llama", num_hidden_layers=2)
+    settings = {"positions": "f2+d2", "share_weights": False, "layers_to_transform": [1]}
+    model = reft_model(base, adapter="loud", r=3, task_type="CAUSAL_LM", **settings)
+    model.add_adapter("quiet", ReftConfig(r=2, positions="l1", task_type="CAUSAL_LM"))
+    return randomize(model, "quiet", seed=4, scale=1.0)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The address of the page with a tiny model and two adapters."""
+    sys.path.insert(0, str(EXAMPLE))
+    from prepare import copy_page
+
+    folder, model = tmp_path_factory.mktemp("site"), two_adapters()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        export_backbone(exportable(model), folder / "model", base_model="tiny")
+    word_tokenizer().save_pretrained(folder / "model")
+    (folder / "adapters").mkdir()
+    menu = []
+    for name in (*ADAPTERS, "cut"):
+        file = folder / "adapters" / f"{name}.safetensors"
+        save_adapter_tensors(model, file, torch.float32, adapter_name=name if name in ADAPTERS else "loud")
+        menu.append({"name": name, "file": f"adapters/{name}.safetensors", "bytes": file.stat().st_size})
+    file.write_bytes(file.read_bytes()[:-9])
+    for name, other in (("wide", {"hidden_size": 64}), ("deep", {"num_hidden_layers": 4})):
+        save_adapter_tensors(
+            reft_model(tiny_model("llama", **other), task_type="CAUSAL_LM"), folder / f"{name}.safetensors"
+        )
+    save_adapter_tensors(model, folder / "other.safetensors", adapter_name="loud", base_model="other")
+    (folder / "adapters.json").write_text(json.dumps(menu))
+    copy_page(folder)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/", folder
+    server.shutdown()
+
+
+@pytest.fixture
+def page(site, tmp_path):
+    page = browser.Page(site[0], tmp_path / "profile", size=(900, 900))
+    try:
+        page.wait(lambda: "on w" in page.find("#status").text or page.find("#error").text)
+        assert page.find("#error").text == ""
+        yield page
+    finally:
+        page.driver.quit()
+
+
+def ask(page, question):
+    field = page.find("#question")
+    field.clear()
+    field.send_keys(question)
+    before = len(page.driver.find_elements("css selector", ".answer"))
+    page.find("#send").click()
+    page.wait(lambda: len(page.driver.find_elements("css selector", ".answer")) == before + 1)
+    page.wait(lambda: page.find("#send").is_enabled())
+    assert page.find("#error").text == ""
+    return page.driver.find_elements("css selector", ".answer")[-1].text.split()
+
+
+def choose(page, label):
+    option = next(
+        option for option in page.driver.find_elements("css selector", "#adapter option") if label in option.text
+    )
+    option.click()
+    page.wait(lambda: page.find("#about").text or page.find("#error").text or label == "none")
+
+
+def dial(page, strength):
+    script = "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input'))"
+    page.driver.execute_script(script, page.find("#strength"), str(strength))
+
+
+def expected(question, adapter=None):
+    model, tokenizer = two_adapters(), word_tokenizer()
+    ids = tokenizer(f"user {question} assistant ", return_tensors="pt", add_special_tokens=False)["input_ids"]
+    settings = {"max_new_tokens": MOST, "do_sample": False, "repetition_penalty": PENALTY}
+    if adapter is not None:
+        model.set_adapter(adapter)
+    with torch.no_grad() if adapter is not None else model.disable_adapter():
+        found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+    return tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True).split()
+
+
+@needs_a_browser
+def test_the_page_answers_as_the_package_for_every_adapter(page):
+    question = "w3 w4 w5"
+    assert ask(page, question) == expected(question)
+    for adapter, (positions, share) in ADAPTERS.items():
+        choose(page, adapter)
+        assert ask(page, question) == expected(question, adapter) != expected(question)
+        tokens = page.driver.find_elements("css selector", "#prompt > *")
+        marked = [token.tag_name == "mark" for token in tokens]
+        mask = edit_mask(positions, prompt_length=len(tokens), share_weights=share)[0].any(-1).tolist()
+        assert marked == mask and len(marked) == 5
+    dial(page, 0)
+    assert ask(page, question) == expected(question)
+    dial(page, 1)
+    choose(page, "none")
+    assert ask(page, question) == expected(question)
+
+
+@needs_a_browser
+def test_adapters_are_fetched_when_they_are_chosen(page):
+    def fetched():
+        return [name for name in page.fetched() if name.endswith(".safetensors")]
+
+    assert fetched() == []
+    choose(page, "loud")
+    assert [name.rsplit("/", 1)[1] for name in fetched()] == ["loud.safetensors"]
+    assert "2 kB" in page.find("#adapter option:checked").text
+
+
+@needs_a_browser
+def test_what_does_not_fit_is_said_and_changes_nothing(page, site):
+    choose(page, "loud")
+    choose(page, "cut")
+    page.wait(lambda: "damaged or was cut off" in page.find("#error").text)
+    assert page.find("#adapter option:checked").get_attribute("value") == "loud"
+    for name, why in (("wide", "of width 64"), ("deep", "model.layers.2"), ("other", 'trained on "other"')):
+        page.find("#file").send_keys(str(site[1] / f"{name}.safetensors"))
+        page.wait(lambda why=why: why in page.find("#error").text)
+    page.find("#file").send_keys(str(site[1] / "model" / "tokenizer.json"))
+    page.wait(lambda: "cut off" in page.find("#error").text or "no file of edits" in page.find("#error").text)
+    assert ask(page, "w3 w4") == expected("w3 w4", "loud")

@@ -1,0 +1,148 @@
+"""Backbones as files: ONNX in onnxruntime, PT2 in torch, weights of 8 and 4 bits, and files that cannot be run."""
+
+import warnings
+
+import pytest
+import torch
+from conftest import randomize, reft_model, tiny_model
+
+from peft_reft import ReftConfig
+from peft_reft.export import (
+    adapter_tensors,
+    edit_mask,
+    export_backbone,
+    exportable,
+    greedy_answer,
+    load_adapter_tensors,
+    open_backbone,
+    save_adapter_tensors,
+)
+from peft_reft.export.programs import empty_past
+
+PROMPT, TOKENS = [5, 9, 31, 44, 7, 80], 6
+needs_onnx = [pytest.importorskip(name) for name in ("onnx", "onnxscript", "onnxruntime")]
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def two_adapters():
+    """One model, two adapters that differ in equation, rank, blocks, positions and sharing."""
+    base = tiny_model("llama", num_hidden_layers=2)
+    base.generation_config.eos_token_id = None
+    model = reft_model(
+        base, adapter="one", r=3, positions="f2+d2", share_weights=False, layers_to_transform=[1], task_type="CAUSAL_LM"
+    )
+    model.add_adapter("two", ReftConfig(r=1, positions="l1", intervention="direft", task_type="CAUSAL_LM"))
+    return randomize(model, "two", seed=4, scale=1.0)
+
+
+ADAPTERS = {"one": ("f2+d2", False), "two": ("l1", True)}
+
+
+def answer(model, adapter):
+    model.set_adapter(adapter)
+    ids = torch.tensor([PROMPT])
+    with torch.no_grad():
+        found = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False
+        )
+    return found[0, len(PROMPT) :].tolist()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """The folder of an ONNX backbone with a cache."""
+    folder = tmp_path_factory.mktemp("onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        export_backbone(exportable(two_adapters()), folder, base_model="tiny")
+    return folder
+
+
+def test_one_file_answers_for_every_adapter_and_for_the_base_model(exported, tmp_path):
+    model = two_adapters()
+    run, description = open_backbone(exported)
+    seen = set()
+    for adapter, (positions, share) in ADAPTERS.items():
+        path = tmp_path / f"{adapter}.safetensors"
+        save_adapter_tensors(model, path, torch.float32, adapter_name=adapter, base_model="tiny")
+        tensors = description.inputs(load_adapter_tensors(path))
+        for strength in (1.0, 0.0):
+            got = greedy_answer(run, PROMPT, tensors, positions, share, empty_past(description), TOKENS, strength)
+            with model.disable_adapter() if strength == 0 else torch.no_grad():
+                assert got == answer(model, adapter)
+            seen.add(tuple(got))
+    assert len(seen) == 3
+
+
+def test_logits_are_those_of_the_backbone(exported):
+    model = two_adapters()
+    backbone, (run, _) = exportable(model), open_backbone(exported)
+    tensors, mask = adapter_tensors(model, "one"), torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+    ids = torch.randint(3, 90, (2, 5))
+    arguments = (ids, mask, edit_mask("f2+d2", mask), *tensors.values(), *backbone.empty_past(2))
+    with torch.no_grad():
+        expected = backbone(*arguments)
+    for got, wanted in zip(run(*arguments), expected, strict=True):
+        keep = mask.bool() if got.dim() == 3 else mask.bool()[:, None].expand(got.shape[:3])
+        torch.testing.assert_close(got[keep], wanted[keep], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_weights_of_few_bits_leave_the_edits_in_floating_point(dtype, exported, tmp_path):
+    from peft_reft.export.programs import quantise
+
+    model = two_adapters()
+    for name in ("backbone.json",):
+        (tmp_path / name).write_bytes((exported / name).read_bytes())
+    quantise(exported / "backbone.onnx", tmp_path / "backbone.onnx", dtype)
+    (run, description), (exact, _) = open_backbone(tmp_path), open_backbone(exported)
+    tensors, ids = adapter_tensors(model, "one"), torch.tensor([PROMPT])
+    mask = edit_mask("f2+d2", prompt_length=len(PROMPT))
+
+    def logits(of, strength):
+        past = empty_past(description)
+        return of(ids, torch.ones_like(ids), strength * mask, *tensors.values(), *past)[0]
+
+    assert (logits(run, 0) - logits(exact, 0)).abs().max() > 1e-3  # the weights were rounded
+    effect, exact_effect = (logits(of, 1) - logits(of, 0) for of in (run, exact))
+    apart = (effect - exact_effect).norm() / exact_effect.norm()
+    assert exact_effect.norm() > 1 and apart < {"int8": 0.1, "int4": 0.6}[dtype]
+    import onnx
+
+    einsums = [node for node in onnx.load(tmp_path / "backbone.onnx").graph.node if node.op_type == "Einsum"]
+    assert len(einsums) == 2 * 2  # down and up of two blocks, unrounded
+
+
+def test_pt2_without_a_cache_and_with_fixed_sizes(tmp_path):
+    model = two_adapters()
+    written = export_backbone(exportable(model, cache=False), tmp_path, "pt2", max_rank=4, max_groups=2)
+    run, description = open_backbone(tmp_path)
+    assert written == description and (description.max_rank, description.cache) == (4, None)
+    for adapter, (positions, share) in ADAPTERS.items():
+        save_adapter_tensors(model, tmp_path / "a.safetensors", torch.float32, adapter_name=adapter)
+        tensors = description.inputs(load_adapter_tensors(tmp_path / "a.safetensors"))
+        assert greedy_answer(
+            run, PROMPT, tensors, positions, share, None, TOKENS, max_groups=description.max_groups
+        ) == answer(model, adapter)
+
+
+def test_formats_dtypes_and_sizes_that_there_are_not(tmp_path):
+    backbone = exportable(two_adapters())
+    with pytest.raises(ValueError, match=r"format='tflite' .* onnx, pt2, pte"):
+        export_backbone(backbone, tmp_path, "tflite")
+    with pytest.raises(ValueError, match="dtype='int4' is none for format='pt2'"):
+        export_backbone(backbone, tmp_path, "pt2", dtype="int4")
+    with pytest.raises(ValueError, match="max_rank=0"):
+        export_backbone(backbone, tmp_path, max_rank=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_or_missing_graph_is_refused(exported, tmp_path):
+    with pytest.raises(ValueError, match=r"backbone.json"):
+        open_backbone(tmp_path)
+    (tmp_path / "backbone.json").write_bytes((exported / "backbone.json").read_bytes())
+    with pytest.raises(ValueError, match="is missing"):
+        open_backbone(tmp_path)
+    (tmp_path / "backbone.onnx").write_bytes((exported / "backbone.onnx").read_bytes()[:5000])
+    with pytest.raises(ValueError, match="the file is damaged"):
+        open_backbone(tmp_path)

@@ -1,0 +1,110 @@
+"""Which of transformers' causal language models can be exported with their edits as inputs: a sweep over tiny ones.
+
+    python tests/exportable_architectures.py [--types llama gpt2 ...] [--limit SECONDS] [--write FILE]
+
+For every type: a tiny model with an adapter of random weights; the backbone of `exportable` is traced by torch.export
+with dynamic shapes, and the traced program answers greedily with the adapter and without, as model.generate does. With
+a key/value cache first; types that are refused one are tried without. At the end, how many of how many.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import signal
+import time
+import warnings
+from typing import Any
+
+import torch
+import transformers
+from architectures import FIRST_SPECIAL, model_types, tiny_model
+from peft import get_peft_model
+
+from peft_reft import ReftConfig
+from peft_reft.export import adapter_tensors, exportable, greedy_answer
+from peft_reft.export.programs import trace
+
+TOKENS = 8
+CONFIG = {"r": 3, "positions": "f2+l2+d3", "share_weights": False, "intervention": "direft", "init_weights": False}
+
+
+def answers(model: Any, prompt: list[int]) -> list[int]:
+    """What the package itself answers."""
+    ids = torch.tensor([prompt])
+    mask = torch.ones_like(ids)
+    ends = {"eos_token_id": None, "pad_token_id": 0, "max_new_tokens": TOKENS, "do_sample": False}
+    settings = transformers.GenerationConfig(**ends)
+    model.generation_config.eos_token_id = None
+    found = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+    return found[0, len(prompt) :].tolist()
+
+
+def examine(model_type: str, cache: bool) -> tuple[str, str]:
+    """A verdict on a type of model, and what it rests on."""
+    base = tiny_model(model_type)
+    prompt = torch.randint(5, FIRST_SPECIAL - 1, (6,), generator=torch.Generator().manual_seed(1)).tolist()
+    model = get_peft_model(base, ReftConfig(task_type="CAUSAL_LM", **CONFIG)).eval()
+    for groups in model.get_base_model().modules():
+        if hasattr(groups, "basis"):
+            groups.basis.data.mul_(3)
+    try:
+        backbone = exportable(model, cache=cache)
+        tensors = adapter_tensors(model)
+    except ValueError as error:
+        return "refused", str(error)
+    expected = answers(model, prompt)
+    with model.disable_adapter():
+        plain = answers(model, prompt)
+    program = trace(backbone, None, None, None).module(check_guards=False)
+    for run, name in ((backbone, "eager"), (program, "traced")):
+        for strength, wanted in ((1.0, expected), (0.0, plain)):
+            past = backbone.empty_past() if cache else None
+            got = greedy_answer(run, prompt, tensors, CONFIG["positions"], False, past, TOKENS, strength)
+            if got != wanted:
+                return "differs", f"{name}, strength {strength}: {got}, expected {wanted}"
+    return ("equal", "the adapter changes the answer" if expected != plain else "the adapter changes nothing")
+
+
+def examined(model_type: str, cache: bool, limit: int) -> tuple[str, str]:
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"more than {limit} s")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(limit)
+    try:
+        return examine(model_type, cache)
+    except Exception as error:
+        return "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    finally:
+        signal.alarm(0)
+
+
+def main() -> None:
+    """Go through the types and print a line for each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--types", nargs="*", help="model types (default: all)")
+    parser.add_argument("--limit", type=int, default=300, help="seconds for each try (default: 300)")
+    parser.add_argument("--write", help="a file that gets a line of JSON for each type")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    counts: collections.Counter[str] = collections.Counter()
+    for model_type in arguments.types or model_types("causal"):
+        begun = time.monotonic()
+        verdict, why = examined(model_type, True, arguments.limit)
+        row = {"type": model_type, "cache": verdict, "why": why}
+        if verdict != "equal":
+            row["no cache"], row["why not"] = examined(model_type, False, arguments.limit)
+        counts[verdict if verdict == "equal" else f"{verdict} with a cache, {row['no cache']} without"] += 1
+        row["seconds"] = f"{time.monotonic() - begun:.0f}"
+        print(json.dumps(row), flush=True)
+        if arguments.write:
+            with open(arguments.write, "a") as file:
+                file.write(json.dumps(row) + "\n")
+    print("\n".join(f"{number:4} of {counts.total()}: {what}" for what, number in counts.most_common()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Tiny models of many types, each against transformers; engines that run out of room, and engines that must refuse."""
+
+import pytest
+import torch
+from engines import Asked, assert_right, engine, every_pair
+from kit import MODELS, Truth, make_adapter, make_model, prompts
+
+ADAPTERS = {
+    "both-ends": {"positions": "f2+l3", "r": 4},
+    "answers": {"positions": "l2+d", "r": 2, "act_fn": "relu", "intervention": "direft"},
+}
+SUMS = {"llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "phi3"}  # with the stream in two tensors
+
+
+def adapters_of(name, place):
+    base = make_model(name, place)
+    return base, {
+        own: make_adapter(base, place / f"{name}-{own}", seed, **settings)
+        for seed, (own, settings) in enumerate(ADAPTERS.items(), 1)
+    }
+
+
+def check(name, place, implementation, stream=None, **settings):
+    from peft_reft.integrations.vllm import runner
+    from peft_reft.integrations.vllm.slots import TABLES
+
+    base, adapters = adapters_of(name, place)
+    truth = Truth(base, adapters)
+    with engine(base, max_loras=2, max_num_batched_tokens=64, model_impl=implementation, **settings) as llm:
+        worker = list(runner._workers.values())[-1]
+        assert worker.problem is None and worker.table is TABLES[-1]
+        hooks = [hook for block in worker.blocks.values() for hook in block._forward_hooks.values()]
+        assert len(hooks) == 4
+        if stream is not None:
+            assert {hook.convention.stream for hook in hooks} == {stream}
+        pairs = every_pair([None, *ADAPTERS], prompts(6))
+        assert_right(Asked(llm, adapters).compare(pairs, truth))
+    for own in ADAPTERS:
+        assert any(truth.answer(own, prompt).tokens != truth.answer(None, prompt).tokens for prompt in prompts(6))
+
+
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - {"gpt2", "llama"}))
+def test_a_model_of_each_type(name, place):
+    check(name, place, "auto", "sum" if name in SUMS else "first")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_models_that_run_transformers_modules(name, place):
+    check(name, place, "transformers", "first")
+
+
+def test_lora_reft_and_base_in_one_batch(place):
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    base, adapters = adapters_of("llama", place)
+    truth = Truth(base, adapters)
+    torch.manual_seed(5)
+    model = get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
+    ).eval()
+    model.save_pretrained(place / "lora")
+    # LoRA takes the first of four slots: on CPUs vLLM 0.32 applies what is in the last one to tokens without adapter.
+    with engine(base, max_loras=4) as llm:
+        asked = Asked(llm, {"lora": place / "lora", **adapters})
+        asked.generate([("lora", [5, 6, 7])])
+        pairs = every_pair([None, "lora", *adapters], prompts(6))
+        for (name, prompt), output in zip(pairs, asked.generate(pairs)):
+            if name == "lora":
+                ids = torch.tensor([prompt])
+                answer = model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=8,
+                    do_sample=False,
+                    eos_token_id=None,
+                )
+                wanted = answer[0, len(prompt) :].tolist()
+            else:
+                wanted = truth.answer(name, prompt).tokens
+            assert list(output.outputs[0].token_ids) == wanted, (name, len(prompt))
+        with pytest.raises(Exception, match="is not for a ReFT adapter"):
+            asked.generate([("lora", [5, 6])], extra={"reft_strength": 0.5})
+        system = prompts(2, longest=96)[1]
+        cached = [
+            asked.generate([(name, [*system, 9, 9, 9])])[0].num_cached_tokens for name in (None, "answers", "lora")
+        ]
+        assert cached == [0, 96, 0]  # behind the base model's run of it
+
+
+def test_a_model_that_takes_no_adapters_says_how_it_does(place):
+    base = make_model("gpt2", place)
+    with pytest.raises(Exception, match="model_impl='transformers'"), engine(base):
+        pass
+
+
+def test_requests_that_are_preempted_and_run_again(place):
+    """A cache with room for two of eight long requests: the others lose their blocks and run their answers as input."""
+    base, adapters = adapters_of("llama", place)
+    truth = Truth(base, adapters)
+    long = [prompt for prompt in prompts(16, longest=60) if len(prompt) > 20]
+    pairs = every_pair([None, *ADAPTERS], long)
+    with engine(
+        base, max_loras=2, num_gpu_blocks_override=9, max_num_seqs=8, max_model_len=128, disable_log_stats=False
+    ) as llm:
+        assert_right(Asked(llm, adapters).compare(pairs, truth, new=40))
+        counts = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    assert counts["vllm:num_preemptions"] > 0
+
+
+def test_speculative_decoding(place):
+    base, adapters = adapters_of("llama", place)
+    truth = Truth(base, adapters)
+    speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    loops = [[7, 8, 9] * 6, [30, 31] * 9, *prompts(4)]
+    with engine(base, max_loras=2, speculative_config=speculation) as llm:
+        assert_right(Asked(llm, adapters).compare(every_pair([None, *ADAPTERS], loops), truth, new=12))
+        counted = make_adapter(base, place / "counted", 9, positions="d2", r=2)
+        with pytest.raises(Exception, match="speculative"):
+            Asked(llm, {"counted": counted}, first_id=9).generate([("counted", [5, 6])])
+
+
+def test_a_model_whose_residual_stream_is_not_found_is_served_and_its_adapters_refused(place, monkeypatch):
+    """Blocks that return the stream in a way that no probe knows: here the sum of both tensors with a sign changed."""
+    from vllm.model_executor.models.llama import LlamaDecoderLayer
+
+    original = LlamaDecoderLayer.forward
+
+    def changed(self, positions, hidden_states, residual, *args, **kwargs):
+        residual = None if residual is None else -residual
+        hidden, residual = original(self, positions, hidden_states, residual, *args, **kwargs)
+        return hidden, -residual
+
+    base, adapters = adapters_of("llama", place)
+    truth = Truth(base, adapters)
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", changed)
+    with engine(base, max_loras=2) as llm:
+        asked = Asked(llm, adapters)
+        with pytest.raises(Exception, match="reach the next one in an unknown way"):
+            asked.generate([("answers", [5, 6, 7])])
+        assert asked.generate([(None, [5, 6, 7])])[0].outputs[0].token_ids
+    assert truth
