@@ -38,7 +38,7 @@ def draw_trace() -> dict[str, Any]:
 
 def draw_drift(inputs: Any) -> None:
     """How much of an edit's effect stays in its subspace, for the edits of three blocks."""
-    axes = (figure := Figure(figsize=(6.4, 3.2), layout="constrained", dpi=100)).subplots()
+    axes = (figure := Figure(figsize=(7.2, 3.2), layout="constrained", dpi=100)).subplots()
     base = AutoModelForCausalLM.from_pretrained(NAME)
     settings = {"r": 4, "positions": "l1", "intervention": "lobireft", "init_weights": False, "task_type": "CAUSAL_LM"}
     for block in EDITED:
@@ -53,7 +53,7 @@ def draw_drift(inputs: Any) -> None:
     axes.set_xlabel("block whose output is looked at")
     axes.set_ylabel("part of ‖Δh‖² in the subspace\nof the edit (1: all of it)")
     axes.set_ylim(0, 1.05)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.savefig(IMAGES / "causal-drift.png", dpi=100)
