@@ -240,7 +240,8 @@ def _flat(
     if columns is not None or several or not every_row:
         if columns is None:
             columns = torch.arange(shape[1], device=keep.device).expand(keep.shape)
-        first = torch.arange(0, shape[0] * shape[1], shape[1], device=keep.device)
+        # Not an arange in steps: to a graph of rows of any length, how many steps there are would be a question.
+        first = torch.arange(shape[0], device=keep.device) * shape[1]
         index = columns + (first if every_row else first[rows])[:, None, None]
     if several:  # an intervention for each row and group
         return None if index is None else index.flatten(), keep.flatten(0, 1).unsqueeze(-1)
