@@ -7,7 +7,9 @@ export async function loadRuntime(vendor) {
   const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
   const provider = adapter ? "webgpu" : "wasm";
   const ort = await import(`${vendor}/ort.${provider}.bundle.min.mjs`);
-  ort.env.wasm.wasmPaths = `${vendor}/`;
+  // The module's code is in the bundle, its WebAssembly beside it.
+  const file = adapter ? "ort-wasm-simd-threaded.asyncify.wasm" : "ort-wasm-simd-threaded.wasm";
+  ort.env.wasm.wasmPaths = { wasm: `${vendor}/${file}` };
   ort.env.wasm.numThreads = self.crossOriginIsolated ? navigator.hardwareConcurrency : 1;
   return { ort, provider };
 }

@@ -274,6 +274,7 @@ def _flat(
     if columns is not None or several or not every_row:
         if columns is None:
             columns = torch.arange(shape[1], device=keep.device).expand(keep.shape)
+        # Not an arange in steps: to a graph of rows of any length, how many steps there are would be a question.
         row = torch.arange(shape[0], device=keep.device)
         row = row if every_row else row[rows]
         index = torch.add(columns, row[:, None, None], alpha=shape[1])
