@@ -577,7 +577,7 @@ def test_hotswap_of_an_offloaded_adapter_is_refused(tmp_path):
 def test_each_setting_is_compared_seen_in_the_tensors_or_only_for_training():
     in_tensors = {"r", "rank_pattern", "layers_to_transform", "target_modules", "exclude_modules"}
     own = {field.name for field in dataclasses.fields(ReftConfig)} - {f.name for f in dataclasses.fields(PeftConfig)}
-    assert own == {*MEANING, *in_tensors, "dropout", "init_weights", "train_bias"}
+    assert own == {*MEANING, *in_tensors, "dropout", "init_weights", "train_bias", "frozen_subspaces"}
 
 
 def test_hotswap_needs_an_adapter_of_that_name(tmp_path):

@@ -226,6 +226,7 @@ GIVEN = {
     "act_fn": ("gelu", "gelu"),
     "init_weights": ("false", False),
     "train_bias": ("false", False),
+    "subspaces": ('{"german": 3, "formal": 1}', {"german": 3, "formal": 1}),
 }
 
 
@@ -244,7 +245,9 @@ def test_every_field_of_the_config_is_an_option(name):
 
 def test_the_options_are_those_of_the_config_and_their_defaults_too():
     inherited = {f.name for f in fields(PeftConfig)}
-    assert {f.name for f in fields(ReftConfig)} - inherited == set(GIVEN)
+    assert {f.name for f in fields(ReftConfig)} - inherited == {*GIVEN, "frozen_subspaces"}
+    with pytest.raises(sft.UserError, match="reft_frozen_subspaces"):
+        parse("--reft_frozen_subspaces", "german")
     assert parse() == ReftConfig(task_type="CAUSAL_LM")
     assert parse("--reft_share_weights", "position").share_weights == "position"
 

@@ -63,7 +63,8 @@ def option_of(name: str, default: Any) -> tuple[str, Any, Any]:
     return f"reft_{name}", kind, field(default=default, metadata={"help": argparse.SUPPRESS})  # see Parser.format_help
 
 
-OPTIONS = [f for f in fields(ReftConfig) if f.name not in {inherited.name for inherited in fields(PeftConfig)}]
+OTHERS = {f.name for f in fields(PeftConfig)} | {"frozen_subspaces"}  # which a trained adapter is given, no new one
+OPTIONS = [f for f in fields(ReftConfig) if f.name not in OTHERS]
 ReftArguments: Any = make_dataclass("ReftArguments", [option_of(f.name, f.default) for f in OPTIONS])
 
 

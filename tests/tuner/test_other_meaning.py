@@ -10,6 +10,7 @@ CHANGES = {
     "positions": "l1",
     "share_weights": False,
     "share_layers": True,
+    "subspaces": {"german": 2, "formal": 2},
     "prompt_end": [7],
     "turns": "all",
     "act_fn": "gelu",
