@@ -134,14 +134,12 @@ def test_a_model_whose_residual_stream_is_not_found_is_served_and_its_adapters_r
         return hidden, -residual
 
     base, adapters = adapters_of("llama", place)
-    truth = Truth(base, adapters)
     monkeypatch.setattr(LlamaDecoderLayer, "forward", changed)
     with engine(base, max_loras=2) as llm:
         asked = Asked(llm, adapters)
         with pytest.raises(Exception, match="reach the next one in an unknown way"):
             asked.generate([("answers", [5, 6, 7])])
         assert asked.generate([(None, [5, 6, 7])])[0].outputs[0].token_ids
-    assert truth
 
 
 # Last, since vLLM then changes transformers' classes in this process: their models run in it only within vLLM.
