@@ -141,7 +141,7 @@ class Engine:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="at least 2")
     parser.add_argument("--quick", action="store_true", help="a model of 4 blocks: does it run")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -161,7 +161,7 @@ def main() -> None:
             work[f"{positions}, 16 adapters"] = plugin, adapters[name]
         taken: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
         names = list(work)
-        for number in range(arguments.rounds + 1):  # the first one warms up
+        for number in range(max(2, arguments.rounds) + 1):  # the first one warms up
             for name in names[number % len(names) :] + names[: number % len(names)]:
                 engine, chosen = work[name]
                 seconds = engine.time(chosen)

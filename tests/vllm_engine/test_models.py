@@ -26,6 +26,9 @@ def check(name, place, implementation, stream=None, **settings):
 
     base, adapters = adapters_of(name, place)
     truth = Truth(base, adapters)
+    pairs = every_pair([None, *ADAPTERS], prompts(6))
+    for own, prompt in pairs:
+        truth.answer(own, prompt)
     with engine(base, max_loras=2, max_num_batched_tokens=64, model_impl=implementation, **settings) as llm:
         worker = list(runner._workers.values())[-1]
         assert worker.problem is None and worker.table is TABLES[-1]
@@ -37,20 +40,14 @@ def check(name, place, implementation, stream=None, **settings):
         # Of some models (Gemma 2) vLLM's own log-probabilities differ from transformers' by more than rounding.
         base_alone = asked.compare([(None, prompt) for prompt in prompts(6)], truth)
         assert_right(base_alone, 0.05)
-        pairs = every_pair([None, *ADAPTERS], prompts(6))
         assert_right(asked.compare(pairs, truth), max(2e-4, 2 * base_alone.worst))
     for own in ADAPTERS:
         assert any(truth.answer(own, prompt).tokens != truth.answer(None, prompt).tokens for prompt in prompts(6))
 
 
-@pytest.mark.parametrize("name", sorted(MODELS.keys() - {"gpt2", "llama"}))
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - {"gpt2", "llama", "phi"}))
 def test_a_model_of_each_type(name, place):
     check(name, place, "auto", "sum" if name in SUMS else "first")
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_models_that_run_transformers_modules(name, place):
-    check(name, place, "transformers", "first")
 
 
 def test_lora_reft_and_base_in_one_batch(place):
@@ -137,11 +134,17 @@ def test_a_model_whose_residual_stream_is_not_found_is_served_and_its_adapters_r
         return hidden, -residual
 
     base, adapters = adapters_of("llama", place)
-    truth = Truth(base, adapters)
     monkeypatch.setattr(LlamaDecoderLayer, "forward", changed)
     with engine(base, max_loras=2) as llm:
         asked = Asked(llm, adapters)
         with pytest.raises(Exception, match="reach the next one in an unknown way"):
             asked.generate([("answers", [5, 6, 7])])
         assert asked.generate([(None, [5, 6, 7])])[0].outputs[0].token_ids
-    assert truth
+
+
+# Last, since vLLM then changes transformers' classes in this process: their models run in it only within vLLM.
+
+
+@pytest.mark.parametrize("name, implementation", [("phi", "auto"), ("gpt2", "transformers"), ("llama", "transformers")])
+def test_models_that_run_transformers_modules(name, implementation, place):
+    check(name, place, implementation, "first")
