@@ -91,8 +91,9 @@ def _edit(  # type: ignore[no-untyped-def]
         factor = tl.load(up + rows + place[None, :], mask=used[:, None] & inside[None, :], other=0.0)
         delta = tl.sum(factor * value[:, None], axis=0)
         h = tl.load(row + place, mask=inside, other=0.0)
-        # Rounded first, as `h + edit.to(h.dtype)` is.
-        tl.store(row + place, h + delta.to(h.dtype), mask=inside)
+        # Rounded first, as `h + edit.to(h.dtype)` is; added in single precision, which every way of running this has.
+        rounded = delta.to(h.dtype).to(tl.float32)
+        tl.store(row + place, (h.to(tl.float32) + rounded).to(h.dtype), mask=inside)
 
 
 def launch(hidden: Tensor, residual: Tensor | None, table: SlotTable, block: int) -> None:
