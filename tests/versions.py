@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "versions.md"
+REASONS = "## What the failures are"
 NAMED = ("torch", "transformers", "peft", "trl")  # packages whose versions stand in the table
 # transformers 5.4 to 5.12 fail in speculative decoding, continuous batching or TRL. PyPI's older builds of torch bring
 # several gigabytes of CUDA, so torch stays at the pin.
@@ -115,9 +116,12 @@ def table(results: list[Result]) -> str:
 
 
 def page(results: list[Result], command: str) -> str:
+    """The page with a new table; what was written under `REASONS` is kept."""
+    written = PAGE.read_text() if PAGE.exists() else ""
     return (
         "# Versions\n\nThe whole test suite on the oldest and on the newest versions that the package accepts, each "
         f"in its own environment: `{command}`, {datetime.date.today().isoformat()}.\n\n{table(results)}"
+        + "".join(f"\n{REASONS}{reasons}" for reasons in written.partition(REASONS)[2:] if reasons)
     )
 
 
