@@ -24,7 +24,7 @@ from peft_reft.tuner.staging import staged
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 INTEGERS = ("int8", "int4")
 ONE_FILE = 1_500_000_000  # bytes of weights up to which an ONNX file holds them itself; protobuf ends at 2 GiB
-BLOCK = 32  # weights that share a scale in int4
+BLOCK = 32  # quantised weights that share a scale
 
 
 def trace(
@@ -189,25 +189,22 @@ def quantise(source: Path, target: Path, dtype: str) -> None:
 
     Args:
         source, target: ONNX files.
-        dtype: "int8": every matrix with one scale, activations rounded to 8 bits while they are multiplied; "int4":
-            blocks of 32 weights with a scale and a zero of their own, embeddings too.
+        dtype: "int8" or "int4": blocks of 32 weights with a scale and a zero of their own; in int4 the embeddings,
+            too, for which onnxruntime has no 8 bits. (Rounding activations as well, as its `quantize_dynamic` does,
+            made nonsense of SmolLM2-135M.)
     """
     import onnx
-    from onnxruntime.quantization import QuantType, quant_utils, quantize_dynamic
+    from onnxruntime.quantization import quant_utils
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
     model = with_transposed_weights(onnx.load(source))
-    if dtype == "int8":
-        quantize_dynamic(
-            model, target, op_types_to_quantize=["MatMul", "Gather"], weight_type=QuantType.QInt8, per_channel=True
-        )
-        return
     config = DefaultWeightOnlyQuantConfig(
         block_size=BLOCK,
+        bits={"int8": 8, "int4": 4}[dtype],
         is_symmetric=False,
         accuracy_level=4,
         quant_format=quant_utils.QuantFormat.QOperator,
-        op_types_to_quantize=("MatMul", "Gather"),
+        op_types_to_quantize=("MatMul", "Gather") if dtype == "int4" else ("MatMul",),
     )
     quantiser = MatMulNBitsQuantizer(model, algo_config=config)
     quantiser.process()
