@@ -78,8 +78,8 @@ def test_the_minutes_are_kept_by_a_part_that_looks_at_no_clock(tmp_path, parts):
 
     parts |= {"one": endless, "two": endless}
     begin = time.monotonic()
-    record = run.main([*TINY, "--output", str(tmp_path / "gpu.json"), "--minutes", "0.02"])
-    assert time.monotonic() - begin < 10
+    record = run.main([*TINY, "--output", str(tmp_path / "gpu.json"), "--minutes", "0.1"])
+    assert time.monotonic() - begin < 40
     written = json.loads((tmp_path / "gpu.json").read_text())["parts"]
     assert written == record.parts and list(written) == ["tiny/one"]
     assert not written["tiny/one"]["done"] and figures(record, "tiny/one") == {"first": {"reft": 1.0}}
