@@ -7,7 +7,7 @@ tests                what runs
 -------------------  ------------------------------------------------------------------------------------------------
 test_kernel.py       the GPU kernel, in Triton's interpreter; on a GPU in a CUDA graph too
 test_engine.py       one engine: all equations, positions, weights; cache, chunks, slots, strength, beams; refusals
-test_models.py       Llama, Qwen2, Qwen3, Mistral, Gemma 1 to 3, Phi, Phi-3, GPT-2, OPT; preemption; speculation
+test_models.py       Llama, Qwen2, Qwen3, Mistral, Gemma 1 to 3, Phi, Phi-3, OPT; refusals; preemption; speculation
 test_workers.py      two tensor-parallel workers; `vllm serve` over HTTP
 """
 
