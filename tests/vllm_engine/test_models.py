@@ -136,16 +136,3 @@ def test_a_model_whose_residual_stream_is_not_found_is_served_and_its_adapters_r
 @pytest.mark.parametrize("name, implementation", [("phi", "auto"), ("llama", "transformers")])
 def test_models_that_run_transformers_modules(name, implementation, place):
     check(name, place, implementation, "first")
-
-
-# The last one: it loads numba, and vLLM 0.32 starts no engine for CPUs in a process that has loaded it.
-def test_speculative_decoding(place):
-    base, adapters = adapters_of("llama", place)
-    truth = Truth(base, adapters)
-    speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
-    loops = [[7, 8, 9] * 6, [30, 31] * 9, *prompts(4)]
-    with engine(base, max_loras=2, speculative_config=speculation) as llm:
-        assert_right(Asked(llm, adapters).compare(every_pair([None, *ADAPTERS], loops), truth, new=12))
-        counted = make_adapter(base, place / "counted", 9, positions="d2", r=2)
-        with pytest.raises(Exception, match="speculative"):
-            Asked(llm, {"counted": counted}, first_id=9).generate([("counted", [5, 6])])
