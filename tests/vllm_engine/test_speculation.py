@@ -1,4 +1,4 @@
-"""Speculative decoding, in a process of its own: it loads numba, after which vLLM 0.32 starts no further engine on CPUs."""
+"""Speculative decoding, in a process of its own: it loads numba, after which vLLM 0.32 starts no engine on CPUs."""
 
 import pytest
 from engines import Asked, assert_right, engine, every_pair
