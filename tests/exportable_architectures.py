@@ -37,6 +37,7 @@ def answers(model: Any, prompt: list[int]) -> list[int]:
     ends = {"eos_token_id": None, "pad_token_id": 0, "max_new_tokens": TOKENS, "do_sample": False}
     settings = transformers.GenerationConfig(**ends)
     model.generation_config.eos_token_id = None
+    model.generation_config.forced_eos_token_id = None  # which the bart family puts at the end of a full answer
     found = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
     return found[0, len(prompt) :].tolist()
 
