@@ -28,6 +28,7 @@ class Edit(NamedTuple):
         called: whether they are.
         dropout: probability with which an entry of the edit is dropped.
         autocast: whether autocast has to be kept out of the products.
+        whole: `keep` is known to hold nothing but ones, so that no block need multiply with it.
     """
 
     places: Tensor | None
@@ -36,6 +37,7 @@ class Edit(NamedTuple):
     called: bool = False
     dropout: float = 0.0
     autocast: bool = False
+    whole: bool = False
 
     def add(self, out: Tensor, h: Tensor, block: Any) -> Tensor:
         """`out` with the edit of `h`, both [B, S, d]; every other vector is returned bit for bit.
@@ -43,7 +45,7 @@ class Edit(NamedTuple):
         Args:
             block: one of `blocks`.
         """
-        places, keep, _, called, dropout, autocast = self
+        places, keep, _, called, dropout, autocast, whole = self
         if called and keep.device != h.device:  # where such a module runs is known only now
             keep, places = keep.to(h.device), None if places is None else places.to(h.device)
         flat = h.flatten(0, 1)
@@ -54,9 +56,9 @@ class Edit(NamedTuple):
             delta = _call(block, selected) * keep if keep.shape[-1] == 1 else _call(block, selected, keep)
         elif autocast:
             with torch.autocast(h.device.type, enabled=False):
-                delta = low_rank_edit(selected, block, keep)
+                delta = low_rank_edit(selected, block, None if whole else keep)
         else:
-            delta = low_rank_edit(selected, block, keep)
+            delta = low_rank_edit(selected, block, None if whole else keep)
         if dropout:
             delta = F.dropout(delta, dropout)
         if delta.dtype != h.dtype:
