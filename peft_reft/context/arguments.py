@@ -35,6 +35,16 @@ def token_shape(arguments: Mapping[str, Any], ids_per_row: int = 1) -> tuple[int
     return None
 
 
+def repeats(given: int, rows: int) -> int | None:
+    """How often each of `given` rows is run in a batch of `rows`, as `generate` does; None if that is no multiple.
+
+    >>> repeats(2, 6), repeats(2, 2), repeats(2, 3)
+    (3, 1, None)
+    """
+    times, rest = divmod(rows, given) if given else (0, 0)
+    return None if rest or not times else times
+
+
 def token_device(arguments: Mapping[str, Any]) -> torch.device:
     """The device of a call's tokens."""
     embeds = arguments.get("inputs_embeds")

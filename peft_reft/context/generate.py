@@ -20,6 +20,7 @@ from torch import Tensor
 from peft_reft.context.arguments import (
     check_locations,
     past_length,
+    repeats,
     token_device,
     token_shape,
     valid_columns,
@@ -288,20 +289,20 @@ def step_context(
         device = token_device(arguments)
         context.idle = not generation.edits_answers or locations is not None
         context.answers_only = True
-        context.find = lambda spec: generated(rows, columns, past - total, device)
+        context.prompts_of = lambda spec: generated(rows, columns, past - total, device)
         return context
     if locations is not None:
-        times = _times(locations.shape[0], rows)
+        times = _repeats(locations.shape[0], rows)
         context.locations = window_of(locations.repeat_interleave(times, 0), past, columns)
         return context
-    times = _times(given, rows)
-    context.find = lambda spec: generation.prompts(spec).repeat(times).window(past, columns)
+    times = _repeats(given, rows)
+    context.prompts_of = lambda spec: generation.prompts(spec).repeat(times).window(past, columns)
     return context
 
 
-def _times(given: int, rows: int) -> int:
-    times, rest = divmod(rows, given)
-    if rest:
+def _repeats(given: int, rows: int) -> int:
+    times = repeats(given, rows)
+    if times is None:
         raise ValueError(
             f"generate was given {given} prompts but runs a batch of {rows} rows, which is no multiple of it; "
             "it is unknown which prompt each row has."

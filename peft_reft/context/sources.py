@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peft_reft.context.arguments import repeats
 from peft_reft.context.subspaces import Choices, strengths
 from peft_reft.interventions import exchange_of
 from peft_reft.positions import Places, PositionSpec, columns_of
@@ -217,8 +218,8 @@ class Exchange:
         if key not in collected.states:
             raise ValueError("A block that is edited did not run in the forward of the source.")
         states, keep = collected.states[key], collected.keep[key]
-        times, rest = divmod(shape[0], max(len(states), 1))
-        if rest or not times:
+        times = repeats(len(states), shape[0])
+        if times is None:
             raise ValueError(f"source_inputs have {len(states)} rows, but the call has {shape[0]}. Pass one per row.")
         states, keep = states.repeat_interleave(times, 0), keep.repeat_interleave(times, 0)
         width = max(shape[2], states.shape[2])
