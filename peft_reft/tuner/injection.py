@@ -135,6 +135,14 @@ def tidy_up(model: nn.Module) -> None:
         _remove(model, state)
 
 
+def remove_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Take what was created for an adapter off a model, whose tuner does not know of it (any more)."""
+    for layer in reft_layers(model).values():
+        if adapter_name in layer.reft_interventions:
+            layer.delete_adapter(adapter_name)
+    tidy_up(model)
+
+
 def remove_empty_layers(model: nn.Module) -> None:
     """Take layers without any adapter off a model."""
     for name, layer in reft_layers(model).items():
