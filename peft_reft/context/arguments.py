@@ -98,9 +98,9 @@ def _of_columns(mask: Tensor, rows: int, columns: int, past: int | Tensor) -> tu
             return None
         column = past + torch.arange(columns, device=mask.device)
         return mask.gather(1, column.clamp(max=width - 1).expand(rows, columns)), None
-    if width >= past + columns:
-        return mask[:, past : past + columns].expand(rows, columns), None
-    return (mask.expand(rows, columns), None) if width == columns else None
+    if width == columns:
+        return (mask if mask.shape[0] == rows else mask.expand(rows, columns)), None
+    return (mask[:, past : past + columns].expand(rows, columns), None) if width >= past + columns else None
 
 
 def _visible(mask: Tensor) -> Tensor:

@@ -298,7 +298,7 @@ def _flat(
             columns = torch.arange(shape[1], device=keep.device).expand(keep.shape)
         # Not an arange in steps: to a graph of rows of any length, how many steps there are would be a question.
         row = torch.arange(shape[0], device=keep.device) if chosen is None else chosen
-        index = torch.add(columns, row[:, None, None], alpha=shape[1])
+        index = torch.add(columns, row.view(-1, 1, 1), alpha=shape[1])
     if several:  # an intervention for each row and group
         return None if index is None else index.flatten(), keep.flatten(0, 1).unsqueeze(-1)
     # One for each group, or one for all.
