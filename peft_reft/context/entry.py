@@ -9,23 +9,21 @@ The entry stands in for the module's `forward`, as an attribute of the instance.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import CodeType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_reft.context import notices
 from peft_reft.context.block import BlockEntry, stand_in
 from peft_reft.context.forward import ForwardContext, Given
 from peft_reft.context.generate import STEP
 from peft_reft.context.method import MethodEntry
-from peft_reft.context.opening import open_context, prompts_in
-from peft_reft.context.outermost import unwatch, watch
+from peft_reft.context.opening import Entered, open_context, prompts_in
 from peft_reft.context.replay import Path
-from peft_reft.context.state import ModelState
 from peft_reft.positions import PositionSpec
 
 # Taken out of the call: the model does not know them.
@@ -36,36 +34,19 @@ class ForwardEntry(MethodEntry):
     """Stands in for the `forward` of a module that takes tokens and has blocks below it.
 
     Args:
-        module: the module.
-        state: shared by all entries of a model.
-        role: "encoder" or "decoder" in an encoder-decoder model, "router" for the module above both, else "".
-        depth: how many modules it lies in: a call of a module at the same or a smaller depth is another call.
-        causal: the module is a causal language model by itself, or within one, whatever the whole model is.
+        entered: the module.
         blocks: names of the blocks below it.
-        layers: the layers next to them.
     """
 
     name = "forward"
 
-    def __init__(
-        self,
-        module: nn.Module,
-        state: ModelState,
-        role: str,
-        depth: int,
-        causal: bool,
-        blocks: Sequence[str],
-        layers: Sequence[Any],
-    ):
-        super().__init__(module, state)
-        self.role = role
-        self.depth = depth
-        self.causal = causal
-        self.layers = list(layers)
-        self.path = Path(module, blocks)
-        self.idle = ForwardContext(state, (), Given(), role, depth, idle=True)
+    def __init__(self, entered: Entered, blocks: Iterable[str]):
+        super().__init__(entered.module, entered.state)
+        self.entered = entered
+        self.path = Path(entered.module, blocks)
+        self.idle = ForwardContext(entered.state, (), Given(), entered.role, entered.depth, idle=True)
         self.passive = False
-        parameters = inspect.signature(type(module).forward).parameters.values()
+        parameters = inspect.signature(type(entered.module).forward).parameters.values()
         self.names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
 
     @property
@@ -73,17 +54,12 @@ class ForwardEntry(MethodEntry):
         code: CodeType = self.__wrapped__.__code__
         return code
 
-    def attach(self) -> None:
-        super().attach()
-        watch(self)
-        self.state.entries.append(self)
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         running = self.state.running
         if running.replica is not None:
             return self._of_replica()(*args, **kwargs)
         outer = running.context
-        if self.passive or (outer is not None and outer.idle and outer.depth < self.depth):
+        if self.passive or (outer is not None and outer.idle and outer.depth < self.entered.depth):
             return self.__wrapped__(*args, **kwargs)
         if STEP in kwargs and kwargs[STEP].edits_nothing:
             del kwargs[STEP]
@@ -111,7 +87,7 @@ class ForwardEntry(MethodEntry):
         own = {name: kwargs.pop(name) for name in OWN_ARGUMENTS if name in kwargs}
         context = self.context(outer, args, kwargs, own)
         if outer is None and not torch.compiler.is_compiling():
-            for layer in self.layers:  # should something else have taken the place of its block's entry
+            for layer in self.entered.layers:  # should something else have taken the place of its block's entry
                 stand_in(layer.block, self.state)
         if context is not outer and is_recorded():
             self.path.wrap_checkpoints(self.state.running)
@@ -121,15 +97,14 @@ class ForwardEntry(MethodEntry):
         self, outer: ForwardContext | None, args: Sequence[Any], kwargs: Mapping[str, Any], own: Mapping[str, Any]
     ) -> ForwardContext:
         """As `enter`, of arguments from which ours are taken out already; nothing but a context is made."""
-        context = open_context(self, outer, {**dict(zip(self.names, args)), **kwargs}, own)
+        context = open_context(self.entered, outer, {**dict(zip(self.names, args)), **kwargs}, own)
         if context is not outer:
             context.prepare()
         return context
 
     def succeeded_by(self, found: Any) -> ForwardEntry:
         """A new entry in front of what has taken this one's place, which may call this one, or no longer does."""
-        successor = object.__new__(ForwardEntry)
-        successor.__dict__.update(self.__dict__, replaced=found)
+        successor = self._copy(replaced=found)
         self.state.entries[self.state.entries.index(self)] = successor
         self.passive = True
         self.module.__dict__["forward"] = successor
@@ -139,25 +114,29 @@ class ForwardEntry(MethodEntry):
         """The entry of the replica that nn.DataParallel calls in this thread, whose layers are its own."""
         module, self.state.running.replica = self.state.running.replica, None
         assert module is not None
-        kinds = {type(layer) for layer in self.layers}
-        entry = object.__new__(ForwardEntry)
+        kinds = {type(layer) for layer in self.entered.layers}
         layers = [part for part in module.modules() if type(part) in kinds]
         for part in module.modules():
             block_entry = part.__dict__.get("forward")
             if type(block_entry) is BlockEntry:
                 block_entry.of_replica(part).attach()
-        entry.__dict__.update(self.__dict__, module=module, layers=layers, path=Path(module, ()))
+        entered = replace(self.entered, module=module, layers=layers)
+        return self._copy(module=module, entered=entered, path=Path(module, ()))
+
+    def _copy(self, **changes: Any) -> ForwardEntry:
+        entry = object.__new__(ForwardEntry)
+        entry.__dict__.update(self.__dict__, **changes)
         return entry
 
     def _look_at_training(self, context: ForwardContext) -> None:
-        if context.idle or context.given.step is not None or self.role == "router":
+        if context.idle or context.given.step is not None or self.entered.role == "router":
             return
         covered: dict[PositionSpec, Tensor] = {}
         tokens = context.tokens
-        if tokens is not None and tokens.labels is not None and self.role == "":
+        if tokens is not None and tokens.labels is not None and self.entered.role == "":
             for spec in self.state.active_specs():
                 first = replace(spec, turns=None) if spec.turns == "all" else spec
-                prompts = prompts_in(tokens, first, self.role, self.state)
+                prompts = prompts_in(tokens, first, self.entered.role, self.state)
                 covered[spec] = (tokens.valid & (prompts.order == 1) & (prompts.length <= 1)).any(1)
         notices.look_at_training(context, covered)
 
@@ -165,13 +144,3 @@ class ForwardEntry(MethodEntry):
 def is_recorded() -> bool:
     """Whether autograd records what runs now, so that checkpoints may run blocks again."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-def detach_entries(state: ModelState, model: nn.Module) -> None:
-    """Give all modules their own forward back."""
-    for module in model.modules():
-        unwatch(module, state)
-    for entry in state.entries:
-        entry.passive = True  # should something else hold it
-        entry.detach()
-    state.entries.clear()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +15,12 @@ from torch import Tensor
 
 from peft_reft.context.arguments import repeats
 from peft_reft.context.edit import Edit
+from peft_reft.context.generate import Step
 from peft_reft.context.plan import Family, Plan, plan_for
 from peft_reft.context.sources import Collected, Listed, Sources, exchanges, listed
 from peft_reft.context.state import ModelState
 from peft_reft.context.subspaces import Choices, repeated
 from peft_reft.positions import Places, PositionSpec, Prompts, Tokens, find_prompts, places_at, places_of
-
-if TYPE_CHECKING:
-    from peft_reft.context.generate import Step
 
 
 @dataclass(frozen=True)

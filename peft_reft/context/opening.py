@@ -5,12 +5,12 @@ Shape letters: B rows, S columns, G position groups, P positions per group.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_reft.context import notices
 from peft_reft.context.arguments import (
@@ -19,30 +19,49 @@ from peft_reft.context.arguments import (
     documents,
     has_state,
     past_length,
+    repeats,
     token_device,
     token_shape,
     valid_columns,
     window_of,
 )
 from peft_reft.context.forward import ForwardContext, Given
-from peft_reft.context.generate import STEP, Step, step_context
+from peft_reft.context.generate import STEP, Step
 from peft_reft.context.sources import run_sources
 from peft_reft.context.state import ModelState
-from peft_reft.positions import PositionSpec, Prompts, Tokens
-
-if TYPE_CHECKING:
-    from peft_reft.context.entry import ForwardEntry
+from peft_reft.positions import PositionSpec, Prompts, Tokens, generated
 
 Shape = tuple[int, int] | None  # rows and columns of a call's tokens; None if it has none
 
 
+@dataclass(frozen=True, eq=False)
+class Entered:
+    """A module that calls enter, and its place in the model.
+
+    Attributes:
+        module: it.
+        state: shared by all modules of a model.
+        role: "encoder" or "decoder" in an encoder-decoder model, "router" for the module above both, else "".
+        depth: how many modules it lies in: a call of a module at the same or a smaller depth is another call.
+        causal: it is a causal language model by itself, or within one, whatever the whole model is.
+        layers: the layers next to the blocks below it.
+    """
+
+    module: nn.Module
+    state: ModelState
+    role: str
+    depth: int
+    causal: bool
+    layers: Sequence[Any]
+
+
 def open_context(
-    entry: ForwardEntry, outer: ForwardContext | None, arguments: Mapping[str, Any], own: Mapping[str, Any]
+    entered: Entered, outer: ForwardContext | None, arguments: Mapping[str, Any], own: Mapping[str, Any]
 ) -> ForwardContext:
     """The context of a call.
 
     Args:
-        entry: what the call enters.
+        entered: what the call enters.
         outer: the context that is open.
         arguments: of the module's forward, by name.
         own: those that are ours, which the module does not know.
@@ -50,29 +69,30 @@ def open_context(
     Returns:
         `outer` for the same tokens one level further in, where labels and masks may be gone or have changed.
     """
-    if outer is not None and outer.depth >= entry.depth:
+    if outer is not None and outer.depth >= entered.depth:
         outer = None  # another call, made while one runs
-    shape = token_shape(arguments, entry.state.ids_per_row)
-    given = _given(entry, arguments, own, shape) if outer is None else outer.given
-    is_new = outer is None or outer.role != entry.role or shape not in (None, (outer.rows, outer.columns))
+    shape = token_shape(arguments, entered.state.ids_per_row)
+    given = _given(entered, arguments, own, shape) if outer is None else outer.given
+    is_new = outer is None or outer.role != entered.role or shape not in (None, (outer.rows, outer.columns))
     is_new = is_new or _brings_others(outer, arguments)
-    if _predicts(entry, given, arguments, shape, is_outermost=outer is None):
+    if _predicts(entered, given, arguments, shape, is_outermost=outer is None):
         labels, shift_labels = arguments.get("labels"), arguments.get("shift_labels")
         given = replace(given, labels_show_prompts=True, labels=labels, shift_labels=shift_labels)
         is_new = is_new or labels is not None or shift_labels is not None
     if not is_new:
         assert outer is not None
         return outer
-    context = ForwardContext(entry.state, entry.layers, given, entry.role, entry.depth, training=entry.module.training)
-    if entry.role == "router" or shape is None:
+    state, role = entered.state, entered.role
+    context = ForwardContext(state, entered.layers, given, role, entered.depth, training=entered.module.training)
+    if role == "router" or shape is None:
         context.locations = given.locations
         return context
     context.rows, context.columns = shape
-    if _is_paged(entry.state, arguments):
+    if _is_paged(state, arguments):
         return _paged(context, arguments)
-    if given.step is not None and entry.role != "encoder":
-        return step_context(context, given.step, *shape, arguments)
-    return _plain(entry, context, *shape, arguments)
+    if given.step is not None and role != "encoder":
+        return _step(context, given.step, *shape, arguments)
+    return _plain(entered, context, *shape, arguments)
 
 
 def _brings_others(outer: ForwardContext | None, arguments: Mapping[str, Any]) -> bool:
@@ -84,21 +104,21 @@ def _brings_others(outer: ForwardContext | None, arguments: Mapping[str, Any]) -
     return is_whole and ids is not outer.tokens.ids and mask is not outer.mask
 
 
-def _given(entry: ForwardEntry, arguments: Mapping[str, Any], own: Mapping[str, Any], shape: Shape) -> Given:
+def _given(entered: Entered, arguments: Mapping[str, Any], own: Mapping[str, Any], shape: Shape) -> Given:
     """What the outermost call was given: by its caller, or by that of the `generate` that makes it."""
-    state, running = entry.state, entry.state.running
+    state, running = entered.state, entered.state.running
     generation = running.generation
     collecting, running.collecting = running.collecting, None
     step: Step | None = own.get(STEP)
     # `generate` runs an encoder without making a step of it, and other forwards of the model as calls of their own.
-    of_generation = generation if step is not None or entry.role == "encoder" else None
+    of_generation = generation if step is not None or entered.role == "encoder" else None
     locations = own.get("intervention_locations")
     if locations is not None:
         past = past_length(arguments, shape[1] if shape else 0, 0)
         locations = check_locations(locations, shape, past, may_repeat=collecting is not None)
-    elif generation is not None and entry.role == "encoder":
+    elif generation is not None and entered.role == "encoder":
         locations = generation.locations
-    elif step is not None and entry.role == "router":
+    elif step is not None and entered.role == "router":
         locations = step.generation.locations
     names = own.get("adapter_names")
     if names is not None:
@@ -114,7 +134,7 @@ def _given(entry: ForwardEntry, arguments: Mapping[str, Any], own: Mapping[str, 
         subspaces = of_generation.subspaces
     sources = own.get("source_inputs")
     if sources is not None:
-        sources = run_sources(entry.module, state, sources, names)
+        sources = run_sources(entered.module, state, sources, names)
     elif of_generation is not None:
         sources = of_generation.sources
     labels, shift_labels = arguments.get("labels"), arguments.get("shift_labels")
@@ -122,16 +142,14 @@ def _given(entry: ForwardEntry, arguments: Mapping[str, Any], own: Mapping[str, 
     return Given(labels, shift_labels, False, locations, names, subspaces, sources, collecting, step, in_generate)
 
 
-def _predicts(
-    entry: ForwardEntry, given: Given, arguments: Mapping[str, Any], shape: Shape, is_outermost: bool
-) -> bool:
+def _predicts(entered: Entered, given: Given, arguments: Mapping[str, Any], shape: Shape, is_outermost: bool) -> bool:
     """Whether this is the module whose labels show where prompts end; says so if it gets none that can be used.
 
     Raises:
         ValueError: in training, for labels that were given and cannot be used.
     """
-    state, module = entry.state, entry.module
-    if given.labels_show_prompts or not (entry.causal or (is_outermost and state.causal)):
+    state, module = entered.state, entered.module
+    if given.labels_show_prompts or not (entered.causal or (is_outermost and state.causal)):
         return False
     if shape is None:
         return False  # a module whose tokens, and labels if any, are in arguments of its own making
@@ -180,19 +198,52 @@ def _paged(context: ForwardContext, arguments: Mapping[str, Any]) -> ForwardCont
     return context
 
 
+# Steps of `generate`.
+
+
+def _step(context: ForwardContext, step: Step, rows: int, columns: int, arguments: Mapping[str, Any]) -> ForwardContext:
+    generation, past = step
+    assert generation.tokens is not None
+    given, total = generation.tokens.valid.shape
+    locations = None if context.role == "decoder" else generation.locations
+    if past >= total:
+        device = token_device(arguments)
+        context.idle = not generation.edits_answers or locations is not None
+        context.answers_only = True
+        context.prompts_of = lambda spec: generated(rows, columns, past - total, device)
+        return context
+    if locations is not None:
+        times = _repeats(locations.shape[0], rows)
+        context.locations = window_of(locations.repeat_interleave(times, 0), past, columns)
+        return context
+    times = _repeats(given, rows)
+    context.prompts_of = lambda spec: generation.prompts(spec).repeat(times).window(past, columns)
+    return context
+
+
+def _repeats(given: int, rows: int) -> int:
+    times = repeats(given, rows)
+    if times is None:
+        raise ValueError(
+            f"generate was given {given} prompts but runs a batch of {rows} rows, which is no multiple of it; "
+            "it is unknown which prompt each row has."
+        )
+    return times
+
+
 # Forwards that are no step of `generate`.
 
 
 def _plain(
-    entry: ForwardEntry, context: ForwardContext, rows: int, columns: int, arguments: Mapping[str, Any]
+    entered: Entered, context: ForwardContext, rows: int, columns: int, arguments: Mapping[str, Any]
 ) -> ForwardContext:
-    past: int | Tensor = 0 if entry.role == "encoder" else past_length(arguments, columns, 0)
-    locations = None if entry.role == "decoder" else context.given.locations
+    past: int | Tensor = 0 if entered.role == "encoder" else past_length(arguments, columns, 0)
+    locations = None if entered.role == "decoder" else context.given.locations
     if locations is not None:
         context.locations, context.past = window_of(locations, past, columns), past
         return context
-    labels = _labels(entry.role, context.given, rows, columns)
-    continues = entry.role != "encoder" and (has_state(arguments) or (not isinstance(past, Tensor) and past > 0))
+    labels = _labels(entered.role, context.given, rows, columns)
+    continues = entered.role != "encoder" and (has_state(arguments) or (not isinstance(past, Tensor) and past > 0))
     if labels is None and continues:
         context.idle = True
         return context
@@ -200,12 +251,12 @@ def _plain(
     read = valid_columns(mask, rows, columns, past, device)
     if read is None:
         message = notices.UNREADABLE_MASK.format(mask=notices.describe(mask), rows=rows, columns=columns)
-        notices.object_to(entry.state, entry.module, message, "unreadable mask")
+        notices.object_to(entered.state, entered.module, message, "unreadable mask")
         read = torch.ones(rows, columns, dtype=torch.bool, device=device), None
     valid, shown = read
     if labels is None and isinstance(past, Tensor):  # a cache's length that one would have to wait for
         valid = valid & (past == 0)
-    starts, num_documents = documents(arguments, valid, shown) if entry.role == "" else (None, None)
+    starts, num_documents = documents(arguments, valid, shown) if entered.role == "" else (None, None)
     ids = arguments.get("input_ids") if arguments.get("inputs_embeds") is None else None
     tokens = Tokens(valid, labels, starts, num_documents, ids)
     found: dict[Any, Prompts] = {}
@@ -213,7 +264,7 @@ def _plain(
     def prompts_of(spec: PositionSpec) -> Prompts:
         key = (spec.turns, spec.prompt_end, spec.edits_answers)
         if key not in found:
-            found[key] = prompts_in(tokens, spec, entry.role, entry.state)
+            found[key] = prompts_in(tokens, spec, entered.role, entered.state)
         return found[key]
 
     context.prompts_of, context.tokens, context.mask = prompts_of, tokens, mask

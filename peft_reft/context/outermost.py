@@ -1,15 +1,14 @@
-"""Keeps an entry in front of whatever else is put in place of its module's `forward`, before or after it."""
+"""Putting entries on a model, in front of whatever else is put in place of a module's `forward`; and off again."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from peft_reft.context.entry import ForwardEntry
-    from peft_reft.context.state import ModelState
+from peft_reft.context.entry import ForwardEntry
+from peft_reft.context.state import ModelState
 
 
 class StayOutermost:
@@ -46,14 +45,21 @@ class StayOutermost:
         return args, kwargs
 
 
-def watch(entry: ForwardEntry) -> None:
-    """Keep an entry outermost."""
+def attach_entry(entry: ForwardEntry) -> None:
+    """Put an entry on its module, and keep it there."""
+    entry.attach()
     entry.module.register_forward_pre_hook(StayOutermost(entry), prepend=True, with_kwargs=True)
+    entry.state.entries.append(entry)
 
 
-def unwatch(module: nn.Module, state: ModelState) -> None:
-    """Undo `watch` for the entries of a model."""
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if isinstance(hook, StayOutermost) and hook.entry.state is state:
-            del module._forward_pre_hooks[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
+def detach_entries(state: ModelState, model: nn.Module) -> None:
+    """Give all modules their own forward back."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, StayOutermost) and hook.entry.state is state:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+    for entry in state.entries:
+        entry.passive = True  # should something else hold it
+        entry.detach()
+    state.entries.clear()

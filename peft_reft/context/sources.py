@@ -10,20 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_reft.context.arguments import repeats
+from peft_reft.context.plan import Family
+from peft_reft.context.state import ModelState
 from peft_reft.context.subspaces import Choices, strengths
 from peft_reft.interventions import exchange_of
 from peft_reft.positions import Places, PositionSpec, columns_of
-
-if TYPE_CHECKING:
-    from peft_reft.context.plan import Family
-    from peft_reft.context.state import ModelState
 
 RULE = (
     "Pass the inputs of a call, source_inputs={'input_ids': ..., 'attention_mask': ...}, or such inputs by the name of "
