@@ -11,7 +11,7 @@ import transformers
 from peft.utils import CONFIG_NAME
 
 from peft_reft.chat.talker import Talker
-from peft_reft.integrations.arguments import add_model_options, number
+from peft_reft.command_line import add_model_options, number
 from peft_reft.integrations.loading import load_adapters
 from peft_reft.tuner.files import read_config
 

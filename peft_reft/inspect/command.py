@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from peft_reft.command_line import OneLineParser, add_model_options, number
 from peft_reft.inspect.batch import is_causal
 from peft_reft.inspect.heatmap import LABELS
 from peft_reft.inspect.run import inspect_adapter
 from peft_reft.inspect.tables import Inspection
-from peft_reft.integrations.arguments import OneLineParser, add_model_options, number
 from peft_reft.integrations.loading import load_adapters
 
 
