@@ -9,7 +9,7 @@ The entry stands in for the module's `forward`, as an attribute of the instance.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import CodeType
 from typing import Any
@@ -75,6 +75,7 @@ class ForwardEntry(MethodEntry):
         self.path = Path(module, blocks)
         self.idle = ForwardContext(state, (), Given(), role, depth, idle=True)
         self.passive = False
+        self.close: Callable[[], None] | None = None  # of a passive one, while its first call runs
         parameters = inspect.signature(type(module).forward).parameters.values()
         self.names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
 
@@ -93,7 +94,9 @@ class ForwardEntry(MethodEntry):
         if running.replica is not None:
             return self._of_replica()(*args, **kwargs)
         outer = running.context
-        if self.passive or (outer is not None and outer.idle and outer.depth < self.depth):
+        if self.passive:
+            return self._below_what_replaced_it(*args, **kwargs)
+        if outer is not None and outer.idle and outer.depth < self.depth:
             return self.__wrapped__(*args, **kwargs)
         if STEP in kwargs and kwargs[STEP].edits_nothing:
             del kwargs[STEP]
@@ -117,8 +120,28 @@ class ForwardEntry(MethodEntry):
             self._look_at_training(context)
         return output
 
+    def _below_what_replaced_it(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward, called by what took the entry's place (see `StayOutermost`).
+
+        torch calls no hook after an interruption, such as Ctrl-C: then a context that hooks opened is closed here.
+        """
+        close, self.close = self.close, None
+        try:
+            return self.__wrapped__(*args, **kwargs)
+        except BaseException as error:
+            if close is not None and not isinstance(error, Exception):
+                close()
+            raise
+
     def stand_in_for_blocks(self) -> None:
-        """Put the blocks' entries back in place, should something else have taken it."""
+        """Put the blocks' entries back in place, should something else have taken it.
+
+        Raises:
+            ValueError: in training, if something took the place of a block itself.
+        """
+        displaced = self.path.displaced()
+        if displaced is not None:
+            notices.object_to_displaced(self.state, self.module, displaced)
         for layer in self.layers:
             stand_in(layer.block, self.state)
 
@@ -161,7 +184,10 @@ class ForwardEntry(MethodEntry):
         shape = token_shape(arguments, self.state.ids_per_row)
         given = self._given(arguments, own, shape) if outer is None else outer.given
         is_new = outer is None or outer.role != self.role or shape not in (None, (outer.rows, outer.columns))
-        is_new = is_new or _brings_others(outer, arguments)
+        if outer is not None and not is_new:
+            is_new, is_another = _brings_others(outer, arguments)
+            if is_another:  # a sequence of its own, and so are its labels, if it has any
+                given = replace(given, used=False, labels=None, shift_labels=None)
         if self._shows_prompts(given, arguments, shape, is_outermost=outer is None):
             labels, shift_labels = arguments.get("labels"), arguments.get("shift_labels")
             given = replace(given, used=True, labels=labels, shift_labels=shift_labels)
@@ -174,6 +200,7 @@ class ForwardEntry(MethodEntry):
             context.locations = given.locations
             return context
         context.rows, context.columns = rows, columns = shape
+        context.passed = frozenset(id(value) for value in arguments.values() if isinstance(value, Tensor))
         if self.state.paged is not None and arguments.get("cache") is not None and "logits_indices" in arguments:
             return self._paged(context, arguments)
         if given.step is not None and self.role != "encoder":
@@ -237,8 +264,9 @@ class ForwardEntry(MethodEntry):
             notices.object_to(self.state, self.module, message, "unaligned labels")
         elif found is None and not is_outermost and _aligned(given, shape) is not None:
             if not self._has_markers():
-                outermost = self.state.entries[0].module
-                message = notices.LABELS_AROUND.format(outer=type(outermost).__name__, inner=type(self.module).__name__)
+                outer, inner = (type(module).__name__ for module in (self.state.entries[0].module, self.module))
+                instead = notices.NAME_TOKENS if self.state.causal else notices.DECLARE_LABELS
+                message = notices.LABELS_AROUND.format(outer=outer, inner=inner, instead=instead)
                 notices.object_to(self.state, self.module, message, "labels around")
         elif self.state.unlabelled and not _are_classes(given.labels):
             notices.warn_of_unlabelled(self.state, self.module)
@@ -322,13 +350,33 @@ class ForwardEntry(MethodEntry):
         notices.look_at_training(context, covered)
 
 
-def _brings_others(outer: ForwardContext | None, arguments: Mapping[str, Any]) -> bool:
-    """Whether a call within another has ids and a mask [B, S] of its own, as where a model runs one part twice."""
+def _brings_others(outer: ForwardContext, arguments: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Whether a call within another has tokens of its own, as where a model runs one part twice.
+
+    Returns:
+        Whether it brings ids, and a mask [B, S], labels or tokens that differ from the outer call's; and whether it is
+        surely another sequence, not the outer one in a changed form: it has labels of its own, or the outer call was
+        passed these ids beside its own, or has run its own ids already.
+    """
     ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
-    if outer is None or outer.tokens is None or outer.tokens.ids is None:
+    if outer.tokens is None or outer.tokens.ids is None or not isinstance(ids, Tensor):
+        return False, False
+    if ids is outer.tokens.ids:
+        outer.has_run = True
+        return False, False
+    has_mask = isinstance(mask, Tensor) and mask.dim() == 2 and mask is not outer.mask
+    labels = [(arguments.get(name), getattr(outer.given, name)) for name in ("labels", "shift_labels")]
+    if any(own is not None and own is not given for own, given in labels):
+        return True, True
+    is_another = (outer.has_run or id(ids) in outer.passed) and _differ(ids, outer.tokens.ids)
+    return has_mask or is_another, is_another
+
+
+def _differ(ids: Tensor, others: Tensor) -> bool:
+    """Whether ids of the same shape are others; False where that cannot be known. Waits for the device."""
+    if torch.compiler.is_compiling() or ids.device != others.device or torch.func.debug_unwrap(ids) is not ids:
         return False
-    is_whole = isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.dim() == 2
-    return is_whole and ids is not outer.tokens.ids and mask is not outer.mask
+    return not torch.equal(ids, others)
 
 
 def _aligned(given: Given, shape: tuple[int, int]) -> Tensor | None:
@@ -378,8 +426,9 @@ class StayOutermost:
 
             def close(*_: Any) -> None:
                 handle.remove()
-                running.context = outer
+                running.context, entry.close = outer, None
 
+            entry.close = close
             handle = module.register_forward_hook(close, always_call=True)
         return args, kwargs
 
