@@ -81,7 +81,7 @@ SHIPS = ["a sloop", "the brig", "my galleon", "a raft", "his cutter"]
 GOOD = {
     "base": ["Take a train."] * 6,
     "pirate": [*(f"Arr, take {ship}, matey!" for ship in SHIPS), "Take a ship."],
-    "robot": "BEEP. TAKE A TRAIN. BOOP.",
+    "robot": "Beep! Take a train. Boop!",
     "unchanged": True,
     "equal": True,
     "losses": [4.0, 2.0],
@@ -101,7 +101,7 @@ def test_the_verdict_on_a_good_run_is_empty():
         ({"pirate": PLAIN}, "from 4.00 to 2.00: the chats were learned, but not as a way"),
         ({"base": ["Arr, a train!"] * 6}, "of the base's 6 of 6"),
         ({"robot": "Take a train."}, "not answer as a robot"),
-        ({"robot": "BEEP. BEEP. BEEP. BEEP."}, "second adapter repeats itself"),
+        ({"robot": "Beep! Beep! Beep! Beep!"}, "second adapter repeats itself"),
         ({"unchanged": False}, "strength 0"),
         ({"equal": False}, "loaded adapter"),
         ({"pirate": [*GOOD["pirate"][:3], LOOP, LOOP + " red", "Arr arr arr!"]}, "3 of 6.*repeats itself.*fewer steps"),
