@@ -14,6 +14,7 @@ from peft_reft.inspect.heatmap import LABELS
 from peft_reft.inspect.run import inspect_adapter
 from peft_reft.inspect.tables import Inspection
 from peft_reft.integrations.loading import load_adapters
+from peft_reft.integrations.threads import share_the_machine
 
 
 def main(argv: list[str]) -> int:
@@ -36,6 +37,7 @@ def main(argv: list[str]) -> int:
     )
     add_model_options(parser)
     arguments = parser.parse_args(argv)
+    share_the_machine()
     try:
         for name in ("out", "csv"):
             check_folder(f"--{name}", getattr(arguments, name))
