@@ -342,6 +342,10 @@ def test_an_adapter_that_is_loaded_in_place(asked, base, place):
     shutil.copytree(versions["one"], folder, dirs_exist_ok=True)
     with pytest.raises(Exception, match=r"cannot be loaded in place while 1 request\(s\) run"):
         core.add_lora(here.requests["two"])
+    with pytest.raises(Exception, match=r"cannot be removed while 1 request\(s\) run"):
+        core.remove_lora(65)
+    with pytest.raises(Exception, match="Give it an id of its own"):
+        core.add_lora(LoRARequest("other", 65, str(versions["one"])))
     found = []
     while core.has_unfinished_requests():
         found += [output.outputs[0].token_ids for output in core.step() if output.finished]

@@ -5,6 +5,7 @@ Each function stands around one of vLLM's, which it gets first; patches.py says 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import weakref
 from collections.abc import Iterator
@@ -112,14 +113,19 @@ def _adapter_of(engine: Any, lora_request: Any) -> tuple[Known, bool]:
                 f"{name} has the id {lora_request.lora_int_id}, under which the files in {known.path!r} were loaded as "
                 "they were before. Give it an id of its own, or load it with load_inplace=True."
             )
-        states = engine.output_processor.request_states.values()
-        running = sum(getattr(state.lora_request, "lora_int_id", 0) == lora_request.lora_int_id for state in states)
+        running = _running(engine, lora_request.lora_int_id)
         if running:
             raise ValueError(
                 f"{name} cannot be loaded in place while {running} request(s) run with the files that it would "
                 "replace. Wait for them, abort them, or load it under another name."
             )
         return found, True
+
+
+def _running(engine: Any, lora_id: int) -> int:
+    """How many unfinished requests an adapter has."""
+    requests = (state.lora_request for state in engine.output_processor.request_states.values())
+    return sum(request is not None and request.lora_int_id == lora_id for request in requests)
 
 
 def add_request(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -159,9 +165,8 @@ def _let_workers_keep(given: inspect.BoundArguments, lora_request: Any, found: K
     """A ReFT adapter that was loaded in place is not loaded again in each step, as vLLM's workers would."""
     if found.version is None or not lora_request.load_inplace:
         return
-    import msgspec
-
-    loaded = msgspec.structs.replace(lora_request, load_inplace=False)
+    loaded = copy.copy(lora_request)
+    loaded.load_inplace = False
     if given.arguments.get("lora_request") is lora_request:
         given.arguments["lora_request"] = loaded
     else:
@@ -183,5 +188,11 @@ async def add_lora_async(original: Any, self: Any, lora_request: Any) -> Any:
 
 
 def remove_lora(original: Any, self: Any, lora_id: int) -> Any:
-    _known.setdefault(self, {}).pop(lora_id, None)
+    known = _known.setdefault(self, {})
+    if lora_id in known and known[lora_id].version is not None and (running := _running(self, lora_id)):
+        raise ValueError(
+            f"The adapter of id {lora_id} cannot be removed while {running} request(s) run with it: its files would "
+            "be read again for them. Wait for them, or abort them."
+        )
+    known.pop(lora_id, None)
     return original(self, lora_id)  # an awaitable, if the engine's method is one
