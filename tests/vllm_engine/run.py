@@ -9,7 +9,7 @@ tests                what runs
 test_kernel.py       the GPU kernel, in Triton's interpreter; on a GPU in a CUDA graph too
 test_engine.py       one engine: all equations, positions, weights; cache, chunks, slots, strength, beams, samples,
                      structured outputs, chats, aborts, adapters that change; refusals
-test_models.py       Llama, Qwen2, Qwen3, Mistral, Gemma 1 to 3, Phi, Phi-3, OPT; LoRA beside ReFT; embeddings in and out;
+test_models.py       Llama, Qwen2, Qwen3, Mistral, Gemma 1 to 3, Phi, Phi-3, OPT; LoRA beside ReFT; embeddings;
                      preemption; refusals
 test_speculation.py  guessed tokens, by n-grams
 test_workers.py      two tensor-parallel workers; `vllm serve` over HTTP, chats, a killed worker
