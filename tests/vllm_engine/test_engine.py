@@ -125,22 +125,13 @@ def test_several_answers_to_a_prompt(asked, truth):
 def test_sampled_answers_have_the_probabilities_that_transformers_gives_them(asked, truth):
     pairs = every_pair(["last", "activated", "lobireft", None], prompts(3))
     answers = set()
-    for (name, prompt), output in zip(pairs, asked.generate(pairs, n=3, temperature=1.0, seed=5)):
+    for (name, prompt), output in zip(pairs, asked.generate(pairs, n=3, temperature=1.0)):
         for sample in output.outputs:
             tokens = list(sample.token_ids)
             found = [by_token[token].logprob for token, by_token in zip(tokens, sample.logprobs)]
             assert found == pytest.approx(truth.forced(name, prompt, tokens), abs=2e-4)
             answers.add((name, len(prompt), *tokens))
     assert len(answers) > 2 * len(pairs)
-
-
-def test_log_probabilities_of_the_prompt(asked, truth):
-    pairs = every_pair(["last", "loreft", "lobireft", None], [prompt for prompt in prompts(4) if len(prompt) > 1])
-    for _ in range(2):  # blocks in the cache must not be taken for the prompt's log-probabilities
-        for (name, prompt), output in zip(pairs, asked.generate(pairs, new=1, prompt_logprobs=0)):
-            found = [by_token[token].logprob for token, by_token in zip(prompt[1:], output.prompt_logprobs[1:])]
-            wanted = truth.hidden(name, prompt)[0][:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
-            assert found == pytest.approx(wanted.tolist(), abs=2e-4)
 
 
 FORMS = {
@@ -185,16 +176,16 @@ def test_answers_of_a_form(asked, base, truth):
         lora_request=[asked.requests.get(name) for _, name, _ in asked_for],
         use_tqdm=False,
     )
-    answers = {form: set() for form in FORMS}
+    answers = {}
     for (form, name, prompt), output in zip(asked_for, outputs):
         guided = {"logits_processor": (LogitsProcessor(compiled[form]),), "eos_token_id": 2} if form else {}
         assert list(output.outputs[0].token_ids) == truth.answer(name, prompt, **guided).tokens, (form, name)
-        if form:
-            answers[form].add(tuple(output.outputs[0].token_ids))
+        answers[form, name, len(prompt)] = list(output.outputs[0].token_ids)
         if form == "json":
             colours = json.loads("".join(tokenizer.convert_ids_to_tokens(output.outputs[0].token_ids[:-1])))
             assert list(colours) == ["a", "b", "c"]
-    assert all(len(found) > len(pairs) // 2 for found in answers.values())
+    for form in FORMS:  # adapters fill it in their own ways
+        assert any(tokens != answers[form, None, length] for (of, _, length), tokens in answers.items() if of == form)
 
 
 def test_a_conversation_goes_on_behind_its_answers(asked, truth):
@@ -401,6 +392,8 @@ def test_more_refusals(asked, truth, base, adapters, place):
     assert "the file is damaged" in refused(asked, damaged, 92)
     with pytest.raises(Exception, match="is not a strength"):
         asked.generate([("last", [5, 6])], extra={"reft_strength": "half"})
+    with pytest.raises(Exception, match="Start it with --lora-target-modules none"):
+        asked.generate([("last", [5, 6])], prompt_logprobs=0)
     with pytest.raises(Exception, match="is not for a ReFT adapter"):
         asked.generate([(None, [5, 6])], extra={"reft_strength": 0.5})
     with pytest.raises(Exception, match="is more than the 2 tokens that are given"):

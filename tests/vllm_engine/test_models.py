@@ -92,7 +92,7 @@ def test_lora_reft_and_base_in_one_batch(place):
         assert cached == [0, 96, 0]  # behind the base model's run of it
 
 
-def test_prompts_that_are_given_as_embeddings_and_a_single_slot(place):
+def test_prompts_given_as_embeddings_and_their_log_probabilities_with_a_single_slot(place):
     import transformers
     from vllm import SamplingParams
 
@@ -102,7 +102,8 @@ def test_prompts_that_are_given_as_embeddings_and_a_single_slot(place):
     turns = make_adapter(base, place / "turns", 9, positions="l1", r=2, turns="all", prompt_end=[7, 8])
     pairs = every_pair([None, *ADAPTERS], prompts(5))
     for caching in (True, False):
-        with engine(base, max_loras=1, enable_prompt_embeds=True, enable_prefix_caching=caching) as llm:
+        settings = {"max_loras": 1, "lora_target_modules": ["none"], "enable_prefix_caching": caching}
+        with engine(base, enable_prompt_embeds=True, **settings) as llm:
             asked = Asked(llm, {**adapters, "turns": turns})
             params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
@@ -117,6 +118,11 @@ def test_prompts_that_are_given_as_embeddings_and_a_single_slot(place):
             with pytest.raises(Exception, match="is given as embeddings"):
                 answers([("turns", [5, 6, 7, 8])])
             assert_right(asked.compare(pairs, truth))
+            # The prompt's log-probabilities, which blocks in the cache do not hold.
+            for (name, prompt), output in zip(pairs, asked.generate(pairs, new=1, prompt_logprobs=0)):
+                found = [by_token[token].logprob for token, by_token in zip(prompt[1:], output.prompt_logprobs[1:])]
+                wanted = truth.hidden(name, prompt)[0][:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+                assert found == pytest.approx(wanted.tolist(), abs=2e-4)
 
 
 def test_embeddings_of_prompts(place):

@@ -51,6 +51,11 @@ def process_inputs(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
                 "these arguments out."
             )
         wishes = wishes_of(extra)
+        if served is not None and getattr(given.params, "prompt_logprobs", None) is not None and _ends_scoring(self):
+            raise ValueError(
+                "On CPUs vLLM ends with an error over prompt_logprobs where the model's head is wrapped for LoRA. "
+                "Start it with --lora-target-modules none, or without lm_head among them."
+            )
         if served is not None and given.resumable:
             raise ValueError(
                 "A session that streams its input cannot use a ReFT adapter: its prompt grows after a part of it was "
@@ -75,6 +80,12 @@ def process_inputs(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         params.extra_args = {**(params.extra_args or {}), PROMPT_LENGTH: beam_of}
         request.sampling_params = params
     return request
+
+
+def _ends_scoring(processor: Any) -> bool:
+    """Whether an engine ends with an error of its own when it is asked for prompt_logprobs (vLLM 0.32, on CPUs)."""
+    targets = processor.lora_config.target_modules
+    return processor.vllm_config.device_config.device_type == "cpu" and (targets is None or "lm_head" in targets)
 
 
 def get_prompt(original: Any, self: Any) -> Any:
