@@ -35,6 +35,16 @@ def token_shape(arguments: Mapping[str, Any], ids_per_row: int = 1) -> tuple[int
     return None
 
 
+def repeats(given: int, rows: int) -> int | None:
+    """How often each of `given` rows is run in a batch of `rows`, as `generate` does; None if that is no multiple.
+
+    >>> repeats(2, 6), repeats(2, 2), repeats(2, 3)
+    (3, 1, None)
+    """
+    times, rest = divmod(rows, given) if given else (0, 0)
+    return None if rest or not times else times
+
+
 def token_device(arguments: Mapping[str, Any]) -> torch.device:
     """The device of a call's tokens."""
     embeds = arguments.get("inputs_embeds")
@@ -88,9 +98,9 @@ def _of_columns(mask: Tensor, rows: int, columns: int, past: int | Tensor) -> tu
             return None
         column = past + torch.arange(columns, device=mask.device)
         return mask.gather(1, column.clamp(max=width - 1).expand(rows, columns)), None
-    if width >= past + columns:
-        return mask[:, past : past + columns].expand(rows, columns), None
-    return (mask.expand(rows, columns), None) if width == columns else None
+    if width == columns:
+        return (mask if mask.shape[0] == rows else mask.expand(rows, columns)), None
+    return (mask[:, past : past + columns].expand(rows, columns), None) if width >= past + columns else None
 
 
 def _visible(mask: Tensor) -> Tensor:

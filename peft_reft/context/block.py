@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft_reft.blocks import OWN, edit_hidden_state
+from peft_reft.blocks import NOT_TOKENS, edit_hidden_state
 from peft_reft.context.forward import ForwardContext, Given
 from peft_reft.context.method import MethodEntry
 from peft_reft.context.state import ModelState
@@ -55,18 +55,23 @@ class BlockEntry(MethodEntry):
         if layer.is_plain and isinstance(output, Tensor) and output.dim() == 3:
             return layer.edit(output, context)
         layout = layer.layout
+
+        def tokens(h: Tensor) -> Tensor:
+            return layer.edit(h, context)
+
+        def vectors(h: Tensor) -> Tensor:  # which are not those of the call's tokens
+            return layer.edit(h, context.of_vectors(layout.pool, h.shape[1]))
+
         if layout.pool:
-            return edit_hidden_state(output, lambda h: layout.edit(h, None, lambda part: pooled(layer, part, context)))
-        return edit_hidden_state(
-            output, lambda h: layout.edit(h, context.columns, lambda part: layer.edit(part, context))
-        )
+            return edit_hidden_state(output, lambda h: layout.edit(h, None, vectors))
+        return edit_hidden_state(output, lambda h: layout.edit(h, context.columns, tokens))
 
     def _outside(self, layer: Any, output: Any) -> Any:
         """The output of a block that runs outside of a call of its model, where there are no tokens to count."""
 
         def edit(h: Tensor) -> Tensor:
             specs = sorted({str(spec) for spec in layer.active_specs()} - {"all"})
-            if specs and layer.layout.pool != OWN:
+            if specs and layer.layout.pool != NOT_TOKENS:
                 raise ValueError(
                     f"positions={specs[0]!r} counts tokens, but the block of a ReFT adapter ran outside of its model's "
                     "forward, where there are none. Call the model as a whole, or use positions='all'."
@@ -74,11 +79,6 @@ class BlockEntry(MethodEntry):
             return layer.edit(h, ForwardContext(self.state, [layer], Given()))
 
         return edit_hidden_state(output, lambda h: layer.layout.edit(h, None, edit))
-
-
-def pooled(layer: Any, h: Tensor, context: ForwardContext) -> Tensor:
-    """`h` [B, T, d] with its edits, where its T vectors are not those of the call's tokens."""
-    return layer.edit(h, context.of_vectors(layer.layout.pool, h.shape[1]))
 
 
 class KeepsCalled:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,19 +20,14 @@ from torch import Tensor
 from peft_reft.context.arguments import (
     check_locations,
     past_length,
-    token_device,
     token_shape,
     valid_columns,
-    window_of,
 )
 from peft_reft.context.method import MethodEntry
 from peft_reft.context.sources import Sources, run_sources
 from peft_reft.context.state import ModelState
 from peft_reft.context.subspaces import Choices
-from peft_reft.positions import PositionSpec, Prompts, Tokens, generated, mark
-
-if TYPE_CHECKING:
-    from peft_reft.context.forward import ForwardContext
+from peft_reft.positions import PositionSpec, Prompts, Tokens, mark
 
 STEP = "reft_generation_step"  # the argument of a forward that says so; taken out before the model sees it
 
@@ -270,40 +265,3 @@ class PrepareEntry(MethodEntry):
             if step is not None:
                 inputs[STEP] = step
         return inputs
-
-
-def step_context(
-    context: ForwardContext, step: Step, rows: int, columns: int, arguments: Mapping[str, Any]
-) -> ForwardContext:
-    """Fill in the context of a step of `generate`.
-
-    Raises:
-        ValueError: if the rows are not those of the prompts, each as often as the others.
-    """
-    generation, past = step
-    assert generation.tokens is not None
-    given, total = generation.tokens.valid.shape
-    locations = None if context.role == "decoder" else generation.locations
-    if past >= total:
-        device = token_device(arguments)
-        context.idle = not generation.edits_answers or locations is not None
-        context.answers_only = True
-        context.find = lambda spec: generated(rows, columns, past - total, device)
-        return context
-    if locations is not None:
-        times = _times(locations.shape[0], rows)
-        context.locations = window_of(locations.repeat_interleave(times, 0), past, columns)
-        return context
-    times = _times(given, rows)
-    context.find = lambda spec: generation.prompts(spec).repeat(times).window(past, columns)
-    return context
-
-
-def _times(given: int, rows: int) -> int:
-    times, rest = divmod(rows, given)
-    if rest:
-        raise ValueError(
-            f"generate was given {given} prompts but runs a batch of {rows} rows, which is no multiple of it; "
-            "it is unknown which prompt each row has."
-        )
-    return times

@@ -10,19 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peft_reft.context.arguments import repeats
+from peft_reft.context.plan import Family
+from peft_reft.context.state import ModelState
 from peft_reft.context.subspaces import Choices, strengths
 from peft_reft.interventions import exchange_of
 from peft_reft.positions import Places, PositionSpec, columns_of
-
-if TYPE_CHECKING:
-    from peft_reft.context.plan import Family
-    from peft_reft.context.state import ModelState
 
 RULE = (
     "Pass the inputs of a call, source_inputs={'input_ids': ..., 'attention_mask': ...}, or such inputs by the name of "
@@ -217,8 +216,8 @@ class Exchange:
         if key not in collected.states:
             raise ValueError("A block that is edited did not run in the forward of the source.")
         states, keep = collected.states[key], collected.keep[key]
-        times, rest = divmod(shape[0], max(len(states), 1))
-        if rest or not times:
+        times = repeats(len(states), shape[0])
+        if times is None:
             raise ValueError(f"source_inputs have {len(states)} rows, but the call has {shape[0]}. Pass one per row.")
         states, keep = states.repeat_interleave(times, 0), keep.repeat_interleave(times, 0)
         width = max(shape[2], states.shape[2])

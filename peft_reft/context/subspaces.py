@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_reft.context.arguments import repeats
+
 BASE = "__base__"  # the adapter name of rows without an edit, as everywhere in PEFT
 Choice = Mapping[str, float] | None  # strengths of the parts that act, by name; None for all
 Choices = Tensor | Sequence[Choice]  # of the rows: a tensor [B, K] for adapters with the same parts
@@ -106,10 +108,10 @@ def repeated(choices: Choices, rows: int, in_generate: bool) -> Choices:
     Raises:
         ValueError: if there are not as many of them as rows.
     """
-    times, rest = divmod(rows, max(len(choices), 1))
-    if times == 1 and not rest:
+    times = repeats(len(choices), rows)
+    if times == 1:
         return choices
-    if rest or not times or not in_generate:
+    if times is None or not in_generate:
         raise ValueError(f"subspaces has {len(choices)} entries, but the batch has {rows} rows. {RULE}")
     if isinstance(choices, Tensor):
         return choices.repeat_interleave(times, 0)

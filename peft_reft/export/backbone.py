@@ -28,8 +28,8 @@ from peft_reft.context.forward import ForwardContext, Given
 from peft_reft.export.caches import LayerCache, cache_of, cache_shape, tensors_of
 from peft_reft.interventions import edit_of, low_rank_edit, stack_factors
 from peft_reft.interventions.batched import kind_of
+from peft_reft.tuner.adapters import get_interventions
 from peft_reft.tuner.injection import state_of
-from peft_reft.tuner.model import get_interventions
 
 Edit = Callable[[int, Tensor], Tensor]  # the number of a block and its output -> what is added to that
 
