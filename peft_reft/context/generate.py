@@ -37,6 +37,7 @@ class Generation:
 
     Attributes:
         tokens: the rows of the prompt; None until an encoder-decoder's decoder has started.
+        rows: how many prompts the caller passed; None if that is not known.
         locations: what the caller passed as `intervention_locations`, [B, G, P], or None.
         adapter_names: the adapter of each row, or None.
         subspaces: which named parts of R act in each row, or None.
@@ -51,6 +52,7 @@ class Generation:
     def __init__(self, state: ModelState, tokens: Tokens | None):
         self.state = state
         self.tokens = tokens
+        self.rows: int | None = None
         self.locations: Tensor | None = None
         self.adapter_names: list[str] | None = None
         self.subspaces: Choices | None = None
@@ -163,12 +165,11 @@ class GenerateEntry(MethodEntry):
             generation.locations = outer.locations  # that `generate` only passes the call on
         by_row = generation.adapter_names or running.adapter_names
         if subspaces is not None:
-            rows = None if generation.tokens is None else generation.tokens.valid.shape[0]
-            generation.subspaces = self.state.check_subspaces(subspaces, rows, by_row)
+            generation.subspaces = self.state.check_subspaces(subspaces, generation.rows, by_row)
         elif outer is not None and not outer.started:
             generation.subspaces = outer.subspaces
         if source_inputs is not None:
-            generation.sources = run_sources(self.module, self.state, source_inputs, by_row)
+            generation.sources = run_sources(self.module, self.state, source_inputs, by_row, generation.rows)
         elif outer is not None and not outer.started:
             generation.sources = outer.sources
         running.generation = generation
@@ -186,6 +187,7 @@ class GenerateEntry(MethodEntry):
             ids = self._ids(arguments) if arguments.get("inputs_embeds") is None else None
             tokens = Tokens(valid, ids=ids if ids is not None and ids.shape == valid.shape else None, given=True)
         generation = Generation(self.state, tokens)
+        generation.rows = None if valid is None else valid.shape[0]
         if locations is not None:
             shape = None if valid is None else (valid.shape[0], valid.shape[1])
             generation.locations = check_locations(locations, shape, 0)

@@ -158,7 +158,7 @@ def _given(entered: Entered, arguments: Mapping[str, Any], own: Mapping[str, Any
         subspaces = of_generation.subspaces
     sources = own.get("source_inputs")
     if sources is not None:
-        sources = run_sources(entered.module, state, sources, names)
+        sources = run_sources(entered.module, state, sources, names, shape[0] if shape else None)
     elif of_generation is not None:
         sources = of_generation.sources
     labels, shift_labels = arguments.get("labels"), arguments.get("shift_labels")
