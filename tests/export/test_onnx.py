@@ -17,7 +17,7 @@ from peft_reft.export import (
     open_backbone,
     save_adapter_tensors,
 )
-from peft_reft.export.programs import empty_past, quantise
+from peft_reft.export.quantise import quantise
 
 PROMPT, TOKENS = [5, 9, 31, 44, 7, 80], 6
 onnx, *_ = (pytest.importorskip(name) for name in ("onnx", "onnxscript", "onnxruntime"))
@@ -67,7 +67,7 @@ def test_one_file_answers_for_every_adapter_and_for_the_base_model(exported, tmp
         save_adapter_tensors(model, path, torch.float32, adapter_name=adapter, base_model="tiny")
         tensors = description.inputs(load_adapter_tensors(path))
         for strength in (1.0, 0.0):
-            got = greedy_answer(run, PROMPT, tensors, positions, share, empty_past(description), TOKENS, strength)
+            got = greedy_answer(run, PROMPT, tensors, positions, share, description.empty_past(), TOKENS, strength)
             with model.disable_adapter() if strength == 0 else torch.no_grad():
                 assert got == answer(model, adapter)
             seen.add(tuple(got))
@@ -97,7 +97,7 @@ def test_weights_of_few_bits_leave_the_edits_in_floating_point(dtype, exported, 
     mask = edit_mask("f2+d2", prompt_length=len(PROMPT))
 
     def logits(of, strength):
-        past = empty_past(description)
+        past = description.empty_past()
         return of(ids, torch.ones_like(ids), strength * mask, *tensors.values(), *past)[0]
 
     assert (logits(run, 0) - logits(exact, 0)).abs().max() > 1e-3  # the weights were rounded
@@ -124,17 +124,15 @@ def test_pt2_without_a_cache_and_with_fixed_sizes(tmp_path):
     for adapter, (positions, share) in ADAPTERS.items():
         save_adapter_tensors(model, tmp_path / "a.safetensors", torch.float32, adapter_name=adapter)
         tensors = description.inputs(load_adapter_tensors(tmp_path / "a.safetensors"))
-        assert greedy_answer(
-            run, PROMPT, tensors, positions, share, None, TOKENS, max_groups=description.max_groups
-        ) == answer(model, adapter)
+        assert greedy_answer(run, PROMPT, tensors, positions, share, None, TOKENS) == answer(model, adapter)
 
 
 def test_formats_dtypes_and_sizes_that_there_are_not(tmp_path):
     backbone = exportable(two_adapters())
     with pytest.raises(ValueError, match=r"format='tflite' .* onnx, pt2, pte"):
         export_backbone(backbone, tmp_path, "tflite")
-    with pytest.raises(ValueError, match="dtype='int4' is none for format='pt2'"):
-        export_backbone(backbone, tmp_path, "pt2", dtype="int4")
+    with pytest.raises(ValueError, match="quantised='int4' of a model in float32 is nothing that format='pt2' holds"):
+        export_backbone(backbone, tmp_path, "pt2", quantised="int4")
     with pytest.raises(ValueError, match="max_rank=0"):
         export_backbone(backbone, tmp_path, max_rank=0)
     assert not list(tmp_path.iterdir())
