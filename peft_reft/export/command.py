@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
 import warnings
@@ -64,6 +65,7 @@ def main(argv: Sequence[str]) -> int:
         made.error("give BASE and OUT for a backbone, or OUT alone with --adapter DIR")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    logging.getLogger("torch").setLevel(logging.ERROR)  # its exporters' warnings to each other
     try:
         if arguments.adapter:
             return _adapter(arguments, paths[0])

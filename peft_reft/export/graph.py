@@ -8,6 +8,8 @@ Shape letters: B rows, S columns of one forward, L blocks, G position groups, r 
 
 from __future__ import annotations
 
+from contextlib import redirect_stderr
+from io import StringIO
 from typing import Any, NamedTuple
 
 import torch
@@ -55,7 +57,7 @@ def trace(backbone: Backbone, sizes: Sizes) -> ExportedProgram:
     example = Example(sizes.rows or 2, 5, past, sizes.rank or 3, sizes.groups or 2)
     name = type(backbone.model).__name__
     try:
-        with torch.no_grad():
+        with torch.no_grad(), redirect_stderr(StringIO()):  # where torch prints the whole graph of a trace that failed
             program = torch.export.export(
                 backbone, inputs(backbone, example), dynamic_shapes=_open_sizes(backbone, sizes), strict=False
             )

@@ -31,7 +31,7 @@ def logits_of_tokens(model: nn.Module) -> int:
     """
     name, ids = type(model).__name__, torch.ones(2, 3, dtype=torch.long, device=next(model.parameters()).device)
     try:
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     except Exception as error:  # whatever a model says that misses its other inputs
         raise ValueError(
             f"{name} does not run on token ids and their mask alone ({one_line(error)}); an exported graph has no "

@@ -86,8 +86,9 @@ def adapter_tensors(
 
     Returns:
         "down" [L, G, r, d], "bias" [L, G, r] and "up" [L, G, r, d] in float32, zeros for blocks that are not edited and
-        behind smaller ranks. G is 1 for shared weights, else what `edit_mask` gives for them. The strength that was set
-        on a model takes no part: it is the value of the mask.
+        behind smaller ranks. G is 1 for shared weights, else what `edit_mask` gives for them. What was set on a model
+        by `set_strength` and `set_subspaces` takes no part: the strength is the value of the mask, and subspaces are
+        rows of r, in their order, whose rows of "up" can be scaled.
 
     Raises:
         ValueError: for an adapter that is more than these tensors, with the reason.

@@ -9,12 +9,13 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import MusicgenDecoderConfig, MusicgenForCausalLM
 
-from peft_reft import ReftConfig, register_intervention, set_strength
+from peft_reft import ReftConfig, register_intervention, set_strength, set_subspaces
 from peft_reft.export import EditableBackbone, adapter_tensors, edit_mask, exportable, greedy_answer
 from peft_reft.export.graph import Sizes, trace
 from peft_reft.interventions import BUILT_IN, REGISTRY, takes_source
 
 EQUATIONS = [name for name in sorted(BUILT_IN) if not takes_source(name)]
+CAUSAL = {"task_type": "CAUSAL_LM"}
 PROMPT, TOKENS = [5, 9, 31, 44, 7, 80], 6
 
 
@@ -68,6 +69,12 @@ def test_answers_are_those_of_generate(family, cache):
         set_strength(model, strength)
         assert answer_of(backbone, tensors, "f2+d2", False, strength) == answer(model)
     assert answer_of(backbone, tensors, "f2+d2", False) != answer_of(backbone, tensors, "f2+d3", False)
+
+
+def test_a_window_is_kept_by_the_mask_when_the_cache_holds_the_whole_row():
+    models = [reft_model(tiny_model("mistral", sliding_window=size), positions="f1+d2", **CAUSAL) for size in (4, 100)]
+    found = [answer_of(exportable(model), adapter_tensors(model), "f1+d2") for model in models]
+    assert found == [answer(model) for model in models] and found[0] != found[1]
 
 
 def test_a_padded_batch_with_a_cache_continues_as_the_whole_rows():
@@ -209,6 +216,22 @@ def test_a_model_that_takes_more_than_token_ids_is_refused():
     config = MusicgenDecoderConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=8)
     with pytest.raises(ValueError, match="does not run on token ids and their mask alone"):
         exportable(MusicgenForCausalLM(config))
+
+
+def test_a_subspace_is_switched_off_by_its_rows():
+    settings = {"r": 3, "subspaces": {"one": 1, "two": 2}, "positions": "f1+l1", "task_type": "CAUSAL_LM"}
+    model = reft_model(tiny_model("llama"), **settings)
+    backbone, tensors, inputs = exportable(model, cache=False), adapter_tensors(model), batch(6)
+    mask = edit_mask("f1+l1", prompt_length=6, share_weights=True)
+    for name, rows in (("one", slice(1, 3)), ("two", slice(0, 1))):
+        set_subspaces(model, [name])
+        up = tensors["up"].clone()
+        up[:, :, rows] = 0
+        with torch.no_grad():
+            got = backbone(*inputs.values(), mask, tensors["down"], tensors["bias"], up)[0]
+        torch.testing.assert_close(got, logits(model, inputs), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(adapter_tensors(model), tensors, rtol=0, atol=0)  # whatever is switched on
+    assert (got - logits(model, inputs, subspaces=["one"])).abs().max() > 1e-2
 
 
 def test_too_few_tensors_of_the_past_are_refused():
