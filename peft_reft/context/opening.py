@@ -91,7 +91,7 @@ def open_context(
         context.locations = given.locations
         return context
     context.rows, context.columns = shape
-    context.passed = frozenset(id(value) for value in arguments.values() if isinstance(value, Tensor))
+    context.passed = [ids for ids in arguments.values() if isinstance(ids, Tensor) and ids.dtype == torch.long]
     if _is_paged(state, arguments):
         return _paged(context, arguments)
     if given.step is not None and role != "encoder":
@@ -117,7 +117,7 @@ def _brings_others(outer: ForwardContext, arguments: Mapping[str, Any]) -> tuple
     labels = [(arguments.get(name), getattr(outer.given, name)) for name in ("labels", "shift_labels")]
     if any(own is not None and own is not given for own, given in labels):
         return True, True
-    is_another = (outer.has_run or id(ids) in outer.passed) and _differ(ids, outer.tokens.ids)
+    is_another = (outer.has_run or any(ids is one for one in outer.passed)) and _differ(ids, outer.tokens.ids)
     return has_mask or is_another, is_another
 
 

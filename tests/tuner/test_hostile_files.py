@@ -15,7 +15,7 @@ from torch import nn
 from transformers import CLIPConfig, LlamaConfig, T5Config, WhisperConfig
 
 from peft_reft import ReftConfig
-from peft_reft.tuner import model_sizes, sizes
+from peft_reft.tuner import model_sizes
 from peft_reft.tuner.model_sizes import check_sizes, most_tokens, vocabulary_of
 from peft_reft.tuner.sizes import shown
 
@@ -109,7 +109,7 @@ def test_an_adapter_larger_than_the_model_is_refused(monkeypatch):
         < model_sizes.MOST_PARAMETERS
     )
     check_sizes(config, base, {"a": (HIDDEN, HIDDEN)})  # small enough for any machine
-    monkeypatch.setattr(sizes, "MOST_PARAMETERS", 1000)
+    monkeypatch.setattr(model_sizes, "MOST_PARAMETERS", 1000)
     built = []
     monkeypatch.setattr("peft_reft.tuner.layer.build_intervention", lambda *args, **kwargs: built.append(args))
     with pytest.raises(ValueError, match="make an adapter of 624000 parameters in 3 block"):
