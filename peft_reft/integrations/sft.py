@@ -241,8 +241,8 @@ def main(argv: list[str]) -> int:
         The exit status: 0, or 2 if something that the user gave cannot be used (a line on stderr says what), or 130
         after Ctrl-C in training.
     """
-    # TRL's own default, under a name that transformers has changed
-    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+    # What TRL and PEFT use as their own, under names that transformers has changed
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     share_the_machine()
     try:
         # The data are looked at before the model is loaded, which may take minutes.
