@@ -1,4 +1,4 @@
-"""The example of subspaces runs to its end, on a model of two blocks, and its table has a line for each adapter."""
+"""The example of subspaces runs to its end, on a model of two blocks, and prints a line for each adapter."""
 
 import sys
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_it_runs_to_its_end(tmp_path, monkeypatch, capsys, loud_again):
     assert subspaces.main() == 0
     output = capsys.readouterr().out
     assert "the first two are what they were: yes, bit for bit" in output
-    head, *lines = output.split("\n\n")[-1].strip().splitlines()
-    assert head.split()[3:] == ["pirate", "robot", "polite", "sound", "loss", "pirate", "loss", "robot"]
+    head, *lines = [line for line in output.splitlines() if len(line) > 80]
+    assert head.split()[3:11] == ["pirate", "robot", "polite", "sound", "loss", "pirate", "loss", "robot"]
     assert len(lines) == 16
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
