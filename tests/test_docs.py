@@ -51,7 +51,7 @@ def constraints() -> dict[str, str]:
 @pytest.fixture(scope="session")
 def model_of_the_documents(tmp_path_factory):
     """A folder with SmolLM2, or with its stand-in; made once."""
-    make = document_model.real_model if document_model.is_installed() else document_model.stand_in
+    make = document_model.real_model if document_model.is_wanted() else document_model.stand_in
     return make(tmp_path_factory.mktemp("models") / "smollm2")
 
 

@@ -39,6 +39,12 @@ export class Backbone {
     if (description.format !== "peft_reft.backbone" || description.version !== 1) {
       throw new Error("backbone.json describes no backbone of this version.");
     }
+    if (description.baked || !description.cache || description.cache_dtype !== "float32") {
+      throw new Error(
+        "This page runs backbones that take adapters, with a cache in float32: `python -m peft_reft export BASE OUT` " +
+          "without --bake and --no-cache, and with --dtype int4, int8 or float32.",
+      );
+    }
     const session = await ort.InferenceSession.create(graph, { executionProviders: [provider] });
     return new Backbone(ort, description, session);
   }
@@ -58,6 +64,8 @@ export class Backbone {
     const tensor = (type, values, dims) => new ort.Tensor(type, values, dims);
     const integers = (values) => BigInt64Array.from(values, BigInt);
     const { cache, blocks, width, vocabulary } = description;
+    const room = (description.max_columns ?? Infinity) - ids.length;
+    if (room < 1) throw new Error(`The prompt has ${ids.length} tokens; the backbone takes rows of ${description.max_columns}.`);
     const { rank, groups } = inputs ?? { rank: description.max_rank ?? 1, groups: description.max_groups ?? 1 };
     const shape = [blocks.length, groups, rank];
     const zeros = (...dims) => new Float32Array(dims.reduce((size, dim) => size * dim, 1));
@@ -73,7 +81,7 @@ export class Backbone {
     });
     const seen = new Set(ids);
     let columns = ids;
-    for (let generated = 0; generated < most; generated++) {
+    for (let generated = 0; generated < Math.min(most, room); generated++) {
       const outputs = await this.session.run({
         input_ids: tensor("int64", integers(columns), [1, columns.length]),
         attention_mask: tensor("int64", integers(Array(ids.length + generated).fill(1)), [1, ids.length + generated]),

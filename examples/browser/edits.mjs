@@ -1,6 +1,6 @@
 // An adapter's file (safetensors, a few kilobytes) as the inputs of a backbone; what does not fit is refused.
 
-import { parsePositions } from "./mask.mjs";
+import { editMask } from "./mask.mjs";
 
 const NAMES = ["down", "bias", "up"];
 
@@ -21,25 +21,27 @@ export function readEdits(buffer) {
     throw new Error("This is no file of edits. `python -m peft_reft export --adapter DIR OUT` makes one of an adapter.");
   }
   if (meta.version !== "1") throw new Error(`The adapter's file has version ${meta.version} of its format; this is 1.`);
+  const missing = NAMES.find((name) => !header[name]);
+  if (missing) throw new Error(`The adapter's file has no "${missing}".`);
   const tensors = {};
   for (const name of NAMES) {
-    const entry = header[name];
-    if (!entry || 8 + size + entry.data_offsets[1] > buffer.byteLength) throw cut;
-    tensors[name] = numbers(buffer, 8 + size, entry);
+    if (8 + size + header[name].data_offsets[1] > buffer.byteLength) throw cut;
+    tensors[name] = numbers(buffer, 8 + size, header[name]);
     if (tensors[name].some((number) => !Number.isFinite(number))) {
       throw new Error("The adapter's file holds numbers that are infinite or NaN.");
     }
   }
-  parsePositions(meta.positions); // throws for a notation that this page does not know
+  const [blocks, shareWeights] = [described(meta, "blocks"), described(meta, "share_weights")];
   const [, groups, rank, width] = header.down.shape;
-  return {
-    ...tensors, groups, rank, width,
-    blocks: JSON.parse(meta.blocks),
-    positions: meta.positions,
-    shareWeights: JSON.parse(meta.share_weights),
-    baseModel: meta.base_model,
-    bytes: buffer.byteLength,
-  };
+  const shapes = { down: [blocks.length, groups, rank, width], bias: [blocks.length, groups, rank] };
+  shapes.up = shapes.down;
+  const odd = NAMES.find((name) => String(header[name].shape) !== String(shapes[name]) || tensors[name].length !== product(shapes[name]));
+  if (odd) throw new Error(`The adapter's file has "${odd}" of the shape [${header[odd].shape}], where [${shapes[odd]}] is needed.`);
+  const own = editMask(meta.positions, shareWeights, 1).groups; // throws for a notation that this page does not know
+  if (own !== groups) {
+    throw new Error(`The adapter's file has ${groups} interventions for each block, and positions "${meta.positions}" need ${own}.`);
+  }
+  return { ...tensors, groups, rank, width, blocks, shareWeights, positions: meta.positions, baseModel: meta.base_model };
 }
 
 /** The inputs down, bias and up of a backbone: zeros for blocks that the adapter leaves alone, and up to its sizes. */
@@ -73,6 +75,17 @@ export function fitEdits(edits, backbone) {
     }
   }
   return found;
+}
+
+const product = (shape) => shape.reduce((size, dim) => size * dim, 1);
+
+/** A field of a file's metadata, which is JSON. */
+function described(meta, name) {
+  try {
+    return JSON.parse(meta[name]);
+  } catch {
+    throw new Error(`The adapter's file does not say its ${name}: ${meta[name]}.`);
+  }
 }
 
 function numbers(buffer, start, { dtype, data_offsets: [begin, end] }) {

@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("--source", type=Path, default=Path("quickstart-output"), help="what the quickstart has left")
     parser.add_argument("--model", help=f"folder of the model (default: {NAME} in the source)")
     parser.add_argument("--adapters", nargs="+", default=["pirate", "robot"], help="their folders in the source")
-    parser.add_argument("--dtype", default="int4", help="of the backbone: int4 (default), int8, float16 or float32")
+    parser.add_argument("--dtype", default="int4", choices=["int4", "int8", "float32"], help="of the backbone (int4)")
     parser.add_argument("--site", type=Path, default=HERE / "site", help="for what is served (default: site)")
     options = parser.parse_args()
     copy_page(options.site)

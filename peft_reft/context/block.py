@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peft_reft.blocks import NOT_TOKENS, edit_hidden_state
@@ -19,6 +20,14 @@ from peft_reft.context.method import MethodEntry
 from peft_reft.context.state import ModelState
 
 CHILD = "reft"  # the layer's name below its block; must not hold the prefix "reft_", by which PEFT skips modules
+
+
+OUTSIDE = (
+    "A block of a ReFT adapter ran outside of its model's forward, where padding is unknown, so that positions='all' "
+    "edited every vector. In the backward pass of a torch.utils.checkpoint of your own this gives the gradients of "
+    "another edit if there is padding: call model.gradient_checkpointing_enable(), or wrap the blocks with torch's "
+    "apply_activation_checkpointing, whose second runs know the call."
+)
 
 
 class BlockEntry(MethodEntry):
@@ -76,6 +85,8 @@ class BlockEntry(MethodEntry):
                     f"positions={specs[0]!r} counts tokens, but the block of a ReFT adapter ran outside of its model's "
                     "forward, where there are none. Call the model as a whole, or use positions='all'."
                 )
+            if not specs and torch.is_grad_enabled() and self.state.takes_ids():
+                self.state.warn_once(OUTSIDE)
             return layer.edit(h, ForwardContext(self.state, [layer], Given()))
 
         return edit_hidden_state(output, lambda h: layer.layout.edit(h, None, edit))

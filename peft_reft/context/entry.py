@@ -9,7 +9,7 @@ The entry stands in for the module's `forward`, as an attribute of the instance.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import CodeType
 from typing import Any
@@ -46,6 +46,7 @@ class ForwardEntry(MethodEntry):
         self.path = Path(entered.module, blocks)
         self.idle = ForwardContext(entered.state, (), Given(), entered.role, entered.depth, idle=True)
         self.passive = False
+        self.close: Callable[[], None] | None = None  # of a passive one, while its first call runs
         parameters = inspect.signature(type(entered.module).forward).parameters.values()
         self.names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
 
@@ -59,7 +60,9 @@ class ForwardEntry(MethodEntry):
         if running.replica is not None:
             return self._of_replica()(*args, **kwargs)
         outer = running.context
-        if self.passive or (outer is not None and outer.idle and outer.depth < self.entered.depth):
+        if self.passive:
+            return self._below_what_replaced_it(*args, **kwargs)
+        if outer is not None and outer.idle and outer.depth < self.entered.depth:
             return self.__wrapped__(*args, **kwargs)
         if STEP in kwargs and kwargs[STEP].edits_nothing:
             del kwargs[STEP]
@@ -83,12 +86,14 @@ class ForwardEntry(MethodEntry):
         Args:
             outer: the context that is open.
             args, kwargs: as the module's forward is given them; our own arguments are taken out.
+
+        Raises:
+            ValueError: in training, for what was given and cannot be used, or a block that is no longer in its place.
         """
         own = {name: kwargs.pop(name) for name in OWN_ARGUMENTS if name in kwargs}
         context = self.context(outer, args, kwargs, own)
         if outer is None and not torch.compiler.is_compiling():
-            for layer in self.entered.layers:  # should something else have taken the place of its block's entry
-                stand_in(layer.block, self.state)
+            self._look_at_blocks()
         if context is not outer and is_recorded():
             self.path.wrap_checkpoints(self.state.running)
         return context
@@ -101,6 +106,27 @@ class ForwardEntry(MethodEntry):
         if context is not outer:
             context.prepare()
         return context
+
+    def _look_at_blocks(self) -> None:
+        """Put the blocks' entries back in place, should something else have taken it."""
+        displaced = self.path.displaced()
+        if displaced is not None:
+            notices.object_to_displaced(self.state, self.module, displaced)
+        for layer in self.entered.layers:
+            stand_in(layer.block, self.state)
+
+    def _below_what_replaced_it(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward, called by what took the entry's place (see `StayOutermost`).
+
+        torch calls no hook after an interruption, such as Ctrl-C: then a context that hooks opened is closed here.
+        """
+        close, self.close = self.close, None
+        try:
+            return self.__wrapped__(*args, **kwargs)
+        except BaseException as error:
+            if close is not None and not isinstance(error, Exception):
+                close()
+            raise
 
     def succeeded_by(self, found: Any) -> ForwardEntry:
         """A new entry in front of what has taken this one's place, which may call this one, or no longer does."""

@@ -68,6 +68,8 @@ class ForwardContext:
         answers_only: there are generated tokens only.
         tokens: what is known of the tokens, where `prompts_of` takes it from them.
         mask: their attention mask as it was passed.
+        passed: the tensors of whole numbers that the call was passed.
+        has_run: a module further in has run the call's own ids.
         training: whether the model is in training mode.
         device: of the hidden states, where no tokens tell it.
     """
@@ -86,6 +88,8 @@ class ForwardContext:
     answers_only: bool = False
     tokens: Tokens | None = None
     mask: Any = None
+    passed: Sequence[Tensor] = ()
+    has_run: bool = False
     training: bool = False
     device: torch.device | None = None
     _edits: list[Edit] | None = None

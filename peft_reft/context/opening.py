@@ -74,7 +74,10 @@ def open_context(
     shape = token_shape(arguments, entered.state.ids_per_row)
     given = _given(entered, arguments, own, shape) if outer is None else outer.given
     is_new = outer is None or outer.role != entered.role or shape not in (None, (outer.rows, outer.columns))
-    is_new = is_new or _brings_others(outer, arguments)
+    if outer is not None and not is_new:
+        is_new, is_another = _brings_others(outer, arguments)
+        if is_another:  # a sequence of its own, and so are its labels, if it has any
+            given = replace(given, labels_show_prompts=False, labels=None, shift_labels=None)
     if _predicts(entered, given, arguments, shape, is_outermost=outer is None):
         labels, shift_labels = arguments.get("labels"), arguments.get("shift_labels")
         given = replace(given, labels_show_prompts=True, labels=labels, shift_labels=shift_labels)
@@ -88,6 +91,7 @@ def open_context(
         context.locations = given.locations
         return context
     context.rows, context.columns = shape
+    context.passed = [ids for ids in arguments.values() if isinstance(ids, Tensor) and ids.dtype == torch.long]
     if _is_paged(state, arguments):
         return _paged(context, arguments)
     if given.step is not None and role != "encoder":
@@ -95,13 +99,33 @@ def open_context(
     return _plain(entered, context, *shape, arguments)
 
 
-def _brings_others(outer: ForwardContext | None, arguments: Mapping[str, Any]) -> bool:
-    """Whether a call within another has ids and a mask [B, S] of its own, as where a model runs one part twice."""
+def _brings_others(outer: ForwardContext, arguments: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Whether a call within another has tokens of its own, as where a model runs one part twice.
+
+    Returns:
+        Whether it brings ids, and a mask [B, S], labels or tokens that differ from the outer call's; and whether it is
+        surely another sequence, not the outer one in a changed form: it has labels of its own, or the outer call was
+        passed these ids beside its own, or has run its own ids already.
+    """
     ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
-    if outer is None or outer.tokens is None or outer.tokens.ids is None:
+    if outer.tokens is None or outer.tokens.ids is None or not isinstance(ids, Tensor):
+        return False, False
+    if ids is outer.tokens.ids:
+        outer.has_run = True
+        return False, False
+    has_mask = isinstance(mask, Tensor) and mask.dim() == 2 and mask is not outer.mask
+    labels = [(arguments.get(name), getattr(outer.given, name)) for name in ("labels", "shift_labels")]
+    if any(own is not None and own is not given for own, given in labels):
+        return True, True
+    is_another = (outer.has_run or any(ids is one for one in outer.passed)) and _differ(ids, outer.tokens.ids)
+    return has_mask or is_another, is_another
+
+
+def _differ(ids: Tensor, others: Tensor) -> bool:
+    """Whether ids of the same shape are others; False where that cannot be known. Waits for the device."""
+    if torch.compiler.is_compiling() or ids.device != others.device or torch.func.debug_unwrap(ids) is not ids:
         return False
-    is_whole = isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.dim() == 2
-    return is_whole and ids is not outer.tokens.ids and mask is not outer.mask
+    return not torch.equal(ids, others)
 
 
 def _given(entered: Entered, arguments: Mapping[str, Any], own: Mapping[str, Any], shape: Shape) -> Given:
@@ -167,9 +191,9 @@ def _predicts(entered: Entered, given: Given, arguments: Mapping[str, Any], shap
         if not has_markers:
             notices.object_to(state, module, message, "unaligned labels")
     elif found is None and not is_outermost and aligned_labels(given.labels, given.shift_labels, *shape)[0] is not None:
-        message = notices.LABELS_AROUND.format(
-            outer=type(state.entries[0].module).__name__, inner=type(module).__name__
-        )
+        outer, inner = (type(one).__name__ for one in (state.entries[0].module, module))
+        instead = notices.NAME_TOKENS if state.causal else notices.DECLARE_LABELS
+        message = notices.LABELS_AROUND.format(outer=outer, inner=inner, instead=instead)
         if not has_markers:
             notices.object_to(state, module, message, "labels around")
     elif state.unlabelled and not _are_classes(given.labels):

@@ -39,8 +39,9 @@ class StayOutermost:
 
             def close(*_: Any) -> None:
                 handle.remove()
-                running.context = outer
+                running.context, entry.close = outer, None
 
+            entry.close = close
             handle = module.register_forward_hook(close, always_call=True)
         return args, kwargs
 

@@ -119,6 +119,10 @@ class ModelState:
             if name in layer.position_specs
         }
 
+    def takes_ids(self) -> bool:
+        """Whether the model runs on tokens, among which there may be padding."""
+        return any("input_ids" in entry.names for entry in self.entries)
+
     def edits_answers(self) -> bool:
         """Whether some adapter edits generated tokens."""
         return any(spec.edits_answers for spec in self.specs())

@@ -1,8 +1,10 @@
 """Exporting: a frozen backbone as one graph in which edits are inputs, and adapters as files of a few kilobytes.
 
-masks.py says which tokens are edited, tensors.py what an adapter multiplies with, backbone.py is the module that takes
-both, caches.py its keys and values as plain tensors, files.py what an app downloads, programs.py the formats (ONNX,
-PT2, ExecuTorch), answers.py the loop that runs them, command.py `python -m peft_reft export`.
+models.py says which models can be exported, backbone.py is the module whose edits are inputs, caches.py its keys and
+values as plain tensors, graph.py traces it, programs.py writes and opens the formats (ONNX, PT2, ExecuTorch),
+quantise.py rounds weights. masks.py says which tokens are edited, tensors.py what an adapter multiplies with, files.py
+what an app downloads, inputs.py what a graph is given, answers.py the loop that runs it, check.py whether a file is the
+model, command.py `python -m peft_reft export`.
 """
 
 from peft_reft.export.answers import greedy_answer

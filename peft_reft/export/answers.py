@@ -27,7 +27,6 @@ def greedy_answer(
     past: Sequence[Tensor] | None,
     new_tokens: int = 16,
     strength: float = 1.0,
-    max_groups: int | None = None,
 ) -> list[int]:
     """The likeliest tokens behind a prompt, one after the other.
 
@@ -36,10 +35,9 @@ def greedy_answer(
         prompt: token ids.
         adapter: its tensors for this backbone; None where one is baked in.
         positions, share_weights: of the adapter.
-        past: the cache of a new row (`Backbone.empty_past`); None for a backbone without a cache.
+        past: the cache of a new row (`empty_past` of a backbone or its description); None for a backbone without one.
         new_tokens: how many.
         strength: 0 for the backbone alone.
-        max_groups: the graph's number of groups, if that is fixed.
     """
     row, answer = list(prompt), list[int]()
     columns = row
@@ -47,8 +45,6 @@ def greedy_answer(
     while len(answer) < new_tokens:
         mask = edit_mask(positions, prompt_length=len(prompt), generated=len(answer), share_weights=share_weights)
         mask = strength * mask[:, -len(columns) :]
-        if max_groups is not None:
-            mask = torch.nn.functional.pad(mask, (0, max_groups - mask.shape[-1]))
         ids, attention_mask = torch.tensor([columns]), torch.ones(1, len(row), dtype=torch.long)
         logits, *present = run(ids, attention_mask, mask, *tensors, *(past or ()))
         answer.append(int(logits[0, -1].argmax()))

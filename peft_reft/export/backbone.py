@@ -20,16 +20,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
-from peft_reft.blocks import ModelBlocks, edit_hidden_state, own_name
+from peft_reft.blocks import edit_hidden_state
 from peft_reft.context.forward import ForwardContext, Given
-from peft_reft.export.caches import LayerCache, cache_of, cache_shape, tensors_of
+from peft_reft.export.caches import LayerCache, cache_of, cache_shape, empty_past, tensors_of
+from peft_reft.export.masks import refuse_other_prompts
+from peft_reft.export.models import base_of, blocks_of_model, is_decoder, logits_of_tokens
 from peft_reft.interventions import edit_of, low_rank_edit, stack_factors
 from peft_reft.interventions.batched import kind_of
 from peft_reft.tuner.adapters import get_interventions
-from peft_reft.tuner.injection import state_of
+from peft_reft.tuner.injection import reft_layers, state_of
 
 Edit = Callable[[int, Tensor], Tensor]  # the number of a block and its output -> what is added to that
 
@@ -41,14 +42,18 @@ class Backbone(nn.Module):
         model: the causal language model.
         blocks: module names of its L blocks, in their order.
         width: d.
+        vocabulary: logits of a token.
         cache: what its layers keep, None without a cache.
     """
 
-    def __init__(self, model: nn.Module, blocks: list[str], width: int, cache: list[LayerCache] | None):
+    def __init__(
+        self, model: nn.Module, blocks: list[str], width: int, vocabulary: int, cache: list[LayerCache] | None
+    ):
         super().__init__()
         self.model = model
         self.blocks = blocks
         self.width = width
+        self.vocabulary = vocabulary
         self.cache = cache
         self.takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
 
@@ -59,16 +64,12 @@ class Backbone(nn.Module):
 
     def empty_past(self, rows: int = 1, columns: int = 0) -> list[Tensor]:
         """Keys and values of `columns` earlier columns, all zero: none for the first forward of a row."""
-        return [
-            torch.zeros(rows, layer.heads, columns, width, dtype=self.dtype)
-            for layer in self.cache or []
-            for width in (layer.key, layer.value)
-        ]
+        return empty_past(self.cache, self.dtype, rows, columns)
 
     def run(
         self, input_ids: Tensor, attention_mask: Tensor, edit: Edit, past: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
-        """Logits [B, S, vocabulary], and keys and values of each layer with those of this forward behind the past."""
+        """Logits [B, S, vocabulary] in float32, and each layer's keys and values with those of this forward."""
         arguments: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         if self.takes_positions:  # counted over tokens, as `generate` does, so that padding may be on any side
             numbers = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -78,11 +79,11 @@ class Backbone(nn.Module):
             arguments["position_ids"] = numbers.index_select(1, columns + past_columns)
         if self.cache is None:
             with edited(self.model, self.blocks, edit):
-                return (self.model(**arguments, use_cache=False).logits,)
+                return (self.model(**arguments, use_cache=False).logits.float(),)
         cache = cache_of(self.cache, past)
         with edited(self.model, self.blocks, edit):
             logits = self.model(**arguments, past_key_values=cache, use_cache=True).logits
-        return logits, *tensors_of(self.cache, cache)
+        return logits.float(), *tensors_of(self.cache, cache)
 
 
 class EditableBackbone(Backbone):
@@ -128,12 +129,22 @@ class EditableBackbone(Backbone):
 class BakedBackbone(Backbone):
     """A backbone with one adapter inside, for interventions that are no tensors: with `act_fn`, or of one's own.
 
-    Args:
-        interventions: by block, one per position group, as `get_interventions` gives them.
+    Attributes:
+        positions, share_weights: of the adapter.
+        groups: position groups of its mask.
     """
 
-    def __init__(self, *args: Any, interventions: dict[str, nn.ModuleList]):
-        super().__init__(*args)
+    def __init__(
+        self,
+        editable: Backbone,
+        interventions: dict[str, nn.ModuleList],
+        positions: str,
+        share_weights: bool | str,
+    ):
+        super().__init__(editable.model, editable.blocks, editable.width, editable.vocabulary, editable.cache)
+        self.positions = positions
+        self.share_weights = share_weights
+        self.groups = len(next(iter(interventions.values())))
         self.edits: dict[int, list[Callable[[Tensor], Tensor]]] = {}
         for block, groups in interventions.items():
             self.edits[self.blocks.index(block)] = [_constant(intervention) for intervention in groups]
@@ -166,16 +177,23 @@ def _constant(intervention: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 @contextmanager
+def unedited(model: nn.Module) -> Iterator[None]:
+    """The model's own ReFT adapters change nothing within it."""
+    state = state_of(model)
+    if state is None:
+        yield
+        return
+    outer, state.running.context = state.running.context, ForwardContext(state, (), Given(), depth=-1, idle=True)
+    try:
+        yield
+    finally:
+        state.running.context = outer
+
+
+@contextmanager
 def edited(model: nn.Module, blocks: list[str], edit: Edit) -> Iterator[None]:
     """Blocks return edited hidden states within it, whose vectors are [B, S, d]; the model's own ReFT adapters rest."""
-    with ExitStack() as stack:
-        state = state_of(model)
-        if state is not None:
-            outer, state.running.context = (
-                state.running.context,
-                ForwardContext(state, (), Given(), depth=-1, idle=True),
-            )
-            stack.callback(setattr, state.running, "context", outer)
+    with unedited(model), ExitStack() as stack:
         for number, name in enumerate(blocks):
 
             def hook(block: nn.Module, args: Any, output: Any, number: int = number) -> Any:
@@ -185,72 +203,42 @@ def edited(model: nn.Module, blocks: list[str], edit: Edit) -> Iterator[None]:
         yield
 
 
-def _nothing(number: int, h: Tensor) -> Tensor:
-    return torch.zeros_like(h)
-
-
-def base_of(model: nn.Module) -> nn.Module:
-    """The causal language model itself, without a `PeftModel` around it; other adapters in it stay."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def blocks_of_model(model: nn.Module) -> tuple[list[str], int]:
-    """The blocks of a decoder, by their own names, and their width.
-
-    Raises:
-        ValueError: if its blocks are not one stack of plain hidden states [B, S, d] of one width.
-    """
-    found = ModelBlocks(model)
-    stacks = found.stacks()
-    if len(stacks) != 1:
-        raise ValueError(
-            f"{type(model).__name__} has {len(stacks)} stacks of blocks; one exported graph holds one stack, that of a "
-            "decoder-only language model."
-        )
-    shapes = [found.shape_of(name) for name in stacks[0]]
-    found.forget_trace()
-    widths = sorted({width for width, _ in shapes})
-    odd = next((layout for _, layout in shapes if (layout.rows, layout.columns, layout.streams) != (0, 1, 1)), None)
-    if len(widths) > 1 or odd is not None or any(layout.pool or layout.before or layout.padded for _, layout in shapes):
-        what = f"widths {widths}" if len(widths) > 1 else f"a layout of their own ({odd or shapes[0][1]})"
-        raise ValueError(
-            f"The blocks of {type(model).__name__} return hidden states of {what}, where an exported graph edits "
-            "[rows, columns, width] of one width. Export the model with its adapter by torch.export instead."
-        )
-    return [own_name(name) for name in stacks[0]], widths[0]
-
-
 def exportable(model_or_base: nn.Module, cache: bool = True, baked: str | None = None) -> Backbone:
     """A causal language model as a module that torch.export and its followers take, with edits as inputs.
 
     Args:
         model_or_base: the model, or a `PeftModel` around it, whose own ReFT adapters then take no part (others do).
+            Its weights keep their precision, which is that of the file.
         cache: whether it takes and returns keys and values; without, every forward runs the whole row.
         baked: the name of one of the model's ReFT adapters that becomes part of the graph, for interventions that
             `adapter_tensors` refuses. The graph then serves this adapter alone.
 
     Returns:
         A module whose forward is that of `EditableBackbone`, or of `BakedBackbone`: without `down`, `bias` and `up`.
-        The model is used, not copied; it stays as it was.
+        The model is used, not copied; it stays as it was, but for training mode, which is switched off.
 
     Raises:
         ValueError: if the model is no decoder-only causal language model whose blocks and cache have the usual form.
     """
     model = base_of(model_or_base)
-    config: Any = getattr(model, "config", None)
-    if config is None or getattr(config, "is_encoder_decoder", False) or not hasattr(model, "get_output_embeddings"):
+    if not is_decoder(model):
         raise ValueError(
             f"{type(model).__name__} is no decoder-only causal language model of transformers; pass one, such as "
             "AutoModelForCausalLM makes."
         )
     model.eval()
-    blocks, width = blocks_of_model(model)
-    with edited(model, [], _nothing):
+    with unedited(model):
+        vocabulary = logits_of_tokens(model)
+        blocks, width = blocks_of_model(model)
         shape = cache_shape(model) if cache else None
+    editable = EditableBackbone(model, blocks, width, vocabulary, shape).eval()
     if baked is None:
-        return EditableBackbone(model, blocks, width, shape).eval()
+        return editable
     interventions = get_interventions(model_or_base, baked)
     others = sorted(interventions.keys() - set(blocks))
     if others:
         raise ValueError(f"The adapter {baked!r} edits {others[0]!r}, which is none of the model's blocks.")
-    return BakedBackbone(model, blocks, width, shape, interventions=interventions).eval()
+    layer = next(iter(reft_layers(model).values()))
+    spec = layer.position_specs[baked]
+    refuse_other_prompts(baked, spec)
+    return BakedBackbone(editable, interventions, str(spec), layer.share_weights[baked]).eval()

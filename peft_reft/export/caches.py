@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-WHOLE_ROWS = "Export it with cache=False, which runs the whole row for every token."
+WHOLE_ROWS = "It may do without: cache=False exports a graph that runs the whole row for every token."
 
 
 class LayerCache(NamedTuple):
@@ -97,3 +97,12 @@ def cache_of(shape: Sequence[LayerCache], past: Sequence[Tensor]) -> DynamicCach
 def tensors_of(shape: Sequence[LayerCache], cache: DynamicCache) -> list[Tensor]:
     """Key and value of each layer of `shape`, in turn."""
     return [part for layer in shape for part in (cache.layers[layer.layer].keys, cache.layers[layer.layer].values)]
+
+
+def empty_past(shape: Sequence[LayerCache] | None, dtype: torch.dtype, rows: int = 1, columns: int = 0) -> list[Tensor]:
+    """Keys and values of `columns` earlier columns, all zero, in a graph's order; [] without a cache."""
+    return [
+        torch.zeros(rows, layer.heads, columns, width, dtype=dtype)
+        for layer in shape or []
+        for width in (layer.key, layer.value)
+    ]

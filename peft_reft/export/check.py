@@ -16,23 +16,20 @@ from torch import nn
 from transformers import GenerationConfig
 
 from peft_reft.export.answers import greedy_answer
-from peft_reft.export.backbone import Backbone
-from peft_reft.export.programs import empty_past, open_backbone
+from peft_reft.export.programs import open_backbone
 from peft_reft.export.tensors import read_edits
 from peft_reft.tuner.adapters import set_strength
 from peft_reft.tuner.config import ReftConfig
-from peft_reft.tuner.injection import reft_layers
 
 PROMPT = 9  # tokens
 STRENGTHS = (1.0, 4.0, 16.0, 64.0)  # tried until the adapter changes the answer
 
 
-def check_backbone(model: nn.Module, backbone: Backbone, folder: Path, tokens: int = 12) -> tuple[list[str], bool]:
+def check_backbone(model: nn.Module, folder: Path, tokens: int = 12) -> tuple[list[str], bool]:
     """Compare a file with the model that it was made from.
 
     Args:
         model: the model, or the `PeftModel` whose adapter is in the graph.
-        backbone: what was exported.
         folder: where `export_backbone` wrote it.
         tokens: length of the answers.
 
@@ -56,10 +53,9 @@ def check_backbone(model: nn.Module, backbone: Backbone, folder: Path, tokens: i
         found = replace(read_edits(adapted, "check"), base_model=None)  # whatever the files call the model
         adapter, positions, share = description.inputs(found), found.positions, found.share_weights
     else:
+        assert description.baked_sharing is not None
         adapted, adapter = model, None
-        layer = next(iter(reft_layers(backbone.model).values()))
-        name = layer.active_adapters[0]
-        positions, share = str(layer.position_specs[name]), layer.share_weights[name]
+        positions, share = description.baked, description.baked_sharing
     assert isinstance(adapted, PeftModel)
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(3, description.vocabulary, (PROMPT,), generator=generator).tolist()
@@ -70,10 +66,8 @@ def check_backbone(model: nn.Module, backbone: Backbone, folder: Path, tokens: i
         expected = plain if strength == 0 else _of_model(adapted, prompt, tokens, strength, description.end_tokens)
         if strength and expected == plain and strength != STRENGTHS[-1]:
             continue
-        past = empty_past(description)
-        got = greedy_answer(
-            run, prompt, adapter, positions, share, past, len(expected), strength, description.max_groups
-        )
+        past = description.empty_past()
+        got = greedy_answer(run, prompt, adapter, positions, share, past, len(expected), strength)
         same = sum(one == other for one, other in zip(got, expected))
         what = "the base model" if strength == 0 else f"an adapter at {positions}"
         lines.append(f"{what}: {same} of {len(expected)} tokens equal")
@@ -88,13 +82,17 @@ def check_backbone(model: nn.Module, backbone: Backbone, folder: Path, tokens: i
 
 
 def _of_model(model: Any, prompt: list[int], tokens: int, strength: float, ends: tuple[int, ...]) -> list[int]:
-    """What the package answers, up to the first token that ends an answer."""
-    set_strength(model, strength)
-    ids = torch.tensor([prompt])
+    """What the package answers greedily, up to the first token that ends an answer."""
+    base, ids = model.get_base_model(), torch.tensor([prompt])
     settings = GenerationConfig(
         max_new_tokens=tokens, do_sample=False, eos_token_id=list(ends) or None, pad_token_id=ends[0] if ends else 0
     )
-    with torch.no_grad():
-        found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-    set_strength(model, 1.0)
+    own, base.generation_config = base.generation_config, GenerationConfig()  # penalties and forced tokens, say
+    set_strength(model, strength)
+    try:
+        with torch.no_grad():
+            found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    finally:
+        base.generation_config = own
+        set_strength(model, 1.0)
     return found[0, len(prompt) :].tolist()

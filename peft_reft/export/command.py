@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
 import warnings
@@ -17,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_reft.export.backbone import exportable
 from peft_reft.export.check import check_backbone
-from peft_reft.export.files import save_adapter_tensors
-from peft_reft.export.programs import FLOATS, FORMATS, INTEGERS, export_backbone
+from peft_reft.export.files import FLOATS, save_adapter_tensors
+from peft_reft.export.programs import FORMATS, export_backbone
+from peft_reft.export.quantise import INTEGERS
 from peft_reft.tuner.files import printable, read_config
 
 FAULTS = (ValueError, OSError, ImportError)
@@ -63,6 +65,7 @@ def main(argv: Sequence[str]) -> int:
         made.error("give BASE and OUT for a backbone, or OUT alone with --adapter DIR")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    logging.getLogger("torch").setLevel(logging.ERROR)  # its exporters' warnings to each other
     try:
         if arguments.adapter:
             return _adapter(arguments, paths[0])
@@ -104,13 +107,13 @@ def _backbone(arguments: argparse.Namespace, out: Path) -> int:
             f"{', '.join(FORMATS[arguments.format].dtypes)}."
         )
     say(f"Loading {name}")
-    base: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
+    precision = FLOATS.get(dtype, torch.float32)
+    base: Any = AutoModelForCausalLM.from_pretrained(name, dtype=precision, trust_remote_code=False)
     parameters = sum(p.numel() for p in base.parameters())
     model, baked = base, None
     if arguments.bake:
-        model = PeftModel.from_pretrained(base, arguments.bake, adapter_name="baked")
-        baked = model.peft_config["baked"]
-    backbone = exportable(model, cache=arguments.cache, baked="baked" if baked else None)
+        model, baked = PeftModel.from_pretrained(base, arguments.bake, adapter_name="baked"), "baked"
+    backbone = exportable(model, cache=arguments.cache, baked=baked)
     kept = "no cache" if backbone.cache is None else f"a cache of {len(backbone.cache)} layers"
     say(f"Tracing {len(backbone.blocks)} blocks of width {backbone.width}, {parameters:,} parameters, {kept}")
     with warnings.catch_warnings():
@@ -119,12 +122,11 @@ def _backbone(arguments: argparse.Namespace, out: Path) -> int:
             backbone,
             out,
             arguments.format,
-            dtype=dtype,
+            quantised=dtype if dtype in INTEGERS else None,
             max_rank=arguments.max_rank,
             max_groups=arguments.max_groups,
             max_columns=arguments.max_columns,
             base_model=arguments.base_model,
-            baked=baked.positions if baked else None,
         )
     for file in sorted(out.glob(f"{description.file}*")):
         say(f"{file}: {file.stat().st_size:,} bytes")
@@ -133,7 +135,7 @@ def _backbone(arguments: argparse.Namespace, out: Path) -> int:
         return 0
     say("Running the file, and comparing its greedy answers with the model's")
     base.float()
-    lines, equal = check_backbone(model, backbone, out, arguments.tokens)
+    lines, equal = check_backbone(model, out, arguments.tokens)
     print("\n".join(f"           {line}" for line in lines), flush=True)
     say("Done" if equal else "The file does not answer as the model does")
     return 0 if equal or dtype != "float32" else 1

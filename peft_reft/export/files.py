@@ -14,12 +14,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peft_reft.export.backbone import Backbone
-from peft_reft.export.caches import LayerCache
+from peft_reft.export.backbone import Backbone, BakedBackbone
+from peft_reft.export.caches import LayerCache, empty_past
+from peft_reft.export.graph import Sizes
 from peft_reft.export.tensors import EditTensors, read_edits
 from peft_reft.positions import parse_positions
 from peft_reft.tuner.files import one_line, read_json
@@ -29,6 +31,7 @@ EDITS, BACKBONE = "peft_reft.edits", "peft_reft.backbone"  # the "format" of eit
 VERSION = 1
 DESCRIPTION = "backbone.json"
 NAMES = ("down", "bias", "up")
+FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,11 @@ class BackboneDescription:
         width, vocabulary: d, and how many logits a token gets.
         cache: what its layers keep; None without a cache.
         cache_dtype: of keys and values.
-        max_rank, max_groups: r and G of its inputs if these are fixed: smaller adapters are padded with zeros. None
-            where the graph takes any.
+        max_rank, max_groups: r and G of its inputs if these are fixed: smaller adapters are padded. None where the
+            graph takes any.
         max_columns: the longest row that the graph takes; None if the model alone limits it.
         baked: positions of the adapter within the graph, which then takes no other.
+        baked_sharing: its `share_weights`.
         end_tokens: ids that end an answer.
         dtype: of the backbone's weights.
     """
@@ -61,6 +65,7 @@ class BackboneDescription:
     max_groups: int | None = None
     max_columns: int | None = None
     baked: str | None = None
+    baked_sharing: bool | str | None = None
     end_tokens: tuple[int, ...] = ()
     dtype: str = "float32"
 
@@ -89,8 +94,15 @@ class BackboneDescription:
         except TypeError as error:
             raise ValueError(f"{str(path)!r} lacks what describes a backbone ({one_line(error)}).") from error
 
+    def empty_past(self, rows: int = 1) -> list[Tensor] | None:
+        """The cache of new rows; None for a backbone without a cache."""
+        return None if self.cache is None else empty_past(self.cache, FLOATS[self.cache_dtype], rows)
+
     def inputs(self, edits: EditTensors) -> dict[str, Tensor]:
         """The tensors of an adapter as this graph takes them: all blocks, padded to its rank and groups.
+
+        Further ranks are zeros. Further groups are zeros, too, but where one intervention is shared by all: these are
+        all that one, so that the mask may name it by any of them.
 
         Raises:
             ValueError: if the adapter belongs to another backbone, or is larger than the graph's inputs.
@@ -116,31 +128,49 @@ class BackboneDescription:
                     f"The adapter has {what} {size}, but the backbone was exported for at most {most}. Export it with "
                     f"--max-{'rank' if what == 'rank' else 'groups'} {size}, or train a smaller adapter."
                 )
-        more_groups, more_ranks = (self.max_groups or groups) - groups, (self.max_rank or rank) - rank
-        pad = torch.nn.functional.pad
-        return {
-            "down": pad(found["down"], (0, 0, 0, more_ranks, 0, more_groups)),
-            "bias": pad(found["bias"], (0, more_ranks, 0, more_groups)),
-            "up": pad(found["up"], (0, 0, 0, more_ranks, 0, more_groups)),
+        more_ranks, more_groups = (self.max_rank or rank) - rank, (self.max_groups or groups) - groups
+        padded = {
+            "down": F.pad(found["down"], (0, 0, 0, more_ranks)),
+            "bias": F.pad(found["bias"], (0, more_ranks)),
+            "up": F.pad(found["up"], (0, 0, 0, more_ranks)),
         }
+        if groups == 1:
+            return {name: tensor.repeat_interleave(1 + more_groups, dim=1) for name, tensor in padded.items()}
+        more = {name: tensor.new_zeros(len(tensor), more_groups, *tensor.shape[2:]) for name, tensor in padded.items()}
+        return {name: torch.cat((tensor, more[name]), dim=1) for name, tensor in padded.items()}
 
 
-def describe(backbone: Backbone, file: str, base_model: str | None = None, **sizes: Any) -> BackboneDescription:
-    """The description of a backbone; `sizes` are the fields that its exported form decides."""
+def describe(
+    backbone: Backbone, file: str, sizes: Sizes, base_model: str | None = None, dtype: str | None = None
+) -> BackboneDescription:
+    """The description of a backbone.
+
+    Args:
+        backbone: from `exportable`.
+        file: name of its graph.
+        sizes: which of its inputs' sizes are fixed.
+        base_model: name of the model; None for what its config says.
+        dtype: of the weights in the file; None for that of the model.
+    """
     config: Any = backbone.model.config
-    generation = getattr(backbone.model, "generation_config", None)
-    ends = getattr(generation, "eos_token_id", None)
-    text = config.get_text_config(decoder=True)
+    ends = getattr(getattr(backbone.model, "generation_config", None), "eos_token_id", None)
+    baked = backbone if isinstance(backbone, BakedBackbone) else None
+    own = str(backbone.dtype).removeprefix("torch.")
     return BackboneDescription(
         file=file,
         base_model=short_name(base_model if base_model is not None else getattr(config, "_name_or_path", "")),
         blocks=backbone.blocks,
         width=backbone.width,
-        vocabulary=text.vocab_size,
+        vocabulary=backbone.vocabulary,
         cache=backbone.cache,
-        cache_dtype=str(backbone.dtype).removeprefix("torch."),
+        cache_dtype=own,
+        max_rank=sizes.rank,
+        max_groups=sizes.groups,
+        max_columns=sizes.columns,
+        baked=None if baked is None else baked.positions,
+        baked_sharing=None if baked is None else baked.share_weights,
         end_tokens=() if ends is None else tuple(ends) if isinstance(ends, (list, tuple)) else (ends,),
-        **sizes,
+        dtype=dtype or own,
     )
 
 
@@ -220,7 +250,7 @@ def load_adapter_tensors(path: str | Path) -> EditTensors:
     try:
         blocks, share = json.loads(metadata["blocks"]), json.loads(metadata["share_weights"])
         spec = parse_positions(metadata["positions"])
-        down, bias, up = (tensors[name].float() for name in NAMES)
+        down, bias, up = (_floating(name, tensors[name]) for name in NAMES)
     except (KeyError, ValueError) as error:
         raise ValueError(f"{str(path)!r} lacks what describes an adapter ({one_line(error)}).") from error
     groups = spec.num_interventions(share) if share in (True, False, "position") else -1
@@ -237,6 +267,12 @@ def load_adapter_tensors(path: str | Path) -> EditTensors:
     if not all(bool(tensor.isfinite().all()) for tensor in (down, bias, up)):
         raise ValueError(f"{str(path)!r} holds numbers that are infinite or NaN.")
     return EditTensors(blocks, down, bias, up, str(spec), share, metadata.get("base_model") or None)
+
+
+def _floating(name: str, tensor: Tensor) -> Tensor:
+    if tensor.dtype not in FLOATS.values():
+        raise ValueError(f"{name} is stored as {tensor.dtype}, where edits are one of {', '.join(FLOATS)}")
+    return tensor.float()
 
 
 def _check_format(path: str, found: Any, expected: str) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peft_reft.positions import Prompts, mark, parse_positions
+from peft_reft.positions import PositionSpec, Prompts, mark, parse_positions
 from peft_reft.positions import generated as decode_step
 
 
@@ -38,8 +38,7 @@ def edit_mask(
 
     Returns:
         Float [B, S, G], 1 where a group's intervention edits a token, else 0; multiply it by the strength that you
-        want. A decode step takes the last column, `[:, -1:]`. Backbones sum several groups where the adapter's tensors
-        have one, so that the groups of terms do for an adapter with shared weights, too.
+        want, a number for all rows or [B, 1, 1]. A decode step takes the last column, `[:, -1:]`.
 
     Raises:
         ValueError: for what is no notation, or lengths that the rows do not have.
@@ -68,6 +67,19 @@ def edit_mask(
     if share_weights is True:
         marks = marks.any(1, keepdim=True)
     return marks.transpose(1, 2).float()
+
+
+def refuse_other_prompts(adapter: str, spec: PositionSpec) -> None:
+    """Refuse an adapter whose prompts are found by token ids, which a mask of lengths does not know.
+
+    Raises:
+        ValueError: with turns="first" or "all". With "last" or None, what is given is the prompt, as in `generate`.
+    """
+    if spec.turns in ("first", "all"):
+        raise ValueError(
+            f"The adapter {adapter!r} edits the prompts of turns={spec.turns!r}, which are found by the token ids of a "
+            "conversation. An edit mask knows lengths alone; use turns=None or 'last'."
+        )
 
 
 def _prompts(

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from peft_reft.blocks import ModelBlocks, own_name, pick_layers
-from peft_reft.export.backbone import base_of, blocks_of_model
+from peft_reft.export.masks import refuse_other_prompts
+from peft_reft.export.models import base_of, blocks_of_model
 from peft_reft.info.measuring import built
 from peft_reft.info.reading import interventions_of
 from peft_reft.interventions import Factors, Intervention, kind_of, stack_factors
@@ -85,8 +86,9 @@ def adapter_tensors(
 
     Returns:
         "down" [L, G, r, d], "bias" [L, G, r] and "up" [L, G, r, d] in float32, zeros for blocks that are not edited and
-        behind smaller ranks. G is 1 for shared weights, else what `edit_mask` gives for them. The strength that was set
-        on a model takes no part: it is the value of the mask.
+        behind smaller ranks. G is 1 for shared weights, else what `edit_mask` gives for them. What was set on a model
+        by `set_strength` and `set_subspaces` takes no part: the strength is the value of the mask, and subspaces are
+        rows of r, in their order, whose rows of "up" can be scaled.
 
     Raises:
         ValueError: for an adapter that is more than these tensors, with the reason.
@@ -117,7 +119,8 @@ def _of_model(model: nn.Module, adapter_name: str | None) -> EditTensors:
     name = adapter_name or first.active_adapters[0]
     config = getattr(model, "peft_config", {}).get(name)
     saved = {key: getattr(config, key, None) for key in ("modules_to_save", "trainable_token_indices")}
-    _refuse_more(name, first.position_specs[name], [key for key, value in saved.items() if value])
+    refuse_other_prompts(name, first.position_specs[name])
+    _refuse_more(name, [key for key, value in saved.items() if value])
     factors = {block: [_factors(one, name) for one in groups] for block, groups in interventions.items()}
     base_model = getattr(getattr(base, "config", None), "_name_or_path", None)
     return _stacked(factors, first.position_specs[name], first.share_weights[name], base_model)
@@ -128,7 +131,8 @@ def _of_directory(directory: Path, blocks: Sequence[str] | None) -> EditTensors:
     config = saved.config
     spec = parse_positions(str(config.get("positions")), config.get("turns"))
     stored, others = interventions_of(saved)
-    _refuse_more(str(directory), spec, sorted(others))
+    refuse_other_prompts(str(directory), spec)
+    _refuse_more(str(directory), sorted(others))
     factors: dict[str, list[Factors]] = {}
     for block, groups in stored.items():
         factors[block] = []
@@ -150,17 +154,12 @@ def _of_directory(directory: Path, blocks: Sequence[str] | None) -> EditTensors:
     return _stacked(factors, spec, config.get("share_weights", True), config.get("base_model_name_or_path"))
 
 
-def _refuse_more(adapter: str, spec: PositionSpec, others: list[str]) -> None:
+def _refuse_more(adapter: str, others: list[str]) -> None:
     if others:
         raise ValueError(
             f"The adapter {adapter!r} has more than its interventions: {others[0]!r}. A file of edits cannot change "
             "the backbone's weights; train without modules_to_save and trainable_token_indices, or export the whole "
             "model."
-        )
-    if spec.turns in ("first", "all"):
-        raise ValueError(
-            f"The adapter {adapter!r} edits the prompts of turns={spec.turns!r}, which are found by the token ids of a "
-            "conversation. An edit mask knows lengths alone; use turns=None or 'last'."
         )
 
 

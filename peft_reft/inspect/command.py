@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from peft_reft.command_line import OneLineParser, add_model_options, number
 from peft_reft.inspect.batch import is_causal
 from peft_reft.inspect.heatmap import LABELS
 from peft_reft.inspect.run import inspect_adapter
 from peft_reft.inspect.tables import Inspection
-from peft_reft.integrations.arguments import OneLineParser, add_model_options, number
 from peft_reft.integrations.loading import load_adapters
+from peft_reft.integrations.threads import share_the_machine
 
 
 def main(argv: list[str]) -> int:
@@ -36,6 +37,7 @@ def main(argv: list[str]) -> int:
     )
     add_model_options(parser)
     arguments = parser.parse_args(argv)
+    share_the_machine()
     try:
         for name in ("out", "csv"):
             check_folder(f"--{name}", getattr(arguments, name))

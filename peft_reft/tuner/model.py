@@ -36,9 +36,9 @@ from peft_reft.tuner.injection import (
 )
 from peft_reft.tuner.keys import INTERVENTIONS, PREFIX, blocks_of, is_intervention, without_adapter, without_child
 from peft_reft.tuner.layer import ReftLayer, attach_layer
+from peft_reft.tuner.model_sizes import check_sizes
 from peft_reft.tuner.neighbours import ON_INJECTION
 from peft_reft.tuner.private import ExcludedModule, maybe_include_all_linear_layers
-from peft_reft.tuner.sizes import check_sizes
 from peft_reft.tuner.targets import (
     check_adapter_name,
     check_shapes,

@@ -11,9 +11,8 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from peft_reft.blocks import ModelBlocks, block_number, group_by_stack, own_modules, own_name, pick_layers
-from peft_reft.context.block import CHILD
 from peft_reft.tuner.config import ReftConfig
-from peft_reft.tuner.injection import reft_layers
+from peft_reft.tuner.layer import ReftLayer
 from peft_reft.tuner.private import ExcludedModule, get_input_embeddings_name
 
 UNMATCHED_RANK = (
@@ -34,8 +33,9 @@ def choose_targets(config: ReftConfig, model: nn.Module, blocks: ModelBlocks) ->
         ValueError: if the model's blocks cannot be found, or `layers_to_transform` names none of them.
     """
     modules = own_modules(model).items()
-    names = [name for name, module in modules if name and not isinstance(module, BaseTunerLayer)]
-    inside_layers = tuple(f"{own_name(name)}.{CHILD}." for name in reft_layers(model))
+    # Another tuner's layer, such as LoRA's, can be edited like the module that it replaced; what is in it cannot.
+    inside_layers = tuple(f"{name}." for name, module in modules if isinstance(module, BaseTunerLayer))
+    names = [name for name, module in modules if name and not isinstance(module, ReftLayer)]
     names = [name for name in names if not name.startswith(inside_layers)] if inside_layers else names
     stacks = [names]
     if config.target_modules is None:

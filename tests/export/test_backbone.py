@@ -1,16 +1,21 @@
 """A backbone with edits as inputs answers as the package does: every equation, positions, cache and padding."""
 
+import itertools
+
 import pytest
 import torch
 from conftest import DECODERS, batch, logits, randomize, reft_model, tiny_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import MusicgenDecoderConfig, MusicgenForCausalLM
 
-from peft_reft import ReftConfig, register_intervention, set_strength
-from peft_reft.export import adapter_tensors, edit_mask, exportable, greedy_answer
+from peft_reft import ReftConfig, register_intervention, set_strength, set_subspaces
+from peft_reft.export import EditableBackbone, adapter_tensors, edit_mask, exportable, greedy_answer
+from peft_reft.export.graph import Sizes, trace
 from peft_reft.interventions import BUILT_IN, REGISTRY, takes_source
 
 EQUATIONS = [name for name in sorted(BUILT_IN) if not takes_source(name)]
+CAUSAL = {"task_type": "CAUSAL_LM"}
 PROMPT, TOKENS = [5, 9, 31, 44, 7, 80], 6
 
 
@@ -64,6 +69,12 @@ def test_answers_are_those_of_generate(family, cache):
         set_strength(model, strength)
         assert answer_of(backbone, tensors, "f2+d2", False, strength) == answer(model)
     assert answer_of(backbone, tensors, "f2+d2", False) != answer_of(backbone, tensors, "f2+d3", False)
+
+
+def test_a_window_is_kept_by_the_mask_when_the_cache_holds_the_whole_row():
+    models = [reft_model(tiny_model("mistral", sliding_window=size), positions="f1+d2", **CAUSAL) for size in (4, 100)]
+    found = [answer_of(exportable(model), adapter_tensors(model), "f1+d2") for model in models]
+    assert found == [answer(model) for model in models] and found[0] != found[1]
 
 
 def test_a_padded_batch_with_a_cache_continues_as_the_whole_rows():
@@ -155,7 +166,7 @@ def test_a_baked_adapter_keeps_its_weights_when_the_model_trains_on():
     ("model", "cache", "why"),
     [
         (lambda: tiny_model("t5"), True, "no decoder-only causal language model"),
-        (lambda: tiny_model("bert"), True, "no key/value cache|takes no key/value cache|past_key_values|kept nothing"),
+        (lambda: tiny_model("bert"), True, "no decoder-only causal language model"),
         (lambda: nn.Linear(3, 3), True, "no decoder-only causal language model"),
     ],
 )
@@ -164,13 +175,63 @@ def test_models_that_cannot_be_exported_are_refused_with_the_reason(model, cache
         exportable(model(), cache=cache)
 
 
-def test_a_recurrent_state_is_refused_with_the_way_out():
+def test_a_recurrent_state_is_refused_and_so_is_a_graph_of_one_length_alone():
     from transformers import MambaConfig, MambaForCausalLM
 
-    model = MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, state_size=4)).eval()
+    model = MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4)).eval()
     with pytest.raises(ValueError, match="cache=False"):
         exportable(model)
-    assert exportable(model, cache=False).cache is None
+    backbone = exportable(model, cache=False)  # its loop over the tokens is unrolled by the trace
+    with pytest.raises(ValueError, match=r"traced for 2 rows of 5 columns, fails \(.*\) for 1 of 1 behind 0"):
+        trace(backbone, Sizes())
+
+
+class LongRows(EditableBackbone):
+    """Has another way for rows of more than four columns, of which a trace sees one."""
+
+    def run(self, input_ids, *others):
+        logits, *past = super().run(input_ids, *others)
+        return logits * (2 if input_ids.shape[1] > 4 else 1), *past
+
+
+class Counted(EditableBackbone):
+    """Returns other logits in every call, of which a trace sees one."""
+
+    calls = itertools.count(1)
+
+    def run(self, *arguments):
+        logits, *past = super().run(*arguments)
+        return logits * next(self.calls), *past
+
+
+@pytest.mark.parametrize(("kind", "what"), [(LongRows, r"fails \(.*for 1 of 1 behind 9"), (Counted, "something else")])
+def test_a_graph_that_is_another_function_than_its_model_is_refused(kind, what):
+    backbone = exportable(tiny_model("llama", num_hidden_layers=1))
+    parts = (backbone.model, backbone.blocks, backbone.width, backbone.vocabulary, backbone.cache)
+    with pytest.raises(ValueError, match=what):
+        trace(kind(*parts).eval(), Sizes())
+
+
+def test_a_model_that_takes_more_than_token_ids_is_refused():
+    config = MusicgenDecoderConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=8)
+    with pytest.raises(ValueError, match="does not run on token ids and their mask alone"):
+        exportable(MusicgenForCausalLM(config))
+
+
+def test_a_subspace_is_switched_off_by_its_rows():
+    settings = {"r": 3, "subspaces": {"one": 1, "two": 2}, "positions": "f1+l1", "task_type": "CAUSAL_LM"}
+    model = reft_model(tiny_model("llama"), **settings)
+    backbone, tensors, inputs = exportable(model, cache=False), adapter_tensors(model), batch(6)
+    mask = edit_mask("f1+l1", prompt_length=6, share_weights=True)
+    for name, rows in (("one", slice(1, 3)), ("two", slice(0, 1))):
+        set_subspaces(model, [name])
+        up = tensors["up"].clone()
+        up[:, :, rows] = 0
+        with torch.no_grad():
+            got = backbone(*inputs.values(), mask, tensors["down"], tensors["bias"], up)[0]
+        torch.testing.assert_close(got, logits(model, inputs), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(adapter_tensors(model), tensors, rtol=0, atol=0)  # whatever is switched on
+    assert (got - logits(model, inputs, subspaces=["one"])).abs().max() > 1e-2
 
 
 def test_too_few_tensors_of_the_past_are_refused():

@@ -14,16 +14,21 @@ import subprocess
 import sys
 import threading
 import warnings
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import browser
 import pytest
 import torch
 from conftest import randomize, reft_model, tiny_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_tools import word_tokenizer
 
 from peft_reft import ReftConfig
-from peft_reft.export import edit_mask, export_backbone, exportable, save_adapter_tensors
+from peft_reft.export import edit_mask, export_backbone, exportable, load_adapter_tensors, save_adapter_tensors
+from peft_reft.export.files import describe
+from peft_reft.export.graph import Sizes
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "browser"
 POSITIONS = ["f2", "l3", "f2+l1", "f1+l3", "m2", "m3+e2", "e3", "all", "d", "d2", "f2+m1+l2+e3+d2", "all+d3", "l1+d"]
@@ -54,6 +59,75 @@ def test_the_mask_in_javascript_is_that_of_python(tmp_path):
     for (positions, share, prompt, generated), (groups, mask) in zip(cases, json.loads(done.stdout), strict=True):
         wanted = edit_mask(positions, prompt_length=prompt, generated=generated, share_weights=share)
         assert (groups, mask) == (wanted.shape[-1], wanted.flatten().tolist()), (positions, share, prompt, generated)
+
+
+def in_javascript(folder: Path, adapters: list[Path], description: dict) -> list:
+    """What the page makes of adapters' files: the inputs of a backbone, or what it says."""
+    (folder / "given.json").write_text(json.dumps([[str(file) for file in adapters], description]))
+    program = f"""
+        import {{ readFileSync }} from "fs";
+        import {{ fitEdits, readEdits }} from {json.dumps((EXAMPLE / "edits.mjs").as_uri())};
+        const [files, description] = JSON.parse(readFileSync("given.json"));
+        const made = files.map((file) => {{
+            try {{
+                const bytes = readFileSync(file);
+                const found = fitEdits(readEdits(bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.length)), description);
+                return ["down", "bias", "up"].map((name) => [...found[name]]);
+            }} catch (error) {{
+                return error.message;
+            }}
+        }});
+        console.log(JSON.stringify(made));
+    """  # noqa: E501
+    (folder / "program.mjs").write_text(program)
+    done = subprocess.run(["node", "program.mjs"], cwd=folder, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_adapters_in_javascript_are_those_of_python_and_bad_ones_are_refused_by_both(tmp_path):
+    model = two_adapters()
+    description = replace(
+        describe(exportable(model), "backbone.onnx", Sizes(rank=4, groups=3), "tiny"), blocks=["model.layers.1", "x"]
+    )
+    sound, bad = tmp_path / "sound.safetensors", tmp_path / "bad.safetensors"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            save_adapter_tensors(model, sound, dtype, adapter_name="loud", base_model="tiny")
+            expected = [
+                tensor.flatten().tolist() for tensor in description.inputs(load_adapter_tensors(sound)).values()
+            ]
+            assert in_javascript(tmp_path, [sound], asdict(description)) == [expected]
+    tensors = load_file(sound)
+    with safe_open(sound, "pt") as file:
+        metadata = file.metadata()
+    whole = sound.read_bytes()
+    files = []
+    for number, (changed, other) in enumerate((
+        ({"down": tensors["down"].to(torch.int32)}, {}),
+        ({"bias": tensors["bias"][:, :1]}, {}),
+        ({"up": tensors["up"] * float("nan")}, {}),
+        ({}, {"positions": "f2"}),
+        ({}, {"positions": "sofa"}),
+        ({}, {"blocks": "["}),
+        ({}, {"blocks": '["model.layers.7"]'}),
+        ({}, {"base_model": "other"}),
+        ({}, {"version": "7"}),
+        ({}, {"format": "pt"}),
+        ({name: torch.cat((part, part), dim=2) for name, part in tensors.items()}, {}),
+        ({name: torch.cat((part, part), dim=-1) for name, part in tensors.items() if name != "bias"}, {}),
+    )):  # fmt: skip
+        files.append(tmp_path / f"{number}.safetensors")
+        save_file({**tensors, **changed}, files[-1], {**metadata, **other})
+    for size in (0, 5, 100, len(whole) - 1):
+        files.append(bad.with_suffix(f".{size}.safetensors"))
+        files[-1].write_bytes(whole[:size])
+    for file, said in zip(files, in_javascript(tmp_path, files, asdict(description)), strict=True):
+        assert isinstance(said, str) and said.endswith((".", '"')) and "undefined" not in said, (file.name, said)
+        with pytest.raises(ValueError):  # whose words test_edit_files.py reads
+            description.inputs(load_adapter_tensors(file))
+    assert len({*in_javascript(tmp_path, files, asdict(description))}) >= 11  # each has its own reason
 
 
 def missing() -> list[str]:

@@ -1,6 +1,7 @@
 """Adapters as small files: what they hold, what they weigh, and what is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from peft_reft.export import (
     save_adapter_tensors,
 )
 from peft_reft.export.files import describe, short_name
+from peft_reft.export.graph import Sizes
 
 SETTINGS = {"r": 3, "positions": "f2+l1", "task_type": "CAUSAL_LM"}
 
@@ -157,7 +159,7 @@ def test_metadata_that_does_not_fit_the_tensors_is_refused(changed, why, model, 
 
 
 def description(model, **changes) -> BackboneDescription:
-    return describe(exportable(model), "backbone.onnx", "tiny", **changes)
+    return replace(describe(exportable(model), "backbone.onnx", Sizes(), "tiny"), **changes)
 
 
 def edits(model, tmp_path, base_model="tiny"):

@@ -17,7 +17,6 @@ from peft_reft.export import (
     open_backbone,
     save_adapter_tensors,
 )
-from peft_reft.export.programs import empty_past
 
 pytest.importorskip("executorch")
 PROMPT, TOKENS = [5, 9, 31, 44, 7, 80], 6
@@ -40,8 +39,8 @@ def test_one_file_on_xnnpack_answers_for_every_adapter(tmp_path):
         save_adapter_tensors(model, tmp_path / "a.safetensors", torch.float32, adapter_name=adapter)
         tensors = description.inputs(load_adapter_tensors(tmp_path / "a.safetensors"))
         for strength in (1.0, 0.0):
-            past = empty_past(description)
-            got = greedy_answer(run, PROMPT, tensors, positions, share, past, TOKENS, strength, description.max_groups)
+            past = description.empty_past()
+            got = greedy_answer(run, PROMPT, tensors, positions, share, past, TOKENS, strength)
             with model.disable_adapter() if strength == 0 else torch.no_grad():
                 found = model.generate(
                     input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False

@@ -17,7 +17,7 @@ from peft_reft.export import (
     open_backbone,
     save_adapter_tensors,
 )
-from peft_reft.export.programs import empty_past, quantise
+from peft_reft.export.quantise import quantise
 
 PROMPT, TOKENS = [5, 9, 31, 44, 7, 80], 6
 onnx, *_ = (pytest.importorskip(name) for name in ("onnx", "onnxscript", "onnxruntime"))
@@ -67,7 +67,7 @@ def test_one_file_answers_for_every_adapter_and_for_the_base_model(exported, tmp
         save_adapter_tensors(model, path, torch.float32, adapter_name=adapter, base_model="tiny")
         tensors = description.inputs(load_adapter_tensors(path))
         for strength in (1.0, 0.0):
-            got = greedy_answer(run, PROMPT, tensors, positions, share, empty_past(description), TOKENS, strength)
+            got = greedy_answer(run, PROMPT, tensors, positions, share, description.empty_past(), TOKENS, strength)
             with model.disable_adapter() if strength == 0 else torch.no_grad():
                 assert got == answer(model, adapter)
             seen.add(tuple(got))
@@ -97,7 +97,7 @@ def test_weights_of_few_bits_leave_the_edits_in_floating_point(dtype, exported, 
     mask = edit_mask("f2+d2", prompt_length=len(PROMPT))
 
     def logits(of, strength):
-        past = empty_past(description)
+        past = description.empty_past()
         return of(ids, torch.ones_like(ids), strength * mask, *tensors.values(), *past)[0]
 
     assert (logits(run, 0) - logits(exact, 0)).abs().max() > 1e-3  # the weights were rounded
@@ -116,6 +116,32 @@ def test_weights_of_few_bits_leave_the_edits_in_floating_point(dtype, exported, 
     assert len(kept) <= len(of_states) + 1
 
 
+def changed(arguments, number, tensor):
+    return [*arguments[:number], tensor, *arguments[number + 1 :]]
+
+
+def test_inputs_that_do_not_fit_the_graph_are_named(exported):
+    model, (run, description) = two_adapters(), open_backbone(exported)
+    ids, tensors = torch.tensor([PROMPT]), adapter_tensors(model, "one")
+    mask = edit_mask("f2+d2", prompt_length=len(PROMPT))
+    given = [ids, torch.ones_like(ids), mask, *tensors.values(), *description.empty_past()]
+    assert torch.isfinite(run(*given)[0]).all()
+    for number, tensor, why in (
+        (0, ids.int(), "input_ids is torch.int32"),
+        (1, torch.ones(1, 7, dtype=torch.long), r"attention_mask is .* \[1, 7\], and must be .* \[1, 6\]"),
+        (2, mask[:, -1:], r"edit_mask is .* \[1, 1, 2\], and must be .* \[1, 6, 2\]"),  # would broadcast
+        (2, torch.ones(1, 6, 3), r"edit_mask is .* \[1, 6, 3\], and must be .* \[1, 6, 2\]"),
+        (2, mask.double(), "edit_mask is torch.float64"),
+        (3, tensors["down"].half(), "down is torch.float16"),
+        (5, tensors["up"][1:], r"up is .* \[1, 2, 3, 32\], and must be .* \[2, 2, 3, 32\]"),
+        (6, torch.zeros(1, 1, 2, 8), r"past.0.value is .* \[1, 2, 0, 8\]|past.0.key"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            run(*changed(given, number, tensor))
+    with pytest.raises(ValueError, match=r"takes 10 tensors .* got 6"):
+        run(*given[:6])
+
+
 def test_pt2_without_a_cache_and_with_fixed_sizes(tmp_path):
     model = two_adapters()
     written = export_backbone(exportable(model, cache=False), tmp_path, "pt2", max_rank=4, max_groups=2)
@@ -124,17 +150,34 @@ def test_pt2_without_a_cache_and_with_fixed_sizes(tmp_path):
     for adapter, (positions, share) in ADAPTERS.items():
         save_adapter_tensors(model, tmp_path / "a.safetensors", torch.float32, adapter_name=adapter)
         tensors = description.inputs(load_adapter_tensors(tmp_path / "a.safetensors"))
-        assert greedy_answer(
-            run, PROMPT, tensors, positions, share, None, TOKENS, max_groups=description.max_groups
-        ) == answer(model, adapter)
+        assert greedy_answer(run, PROMPT, tensors, positions, share, None, TOKENS) == answer(model, adapter)
+    # Weights that all groups share serve a mask of any group.
+    ids, columns = torch.tensor([PROMPT]), torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0, 1.0]])
+    masks = (torch.stack((columns, 0 * columns), -1), torch.stack((0 * columns, columns), -1), columns.unsqueeze(-1))
+    one, two, three = (run(ids, torch.ones_like(ids), mask, *tensors.values())[0] for mask in masks)
+    assert torch.equal(one, three)
+    torch.testing.assert_close(one, two)
+
+
+def test_a_backbone_is_written_in_the_precision_of_the_model(tmp_path):
+    base = tiny_model("llama", num_hidden_layers=1).to(torch.bfloat16)
+    description = export_backbone(exportable(base, cache=False), tmp_path, "pt2")
+    assert (description.dtype, base.dtype) == ("bfloat16", torch.bfloat16)
+    assert open_backbone(tmp_path)[0](
+        torch.tensor([PROMPT]), torch.ones(1, 6, dtype=torch.long), torch.ones(1, 6, 1),
+        torch.ones(1, 1, 2, 32), torch.ones(1, 1, 2), torch.ones(1, 1, 2, 32),
+    )[0].dtype == torch.float32  # fmt: skip
+    with pytest.raises(ValueError, match="A model in bfloat16 is nothing that format='onnx' holds"):
+        export_backbone(exportable(base, cache=False), tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
 
 
 def test_formats_dtypes_and_sizes_that_there_are_not(tmp_path):
     backbone = exportable(two_adapters())
     with pytest.raises(ValueError, match=r"format='tflite' .* onnx, pt2, pte"):
         export_backbone(backbone, tmp_path, "tflite")
-    with pytest.raises(ValueError, match="dtype='int4' is none for format='pt2'"):
-        export_backbone(backbone, tmp_path, "pt2", dtype="int4")
+    with pytest.raises(ValueError, match="quantised='int4' of a model in float32 is nothing that format='pt2' holds"):
+        export_backbone(backbone, tmp_path, "pt2", quantised="int4")
     with pytest.raises(ValueError, match="max_rank=0"):
         export_backbone(backbone, tmp_path, max_rank=0)
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,71 @@
+"""Which models can be exported: decoders that run on token ids alone, whose blocks are one stack of plain outputs."""
+
+from __future__ import annotations
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from peft_reft.blocks import ModelBlocks, own_name
+from peft_reft.tuner.files import one_line
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The causal language model itself, without a `PeftModel` around it; other adapters in it stay."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def is_decoder(model: nn.Module) -> bool:
+    """Whether a model is a decoder-only language model: it can generate, and has no encoder."""
+    can_generate = getattr(model, "can_generate", None)
+    encoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return can_generate is not None and bool(can_generate()) and not encoder
+
+
+@torch.no_grad()
+def logits_of_tokens(model: nn.Module) -> int:
+    """How many logits a token gets from a causal language model that is given token ids and their mask.
+
+    Raises:
+        ValueError: if it does not run on these alone, as an exported graph has to.
+    """
+    name, ids = type(model).__name__, torch.ones(2, 3, dtype=torch.long, device=next(model.parameters()).device)
+    try:
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    except Exception as error:  # whatever a model says that misses its other inputs
+        raise ValueError(
+            f"{name} does not run on token ids and their mask alone ({one_line(error)}); an exported graph has no "
+            "other inputs of a model. Export a language model of text."
+        ) from error
+    if logits.dim() != 3 or logits.shape[:2] != ids.shape:
+        raise ValueError(
+            f"{name} returns logits of the shape {tuple(logits.shape)} for 2 rows of 3 token ids, where a language "
+            "model of text returns [2, 3, vocabulary]."
+        )
+    return int(logits.shape[2])
+
+
+def blocks_of_model(model: nn.Module) -> tuple[list[str], int]:
+    """The blocks of a decoder, by their own names, and their width.
+
+    Raises:
+        ValueError: if its blocks are not one stack of plain hidden states [B, S, d] of one width.
+    """
+    found = ModelBlocks(model)
+    stacks = found.stacks()
+    if len(stacks) != 1:
+        raise ValueError(
+            f"{type(model).__name__} has {len(stacks)} stacks of blocks; one exported graph holds one stack, that of a "
+            "decoder-only language model."
+        )
+    shapes = [found.shape_of(name) for name in stacks[0]]
+    found.forget_trace()
+    widths = sorted({width for width, _ in shapes})
+    odd = next((layout for _, layout in shapes if (layout.rows, layout.columns, layout.streams) != (0, 1, 1)), None)
+    if len(widths) > 1 or odd is not None or any(layout.pool or layout.before or layout.padded for _, layout in shapes):
+        what = f"widths {widths}" if len(widths) > 1 else f"a layout of their own ({odd or shapes[0][1]})"
+        raise ValueError(
+            f"The blocks of {type(model).__name__} return hidden states of {what}, where an exported graph edits "
+            "[rows, columns, width] of one width. Export the model with its adapter by torch.export instead."
+        )
+    return [own_name(name) for name in stacks[0]], widths[0]

@@ -1,0 +1,58 @@
+"""Weights of few bits: an ONNX backbone whose matrices are rounded, and whose edits are not.
+
+The backbone's weights are constants of the graph and are found as such; the edits are inputs and stay as they are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+INTEGERS = {"int8": 8, "int4": 4}  # bits
+BLOCK = 32  # weights that share a scale and a zero
+
+
+def quantise(source: Path, target: Path, dtype: str) -> None:
+    """An ONNX backbone with weights of 8 or 4 bits; activations, the cache and the edits stay in float32.
+
+    Args:
+        source, target: ONNX files.
+        dtype: "int8" or "int4": blocks of 32 weights with a scale and a zero of their own; in int4 the embeddings,
+            too, for which onnxruntime has no 8 bits. (Rounding activations as well, as its `quantize_dynamic` does,
+            made nonsense of SmolLM2-135M.)
+    """
+    import onnx
+    from onnxruntime.quantization import quant_utils
+    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+
+    model = with_transposed_weights(onnx.load(source))
+    config = DefaultWeightOnlyQuantConfig(
+        block_size=BLOCK,
+        bits=INTEGERS[dtype],
+        is_symmetric=False,
+        accuracy_level=4,
+        quant_format=quant_utils.QuantFormat.QOperator,
+        op_types_to_quantize=("MatMul", "Gather") if dtype == "int4" else ("MatMul",),
+    )
+    quantiser = MatMulNBitsQuantizer(model, algo_config=config)
+    quantiser.process()
+    onnx.save(quantiser.model.model, target)
+
+
+def with_transposed_weights(model: Any) -> Any:
+    """An ONNX model whose matrices are stored as they are multiplied with; quantisers look at constants alone.
+
+    An output layer that shares its weights with the embedding is the transpose of these when the graph runs.
+    """
+    from onnx import numpy_helper
+
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in [node for node in model.graph.node if node.op_type == "Transpose" and node.input[0] in stored]:
+        order = next((list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"), None)
+        values = numpy_helper.to_array(stored[node.input[0]]).transpose(order)
+        model.graph.initializer.append(numpy_helper.from_array(values.copy(), node.output[0]))
+        model.graph.node.remove(node)
+    used = {name for node in model.graph.node for name in node.input}
+    for tensor in [tensor for tensor in model.graph.initializer if tensor.name not in used]:
+        model.graph.initializer.remove(tensor)
+    return model
