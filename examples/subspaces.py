@@ -4,7 +4,7 @@ SmolLM2-135M-Instruct (see smollm2.py) learns to talk like a pirate in one part 
 separate chats, in one training. Then it answers the same questions with each part alone, with both, and with each at
 half strength. A third part, politeness, is added and trained afterwards; the first two stay what they were, to the last
 bit. For comparison the same chats train two ReFT adapters, which are summed, one LoRA adapter on all of them, which
-cannot be taken apart again, and two LoRA adapters, which are summed. The table at the end has a line for each:
+cannot be taken apart again, and two LoRA adapters, which are summed. A line of figures says what is heard of each:
 
 - pirate, robot, polite: how many of the answers have words of that style;
 - sound: how many are neither empty, cut, one phrase over and over, nor the answer to another question;
@@ -64,12 +64,16 @@ def alternating(first: list[dict], second: list[dict], count: int) -> list[dict]
     return [lists[number % 2][number // 2 % len(lists[number % 2])] for number in range(count)]
 
 
-def train(model, tokenizer, data: list[dict], steps: int, options, config: ReftConfig | None, rate: float) -> None:
-    """Train the active adapter, the parts that the rows name if there is a config with parts."""
+def train(
+    model, tokenizer, data: list[dict], options, rate: float, config: ReftConfig | None = None, batch_size: int = 4
+) -> None:
+    """Train the active adapter on the rows in their order, the parts that they name if there is a config with parts."""
+    steps = len(data) // batch_size
     arguments = SFTConfig(
         output_dir=str(options.output / "trainer"),
         max_steps=steps,
-        per_device_train_batch_size=4,
+        per_device_train_batch_size=batch_size,
+        train_sampling_strategy="sequential",
         learning_rate=rate,
         lr_scheduler_type="linear",
         warmup_steps=2,
@@ -127,29 +131,26 @@ def loss(model, tokenizer, rows: list[dict], choice) -> float:
 
 
 class Table:
-    """What was heard of each adapter, line by line."""
+    """What is heard of each adapter, line by line."""
 
     def __init__(self, tokenizer, held_out: dict[str, list[dict]]):
-        self.tokenizer, self.held_out, self.lines = tokenizer, held_out, []
+        self.tokenizer, self.held_out = tokenizer, held_out
+        losses = "".join(f"{f'loss {name}':>13}" for name in held_out)
+        head = "".join(f"{name:>8}" for name in (*WORDS, "sound"))
+        print(f"   {f'of {len(QUESTIONS)} answers':<34}{head}{losses}   the first answer")
 
     def hear(self, label: str, model, choice=None) -> list[str]:
-        """Ask, print the first answer and note down the figures of a line; returns the answers.
+        """Ask the questions and print a line of figures; returns the answers.
 
         Args:
             choice: the subspaces that act, the same for every question; None for all of them.
         """
         texts = answers(model, self.tokenizer, choice)
-        losses = [loss(model, self.tokenizer, rows, choice) for rows in self.held_out.values()]
         figures = [*(counted(texts, words) for words in WORDS.values()), flaws(texts).count(None)]
-        self.lines.append(f"{label:<38}" + "".join(f"{n:>8}" for n in figures) + "".join(f"{x:>13.2f}" for x in losses))
-        print(f"   {label:<38}{texts[0]}", flush=True)
+        losses = [loss(model, self.tokenizer, rows, choice) for rows in self.held_out.values()]
+        numbers = "".join(f"{n:>8}" for n in figures) + "".join(f"{x:>13.2f}" for x in losses)
+        print(f"   {label:<34}{numbers}   {texts[0]}", flush=True)
         return texts
-
-    def __str__(self) -> str:
-        names = [*WORDS, "sound"]
-        losses = [f"loss {name}" for name in self.held_out]
-        head = f"{f'of {len(QUESTIONS)} answers':<38}" + "".join(f"{n:>8}" for n in names)
-        return "\n".join([head + "".join(f"{x:>13}" for x in losses), *self.lines])
 
 
 def parameters(model, rows_of_r: slice) -> list[torch.Tensor]:
@@ -157,6 +158,22 @@ def parameters(model, rows_of_r: slice) -> list[torch.Tensor]:
     found = [intervention for groups in get_interventions(model, "default").values() for intervention in groups]
     names = ("basis", "weight", "bias")
     return [intervention.rows(name)[rows_of_r].detach().clone() for intervention in found for name in names]
+
+
+def two_and_their_sum(base, settings, rate: float, both: list[dict], table: Table, options, **kind_of_sum) -> None:
+    """Two adapters, each trained alone on its chats in as many steps, then their sum and half of it."""
+    model = get_peft_model(base, settings, adapter_name="pirate")
+    method = {"REFT": "ReFT", "LORA": "LoRA"}[settings.peft_type.value]
+    for number, style in enumerate(("pirate", "robot")):
+        if number:
+            model.add_adapter(style, settings)
+        model.set_adapter(style)
+        train(model, table.tokenizer, both[number::2], options, rate, batch_size=2)
+        table.hear(f"{method} adapter {style}", model)
+    for label, weight in {"sum": 1.0, "sum_of_halves": 0.5}.items():
+        model.add_weighted_adapter(["pirate", "robot"], [weight, weight], label, **kind_of_sum)
+        model.set_adapter(label)
+        table.hear(f"{method} adapters, {label.replace('_', ' ')}", model)
 
 
 def main() -> int:
@@ -176,7 +193,7 @@ def main() -> int:
     tokenizer = AutoTokenizer.from_pretrained(name)
     pirate, robot, polite = rows(PIRATE, "pirate"), rows(ROBOT, "robot"), rows(POLITE, "polite")
     table = Table(tokenizer, {"pirate": pirate[-HELD_OUT:], "robot": robot[-HELD_OUT:]})
-    both, half = alternating(pirate[:-HELD_OUT], robot[:-HELD_OUT], 4 * options.steps), options.steps // 2
+    both = alternating(pirate[:-HELD_OUT], robot[:-HELD_OUT], 4 * options.steps)  # two and two in each batch of four
 
     def fresh():
         return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
@@ -184,7 +201,7 @@ def main() -> int:
     print("1. One adapter, r=8: a pirate in 4 directions, a robot in the other 4", flush=True)
     config = ReftConfig(**{**SETTINGS, "r": 8}, subspaces={"pirate": 4, "robot": 4})
     model = get_peft_model(fresh(), config)
-    train(model, tokenizer, both, options.steps, options, config, 4e-3)
+    train(model, tokenizer, both, options, 2e-3, config)
     table.hear("no subspace: the base model", model, [])
     before = [table.hear(f"subspace {style}", model, style) for style in ("pirate", "robot")]
     table.hear("both subspaces", model)
@@ -193,7 +210,7 @@ def main() -> int:
     print("2. A third subspace, added later", flush=True)
     kept = parameters(model, slice(0, 8))
     model.add_subspace("default", "polite", 4)
-    train(model, tokenizer, polite, half, options, model.peft_config["default"], 4e-3)
+    train(model, tokenizer, 4 * polite, options, 2e-3, model.peft_config["default"])
     table.hear("subspace polite, added later", model, "polite")
     table.hear("subspaces pirate and polite", model, ["pirate", "polite"])
     after = [answers(model, tokenizer, style) for style in ("pirate", "robot")]
@@ -202,31 +219,17 @@ def main() -> int:
     model.save_pretrained(options.output)
     del model
 
-    for title, settings, rate, sum_of in (
-        ("3. Two ReFT adapters of r=4 and their sum", ReftConfig(**SETTINGS), 4e-3, {}),
-        ("4. Two LoRA adapters of r=4 and their sum", LoraConfig(r=4, **LORA), 1e-3, {"combination_type": "cat"}),
-    ):
-        print(title, flush=True)
-        kind = settings.peft_type.value
-        model = get_peft_model(fresh(), settings, adapter_name="pirate")
-        train(model, tokenizer, both[0::2], half, options, None, rate)
-        model.add_adapter("robot", settings)
-        model.set_adapter("robot")
-        train(model, tokenizer, both[1::2], half, options, None, rate)
-        for style in ("pirate", "robot"):
-            model.set_adapter(style)
-            table.hear(f"{kind} adapter {style}", model)
-        for label, weight in {"sum": 1.0, "sum_of_halves": 0.5}.items():
-            model.add_weighted_adapter(["pirate", "robot"], [weight, weight], label, **sum_of)
-            model.set_adapter(label)
-            table.hear(f"{kind} adapters, {label.replace('_', ' ')}", model)
-        del model
+    print("3. Two ReFT adapters of r=4, and their sum", flush=True)
+    two_and_their_sum(fresh(), ReftConfig(**SETTINGS), 2e-3, both, table, options)
 
-    print("5. One LoRA adapter of r=8, trained on all chats together", flush=True)
+    print("4. One LoRA adapter of r=8, trained on all chats together", flush=True)
     model = get_peft_model(fresh(), LoraConfig(r=8, **LORA))
-    train(model, tokenizer, both, options.steps, options, None, 1e-3)
+    train(model, tokenizer, both, options, 1e-3)
     table.hear("one LoRA adapter", model)
-    print(f"\n{table}")
+    del model
+
+    print("5. Two LoRA adapters of r=4, and their sum", flush=True)
+    two_and_their_sum(fresh(), LoraConfig(r=4, **LORA), 1e-3, both, table, options, combination_type="cat")
     return 0 if same else 1
 
 
