@@ -18,9 +18,9 @@ def quantise(source: Path, target: Path, dtype: str) -> None:
     """An ONNX backbone with weights of 8 or 4 bits.
 
     Blocks of 32 weights share a scale and a zero. On a CPU, onnxruntime rounds what is multiplied with them to 8 bits
-    on the way, in blocks of 32 too: that is 2.5 times as fast as without, and SmolLM2-135M answers alike. (One scale for a
-    whole matrix, as its `quantize_dynamic` has it, made nonsense of that model.) Hidden states, attention, the cache
-    and the products of the edits stay in float32.
+    on the way, in blocks of 32 too: that is 2.5 times as fast as without, and SmolLM2-135M answers alike. (One scale
+    for a whole matrix, as its `quantize_dynamic` has it, made nonsense of that model.) Hidden states, attention, the
+    cache and the products of the edits stay in float32.
 
     Args:
         source, target: ONNX files.
