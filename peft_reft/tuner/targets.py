@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
@@ -62,13 +64,17 @@ def check_adapter_name(name: str) -> None:
     """Refuse a name that cannot be the name of a module, before anything is changed.
 
     Raises:
-        ValueError: if it is empty, holds a dot, or is an attribute of the module that holds adapters.
+        ValueError: if it is empty, "*" or an absolute path, holds a dot, or is an attribute of the module that holds
+            adapters.
     """
-    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name) or name == "training":
+    is_taken = not isinstance(name, str) or hasattr(nn.ModuleDict, name) or name in ("training", "*")
+    if is_taken or not name or "." in name or os.path.isabs(name):
+        other = re.sub(r"[./*]+", "_", str(name)).strip("_")
         raise ValueError(
-            f"adapter_name={name!r} cannot name an adapter: it becomes part of the names of parameters, so it must "
-            "have no dot, and not be an attribute of a module such as 'training'. Use for instance "
-            f"{str(name).replace('.', '_') + ('_adapter' if '.' not in str(name) else '')!r}."
+            f"adapter_name={name!r} cannot name an adapter: it becomes part of the names of parameters and of a "
+            "folder's path, so it must have no dot, not begin with a slash, and not be an attribute of a module such "
+            "as 'training', or '*', which stands for all adapters. Use for instance "
+            f"{other if other and other != name else f'{other}_adapter'!r}."
         )
 
 
