@@ -21,6 +21,10 @@ UNMATCHED_RANK = (
     "The rank_pattern of a ReFT adapter has the key {pattern!r}, which names none of the edited modules ({names}), so "
     "that it has no effect: ranks are r={r}. A key is the end of a name, or a regular expression for it."
 )
+UNMATCHED_SAVED = (
+    "The modules_to_save of a ReFT adapter, {names}, name no module of the model, so that none is trained or saved "
+    "beside the edits. Each is the end of a module's name."
+)
 LINEAR_LAYERS = (
     "A ReFT adapter with target_modules={targets!r} edits the outputs of linear layers ({names}), as LoRA does with "
     "their weights. ReFT edits the hidden state after each block: leave target_modules out. Name such modules only if "
@@ -78,10 +82,13 @@ def check_adapter_name(name: str) -> None:
         )
 
 
-def warn_of_settings_without_effect(config: ReftConfig, targets: Iterable[str], linear: Iterable[str]) -> None:
+def warn_of_settings_without_effect(
+    config: ReftConfig, model: nn.Module, targets: Iterable[str], linear: Iterable[str]
+) -> None:
     """Say which settings change nothing, or hardly what they seem to.
 
     Args:
+        model: the model that gets the adapter.
         targets: names of the modules that are edited.
         linear: those of them that are linear layers within blocks.
     """
@@ -90,6 +97,9 @@ def warn_of_settings_without_effect(config: ReftConfig, targets: Iterable[str], 
         if not any(get_pattern_key([pattern], name) == pattern for name in names):
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             warnings.warn(UNMATCHED_RANK.format(pattern=pattern, names=shown, r=config.r))
+    saved = config.modules_to_save
+    if saved and not any(name.endswith(tuple(saved)) for name, _ in model.named_modules()):
+        warnings.warn(UNMATCHED_SAVED.format(names=sorted(saved)))
     projections = sorted({name.rpartition(".")[2] for name in linear})
     if projections:
         warnings.warn(LINEAR_LAYERS.format(targets=config.target_modules, names=", ".join(projections)))
