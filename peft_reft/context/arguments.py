@@ -266,7 +266,8 @@ def check_locations(
         ValueError: if they are no columns of this batch. (The values are looked at on the CPU only: elsewhere that
             would make the device wait.)
     """
-    if not isinstance(locations, Tensor) or locations.dim() not in (2, 3) or locations.is_floating_point():
+    is_whole = isinstance(locations, Tensor) and not locations.is_floating_point() and locations.dtype != torch.bool
+    if not is_whole or locations.dim() not in (2, 3):
         what = (
             f"a {locations.dtype} tensor of shape {tuple(locations.shape)}"
             if isinstance(locations, Tensor)
