@@ -192,6 +192,28 @@ def test_a_request_whose_adapter_is_in_no_slot_is_never_answered_without_it(adap
         worker.begin_step(["a"], np.array([0]), np.array([3]))
 
 
+def test_adapters_of_one_name_and_two_ids_are_both_active():
+    """vLLM compares adapters by name, and would activate one of them."""
+
+    class Adapter(SimpleNamespace):
+        def __eq__(self, other):
+            return self.lora_name == other.lora_name
+
+        def __hash__(self):
+            return hash(self.lora_name)
+
+    old, new = Adapter(lora_name="formal", lora_int_id=1), Adapter(lora_name="formal", lora_int_id=2)
+    assert len({old, new}) == 1
+    ids = [request.lora_int_id for request in (old, new)]
+    v1 = SimpleNamespace(lora_id_to_lora_request={1: old, 2: new})
+    *mappings, active = glue.make_lora_inputs_v1(lambda self, *args: (*args, {old}), v1, "prompts", "tokens")
+    assert mappings == ["prompts", "tokens"] and [request.lora_int_id for request in active] == ids
+    v2 = SimpleNamespace(lora_requests={"a": old, "b": new, "c": new, "elsewhere": None})
+    original = lambda self, requests, *args: (*args, {old})  # noqa: E731
+    *mappings, active = glue.make_lora_inputs_v2(original, v2, ["a", "b", "c", "base"], "prompts", "tokens")
+    assert mappings == ["prompts", "tokens"] and [request.lora_int_id for request in active] == ids
+
+
 def test_files_that_changed_under_waiting_requests_are_not_taken_for_the_old_ones(adapters):
     worker, (directory, other) = attached(Model()), (adapters["ends"][0], adapters["answers"][0])
     old = served_adapter(directory)

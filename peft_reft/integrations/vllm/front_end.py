@@ -84,6 +84,8 @@ def process_inputs(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _ends_scoring(processor: Any) -> bool:
     """Whether an engine ends with an error of its own when it is asked for prompt_logprobs (vLLM 0.32, on CPUs)."""
+    if processor.lora_config is None:  # vLLM refuses adapters then
+        return False
     targets = processor.lora_config.target_modules
     return processor.vllm_config.device_config.device_type == "cpu" and (targets is None or "lm_head" in targets)
 
