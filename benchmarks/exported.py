@@ -49,13 +49,11 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     prompts = [prompt_of(tokenizer, question) for question in QUESTIONS]
-    expected = answers_of_model(options.model, options.adapters, prompts, options.tokens)
     print(
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, ", end=""
     )
-    print(f"{torch.get_num_threads()} thread(s); torch {torch.__version__}")
-    for name, answers in expected.items():
-        print(f"  {name}: {tokenizer.decode(answers[0])!r}")
+    print(f"{torch.get_num_threads()} thread(s); torch {torch.__version__}", flush=True)
+    expected = answers_of_model(options.model, options.adapters, prompts, options.tokens, tokenizer)
     for folder in options.backbones:
         measure(folder, options.adapters, prompts, expected, tokenizer)
 
@@ -67,7 +65,7 @@ def prompt_of(tokenizer: Any, question: str) -> list[int]:
 
 
 def answers_of_model(
-    name: str, adapters: Sequence[Path], prompts: list[list[int]], tokens: int
+    name: str, adapters: Sequence[Path], prompts: list[list[int]], tokens: int, tokenizer: Any
 ) -> dict[str, list[list[int]]]:
     """Greedy answers of the model itself, by adapter."""
     base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
@@ -76,21 +74,23 @@ def answers_of_model(
         model.load_adapter(folder, adapter_name=folder.name)
     model.eval()
 
-    def answers() -> list[list[int]]:
-        found = []
+    def answers(name: str) -> list[list[int]]:
+        found, begun = [], time.perf_counter()
         for prompt in prompts:
             ids = torch.tensor([prompt])
             row = model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
             )
             found.append(row[0, len(prompt) :].tolist())
+        rate = sum(map(len, found)) / (time.perf_counter() - begun)
+        print(f"generate, {name}: {rate:.1f} tokens/s with their prompts; {tokenizer.decode(found[0])!r}", flush=True)
         return found
 
     with model.disable_adapter():
-        expected = {BASE: answers()}
+        expected = {BASE: answers(BASE)}
     for folder in adapters:
         model.set_adapter(folder.name)
-        expected[folder.name] = answers()
+        expected[folder.name] = answers(folder.name)
     return expected
 
 

@@ -219,7 +219,12 @@ def main() -> int:
 
     print(f"1. The base model: {options.model or NAME}", flush=True)
     name = options.model or smollm2(options.output / NAME)
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except OSError as error:
+        raise SystemExit(
+            f"The model {str(name)!r} is no folder here and cannot be had from the hub: {error}"
+        ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
@@ -298,4 +303,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except KeyboardInterrupt:
+        raise SystemExit("\nStopped.") from None

@@ -172,7 +172,7 @@ FORBIDDEN = {
     "LoRA's flag": (["--use_dora"], "--use_dora would have no effect"),
     "an unknown option": (["--reft_positons", "f1"], "'--reft_positons' is no option. Did you mean --reft_positions"),
     "a short name misspelt": (["--datset", "x.jsonl"], r"'--datset' is no option. Did you mean --dataset\?"),
-    "a name that is nothing here": (["--dataset", "nothing"], "no file or folder of that name here"),
+    "a name that is nothing here": (["--dataset", "nothing"], "no such file or folder here"),
     "a number that is none": (["--reft_r", "x"], "--reft_r.*invalid int value: 'x'"),
     "an empty file": (["--dataset", "empty.jsonl"], "the file is empty"),
     "a checkpoint that is not there": (["--resume_from_checkpoint", "gone"], "gone is no folder"),

@@ -62,6 +62,7 @@ METHODS = {
     "LoReFT f7+l7+d": reft("f7+l7+d"),
 }
 PLAN = (  # the most telling first: a run that is cut has these
+    ("robot", "base model", None),
     ("robot", "LoReFT f7+l7", 4e-3),
     ("robot", "LoRA r8 q,v", 4e-3),
     ("robot", "LoReFT f1+l1", 1e-3),
@@ -74,6 +75,7 @@ PLAN = (  # the most telling first: a run that is cut has these
     ("robot", "LoReFT f7+l7, random start", 4e-3),
     ("robot", "LoReFT f7+l7, one block", 4e-3),
     ("robot", "LoReFT f7+l7, every fourth block", 4e-3),
+    ("long", "base model", None),
     ("long", "LoReFT f7+l7", 4e-3),
     ("long", "LoReFT f7+l7+d", 4e-3),
     ("robot", "LoReFT all", 1e-3),
@@ -251,18 +253,15 @@ def draw(cells: record.Cells, path: Path) -> None:
 def run(folder: Path, store: Store, steps: int, minutes: float) -> None:
     """The cells that are not stored yet; none begins after so many minutes of CPU time."""
     bench = Bench(folder)
-    for task in ("robot", "long"):
-        if f"{task} | base model" not in store.cells and time.process_time() < 60 * minutes:
-            measured = bench.robot(bench.base) if task == "robot" else bench.long(bench.base)
-            store.add(
-                f"{task} | base model", {"task": task, "name": "base model", "lr": None, "parameters": 0, **measured}
-            )
     for task, name, lr in PLAN:
-        key = f"{task} | {name} | {lr:g}"
-        if key not in store.cells and time.process_time() < 60 * minutes:
-            store.add(key, {"task": task, "name": name, "lr": lr, **bench.train(task, METHODS[name], lr, steps)})
-            shown = {k: v for k, v in store.cells[key].items() if k not in ("answers", "trained", "key", "setup")}
-            print(time.strftime("%H:%M:%S"), shown, flush=True)
+        key = f"{task} | {name} | {lr:g}" if lr else f"{task} | {name}"
+        if key in store.cells or time.process_time() > 60 * minutes:
+            continue
+        measure = bench.robot if task == "robot" else bench.long
+        result = {"parameters": 0, **measure(bench.base)} if lr is None else bench.train(task, METHODS[name], lr, steps)
+        store.add(key, {"task": task, "name": name, "lr": lr, **result})
+        shown = {what: value for what, value in result.items() if what not in ("answers", "trained")}
+        print(time.strftime("%H:%M:%S"), key, shown, flush=True)
 
 
 def main() -> None:

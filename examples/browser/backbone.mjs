@@ -45,7 +45,9 @@ export class Backbone {
           "without --bake and --no-cache, and with --dtype int4, int8 or float32.",
       );
     }
-    const session = await ort.InferenceSession.create(graph, { executionProviders: [provider] });
+    // WebAssembly has no fast product of weights with few bits: they are worked out when the file is loaded.
+    const extra = provider === "wasm" ? { session: { disable_quant_qdq: "1" } } : {};
+    const session = await ort.InferenceSession.create(graph, { executionProviders: [provider], extra });
     return new Backbone(ort, description, session);
   }
 

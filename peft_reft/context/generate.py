@@ -30,6 +30,7 @@ from peft_reft.context.subspaces import Choices
 from peft_reft.positions import PositionSpec, Prompts, Tokens, mark
 
 STEP = "reft_generation_step"  # the argument of a forward that says so; taken out before the model sees it
+GUESSING = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")  # settings by which tokens are guessed ahead
 
 
 class Generation:
@@ -193,8 +194,8 @@ class GenerateEntry(MethodEntry):
             generation.locations = check_locations(locations, shape, 0)
         elif tokens is not None:
             self._take_back_earlier_turns(tokens, arguments.get("past_key_values"))
-        guesses = [arguments.get("assistant_model"), self._setting("prompt_lookup_num_tokens", arguments)]
-        generation.guesses = any(guess is not None for guess in guesses)
+        guesses = [arguments.get("assistant_model"), *(self._setting(name, arguments) for name in GUESSING)]
+        generation.guesses = any(guess is not None and guess is not False for guess in guesses)
         generation.in_chunks = self._setting("prefill_chunk_size", arguments) is not None
         if generation.guesses:
             start = arguments.get("decoder_input_ids")

@@ -26,7 +26,7 @@ from peft_reft.blocks import edit_hidden_state
 from peft_reft.context.forward import ForwardContext, Given
 from peft_reft.export.caches import LayerCache, cache_of, cache_shape, empty_past, tensors_of
 from peft_reft.export.masks import refuse_other_prompts
-from peft_reft.export.models import base_of, blocks_of_model, is_decoder, logits_of_tokens
+from peft_reft.export.models import base_of, blocks_of_model, is_decoder, logits_of_tokens, refuse_other_rows
 from peft_reft.interventions import edit_of, low_rank_edit, stack_factors
 from peft_reft.interventions.batched import kind_of
 from peft_reft.tuner.adapters import get_interventions
@@ -229,6 +229,7 @@ def exportable(model_or_base: nn.Module, cache: bool = True, baked: str | None =
     model.eval()
     with unedited(model):
         vocabulary = logits_of_tokens(model)
+        refuse_other_rows(model)
         blocks, width = blocks_of_model(model)
         shape = cache_shape(model) if cache else None
     editable = EditableBackbone(model, blocks, width, vocabulary, shape).eval()

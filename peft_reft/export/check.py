@@ -16,6 +16,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from peft_reft.export.answers import greedy_answer
+from peft_reft.export.models import plain_generation
 from peft_reft.export.programs import open_backbone
 from peft_reft.export.tensors import read_edits
 from peft_reft.tuner.adapters import set_strength
@@ -87,12 +88,8 @@ def _of_model(model: Any, prompt: list[int], tokens: int, strength: float, ends:
     settings = GenerationConfig(
         max_new_tokens=tokens, do_sample=False, eos_token_id=list(ends) or None, pad_token_id=ends[0] if ends else 0
     )
-    own, base.generation_config = base.generation_config, GenerationConfig()  # penalties and forced tokens, say
     set_strength(model, strength)
-    try:
-        with torch.no_grad():
-            found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-    finally:
-        base.generation_config = own
-        set_strength(model, 1.0)
+    with plain_generation(base), torch.no_grad():
+        found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    set_strength(model, 1.0)
     return found[0, len(prompt) :].tolist()

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import GenerationConfig
 
 from peft_reft.blocks import ModelBlocks, own_name
 from peft_reft.tuner.files import one_line
@@ -43,6 +48,42 @@ def logits_of_tokens(model: nn.Module) -> int:
             "model of text returns [2, 3, vocabulary]."
         )
     return int(logits.shape[2])
+
+
+@contextmanager
+def plain_generation(model: Any) -> Iterator[None]:
+    """`generate` does within it what it is told, without penalties, beams and forced tokens of the model's config."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def refuse_other_rows(model: nn.Module) -> None:
+    """Refuse a model whose `generate` passes other token ids to it than the row, such as a token to be filled in.
+
+    Raises:
+        ValueError: for such a model: the app's loop, which passes the row, would get other answers.
+    """
+    name, ids = type(model).__name__, torch.ones(2, 3, dtype=torch.long, device=next(model.parameters()).device)
+    seen: list[Any] = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs.get("input_ids")), with_kwargs=True
+    )
+    settings = GenerationConfig(max_new_tokens=1, do_sample=False, pad_token_id=0)
+    try:
+        with plain_generation(model):
+            cast(Any, model).generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings, use_cache=False
+            )
+    finally:
+        handle.remove()
+    if not isinstance(seen[0], torch.Tensor) or not torch.equal(seen[0], ids):
+        raise ValueError(
+            f"{name}.generate passes other tokens to the model than those of the row, such as one to be filled in. A "
+            "loop over an exported graph passes the row, and would get other answers. Run it with the package itself."
+        )
 
 
 def blocks_of_model(model: nn.Module) -> tuple[list[str], int]:

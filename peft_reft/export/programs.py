@@ -20,11 +20,9 @@ from peft_reft.export.backbone import Backbone, BakedBackbone
 from peft_reft.export.files import FLOATS, BackboneDescription, describe
 from peft_reft.export.graph import Sizes, trace
 from peft_reft.export.inputs import checked
-from peft_reft.export.quantise import INTEGERS, quantise
+from peft_reft.export.quantise import INTEGERS, ONE_FILE, quantise
 from peft_reft.tuner.files import one_line
 from peft_reft.tuner.staging import staged
-
-ONE_FILE = 1_500_000_000  # bytes of weights up to which an ONNX file holds them itself; protobuf ends at 2 GiB
 
 
 class Format(ABC):

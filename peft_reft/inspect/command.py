@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,7 @@ def main(argv: list[str]) -> int:
     except (ValueError, OSError, ImportError, KeyError) as error:
         print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(summary(found))
+    print(summary(found, arguments.prompt))
     return 0 if draws or arguments.out is None else 1
 
 
@@ -96,11 +98,11 @@ def is_chat(model: Any, tokenizer: Any) -> bool:
     return is_causal(model.get_base_model()) and getattr(tokenizer, "chat_template", None) is not None
 
 
-def summary(found: Inspection) -> str:
-    """A few lines per prompt: the prediction, and how much each block matters for it."""
+def summary(found: Inspection, texts: Sequence[str]) -> str:
+    """A few lines per prompt: its text, the prediction, and how much each block matters for it."""
     lines = []
     for prompt in dict.fromkeys(row["prompt"] for row in found.edits):
-        lines.append(f"prompt {prompt}")
+        lines.append(f"prompt {prompt}: {textwrap.shorten(texts[prompt], 100)}")
         for total in (row for row in found.totals if row["prompt"] == prompt):
             lines.append(
                 f"  all blocks: tv {total['tv']:.3f}, kl {total['kl']:.3g} nats; most likely {total['top']!r}, "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def load_data(script: Any, training: Any, mixture: Any) -> tuple[Any, Any]:
         cause = f" ({one_line(error.__cause__)})" if error.__cause__ is not None else ""
         reason = str(error) or type(error).__name__
         if not mixture.datasets and not Path(name).exists():
-            cause += ". There is no file or folder of that name here, so it was looked for on the hub."
+            cause += ". There is no such file or folder here, so it was looked for on the hub."
         raise UserError(f"The data set {name or mixture.datasets!r} cannot be read: {reason}{cause}") from error
     wanted = [script.dataset_train_split, *([script.dataset_test_split] if training.eval_strategy != "no" else [])]
     missing = [split for split in wanted if split not in data]
@@ -132,7 +133,11 @@ def make_trainer(training: Any, model: Any, config: ReftConfig, train: Any, test
             model.model_name_or_path, revision=model.model_revision, trust_remote_code=training.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"The base model {model.model_name_or_path!r} cannot be loaded: {error}") from error
+        name = model.model_name_or_path
+        where = "" if Path(name).is_dir() else " There is no such folder here, so it was looked for on the hub."
+        raise UserError(
+            f"The base model {name!r} cannot be loaded.{where} {textwrap.shorten(str(error), 300)}"
+        ) from error
     training.model_init_kwargs = {
         "revision": model.model_revision,
         "trust_remote_code": training.trust_remote_code,
@@ -236,8 +241,8 @@ def main(argv: list[str]) -> int:
         The exit status: 0, or 2 if something that the user gave cannot be used (a line on stderr says what), or 130
         after Ctrl-C in training.
     """
-    # TRL's own default, under a name that transformers has changed
-    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+    # What TRL and PEFT use as their own, under names that transformers has changed
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     share_the_machine()
     try:
         # The data are looked at before the model is loaded, which may take minutes.

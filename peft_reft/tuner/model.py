@@ -132,7 +132,7 @@ class ReftModel(BaseTuner):
         check_sizes(peft_config, model, self._targets)
         check_trained_tokens(peft_config, model, {*self._targets, *reft_layers(model)})
         linear = linear_layers_within_blocks(model, targets)
-        warn_of_settings_without_effect(peft_config, targets, linear)
+        warn_of_settings_without_effect(peft_config, model, targets, linear)
         self._prompt_end = prompt_end_ids(
             peft_config, None, getattr(getattr(model, "config", None), "_name_or_path", None)
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
@@ -18,6 +20,10 @@ from peft_reft.tuner.private import ExcludedModule, get_input_embeddings_name
 UNMATCHED_RANK = (
     "The rank_pattern of a ReFT adapter has the key {pattern!r}, which names none of the edited modules ({names}), so "
     "that it has no effect: ranks are r={r}. A key is the end of a name, or a regular expression for it."
+)
+UNMATCHED_SAVED = (
+    "The modules_to_save of a ReFT adapter, {names}, name no module of the model, so that none is trained or saved "
+    "beside the edits. Each is the end of a module's name."
 )
 LINEAR_LAYERS = (
     "A ReFT adapter with target_modules={targets!r} edits the outputs of linear layers ({names}), as LoRA does with "
@@ -62,20 +68,27 @@ def check_adapter_name(name: str) -> None:
     """Refuse a name that cannot be the name of a module, before anything is changed.
 
     Raises:
-        ValueError: if it is empty, holds a dot, or is an attribute of the module that holds adapters.
+        ValueError: if it is empty, "*" or an absolute path, holds a dot, or is an attribute of the module that holds
+            adapters.
     """
-    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name) or name == "training":
+    is_taken = not isinstance(name, str) or hasattr(nn.ModuleDict, name) or name in ("training", "*")
+    if is_taken or not name or "." in name or os.path.isabs(name):
+        other = re.sub(r"[./*]+", "_", str(name)).strip("_")
         raise ValueError(
-            f"adapter_name={name!r} cannot name an adapter: it becomes part of the names of parameters, so it must "
-            "have no dot, and not be an attribute of a module such as 'training'. Use for instance "
-            f"{str(name).replace('.', '_') + ('_adapter' if '.' not in str(name) else '')!r}."
+            f"adapter_name={name!r} cannot name an adapter: it becomes part of the names of parameters and of a "
+            "folder's path, so it must have no dot, not begin with a slash, and not be an attribute of a module such "
+            "as 'training', or '*', which stands for all adapters. Use for instance "
+            f"{other if other and other != name else f'{other}_adapter'!r}."
         )
 
 
-def warn_of_settings_without_effect(config: ReftConfig, targets: Iterable[str], linear: Iterable[str]) -> None:
+def warn_of_settings_without_effect(
+    config: ReftConfig, model: nn.Module, targets: Iterable[str], linear: Iterable[str]
+) -> None:
     """Say which settings change nothing, or hardly what they seem to.
 
     Args:
+        model: the model that gets the adapter.
         targets: names of the modules that are edited.
         linear: those of them that are linear layers within blocks.
     """
@@ -84,6 +97,9 @@ def warn_of_settings_without_effect(config: ReftConfig, targets: Iterable[str], 
         if not any(get_pattern_key([pattern], name) == pattern for name in names):
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             warnings.warn(UNMATCHED_RANK.format(pattern=pattern, names=shown, r=config.r))
+    saved = config.modules_to_save
+    if saved and not any(name.endswith(tuple(saved)) for name, _ in model.named_modules()):
+        warnings.warn(UNMATCHED_SAVED.format(names=sorted(saved)))
     projections = sorted({name.rpartition(".")[2] for name in linear})
     if projections:
         warnings.warn(LINEAR_LAYERS.format(targets=config.target_modules, names=", ".join(projections)))

@@ -252,6 +252,17 @@ def recurrent(name, **settings):
     return randomize(model)
 
 
+def test_padding_of_a_prompt_counts_as_none_where_a_model_takes_no_mask():
+    """RWKV runs it as tokens; the row's prompt begins behind it all the same."""
+    model = recurrent("rwkv", positions="f1+l1+d2")
+    ids = torch.cat([torch.zeros(1, 2, dtype=torch.long), batch(5)["input_ids"]], dim=1)
+    got = model.generate(input_ids=ids, max_new_tokens=7, do_sample=False, pad_token_id=0)
+    expected, steps = whole_forwards(model, ids, lambda columns: [2, 6, *range(8, columns, 2)])
+    assert torch.equal(got, expected)
+    _, others = whole_forwards(model, ids, lambda columns: [0, 6, *range(8, columns, 2)])
+    assert not torch.equal(others[0], steps[0])
+
+
 def whole_forwards(model, ids, places):
     """Greedy tokens and logits by forwards over the whole rows, with the columns of `places(columns)` edited."""
     row, steps = ids, []

@@ -7,7 +7,7 @@ import torch
 from conftest import DECODERS, batch, logits, randomize, reft_model, tiny_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import MusicgenDecoderConfig, MusicgenForCausalLM
+from transformers import MusicgenDecoderConfig, MusicgenForCausalLM, XLMConfig, XLMWithLMHeadModel
 
 from peft_reft import ReftConfig, register_intervention, set_strength, set_subspaces
 from peft_reft.export import EditableBackbone, adapter_tensors, edit_mask, exportable, greedy_answer
@@ -162,12 +162,17 @@ def test_a_baked_adapter_keeps_its_weights_when_the_model_trains_on():
     assert answer_of(backbone, None, "l1") == before != answer(model)
 
 
+def xlm():
+    return XLMWithLMHeadModel(XLMConfig(n_words=40, emb_dim=16, n_layers=1, n_heads=2, mask_token_id=3))
+
+
 @pytest.mark.parametrize(
     ("model", "cache", "why"),
     [
         (lambda: tiny_model("t5"), True, "no decoder-only causal language model"),
         (lambda: tiny_model("bert"), True, "no decoder-only causal language model"),
         (lambda: nn.Linear(3, 3), True, "no decoder-only causal language model"),
+        (xlm, False, "XLMWithLMHeadModel.generate passes other tokens"),
     ],
 )
 def test_models_that_cannot_be_exported_are_refused_with_the_reason(model, cache, why):

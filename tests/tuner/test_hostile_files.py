@@ -206,6 +206,14 @@ def test_finite_weights_of_any_precision_load(dtype, good, tmp_path):
     assert (logits(model, INPUTS) - logits(tiny_model("llama"), INPUTS)).abs().max() > 1
 
 
+@pytest.mark.parametrize("setting", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 4]}], ids=str)
+def test_what_a_config_names_and_the_file_lacks_is_refused(setting, good, tmp_path):
+    path = shutil.copytree(good, tmp_path / "lacking")
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps({**config, **setting}))
+    refused(path, "its file lacks .*(lm_head|embed_tokens).*, of its modules_to_save or trainable_token_indices")
+
+
 def test_a_refused_file_leaves_an_adapter_of_that_name_as_it_was(good, tmp_path):
     model = PeftModel.from_pretrained(tiny_model("llama"), good)
     wanted = logits(model, INPUTS)
