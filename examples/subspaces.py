@@ -104,28 +104,33 @@ def train(
 
 
 @torch.no_grad()
-def answers(model, tokenizer, choice) -> list[str]:
-    """Answers to the questions without sampling; one that has not ended by itself ends in `CUT`."""
-    prompts = [as_prompt(tokenizer, question) for question in QUESTIONS]
+def answers(model, tokenizer, by: str, choices: list) -> list[list[str]]:
+    """For each choice the answers to all questions, in one batch; one that has not ended by itself ends in `CUT`.
+
+    Args:
+        by: the argument that says which edits a row has, "subspaces" or "adapter_names".
+        choices: its values.
+    """
+    prompts = [as_prompt(tokenizer, question) for question in QUESTIONS] * len(choices)
     batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-    each = {} if choice is None else {"subspaces": [choice] * len(QUESTIONS)}
     settings = {"max_new_tokens": LONGEST, "do_sample": False, "repetition_penalty": REPETITION_PENALTY}
+    each = {by: [choice for choice in choices for _ in QUESTIONS]}
     output = model.generate(**batch.to(model.device), **settings, **each)[:, batch["input_ids"].shape[1] :]
     ended = torch.isin(output, torch.tensor(model.generation_config.eos_token_id).to(output)).any(1)
     texts = tokenizer.batch_decode(output, skip_special_tokens=True)
-    return [" ".join(text.split()) + ("" if end else CUT) for text, end in zip(texts, ended)]
+    texts = [" ".join(text.split()) + ("" if end else CUT) for text, end in zip(texts, ended)]
+    return [texts[first : first + len(QUESTIONS)] for first in range(0, len(texts), len(QUESTIONS))]
 
 
 @torch.no_grad()
-def loss(model, tokenizer, rows: list[dict], choice) -> float:
+def loss(model, tokenizer, chats: list[dict], by: str, choice) -> float:
     """Mean loss per token of the answers in chats."""
     total = count = 0
-    for row in rows:
-        prompt = tokenizer(as_prompt(tokenizer, row["prompt"][0]["content"]), add_special_tokens=False)["input_ids"]
-        answer = tokenizer(row["completion"][0]["content"], add_special_tokens=False)["input_ids"]
-        labels = torch.tensor([[-100] * len(prompt) + answer], device=model.device)
-        each = {} if choice is None else {"subspaces": [choice]}
-        output = model(input_ids=torch.tensor([prompt + answer], device=model.device), labels=labels, **each)
+    for chat in chats:
+        prompt = tokenizer(as_prompt(tokenizer, chat["prompt"][0]["content"]), add_special_tokens=False)["input_ids"]
+        answer = tokenizer(chat["completion"][0]["content"], add_special_tokens=False)["input_ids"]
+        ids, labels = torch.tensor([prompt + answer]), torch.tensor([[-100] * len(prompt) + answer])
+        output = model(input_ids=ids.to(model.device), labels=labels.to(model.device), **{by: [choice]})
         total, count = total + output.loss.item() * len(answer), count + len(answer)
     return total / count
 
@@ -139,18 +144,15 @@ class Table:
         head = "".join(f"{name:>8}" for name in (*WORDS, "sound"))
         print(f"   {f'of {len(QUESTIONS)} answers':<34}{head}{losses}   the first answer")
 
-    def hear(self, label: str, model, choice=None) -> list[str]:
-        """Ask the questions and print a line of figures; returns the answers.
-
-        Args:
-            choice: the subspaces that act, the same for every question; None for all of them.
-        """
-        texts = answers(model, self.tokenizer, choice)
-        figures = [*(counted(texts, words) for words in WORDS.values()), flaws(texts).count(None)]
-        losses = [loss(model, self.tokenizer, rows, choice) for rows in self.held_out.values()]
-        numbers = "".join(f"{n:>8}" for n in figures) + "".join(f"{x:>13.2f}" for x in losses)
-        print(f"   {label:<34}{numbers}   {texts[0]}", flush=True)
-        return texts
+    def hear(self, model, by: str, choices: dict) -> list[list[str]]:
+        """Ask the questions and print a line of figures for each choice, by its label; returns the answers."""
+        found = answers(model, self.tokenizer, by, list(choices.values()))
+        for texts, (label, choice) in zip(found, choices.items()):
+            figures = [*(counted(texts, words) for words in WORDS.values()), flaws(texts).count(None)]
+            losses = [loss(model, self.tokenizer, chats, by, choice) for chats in self.held_out.values()]
+            numbers = "".join(f"{n:>8}" for n in figures) + "".join(f"{x:>13.2f}" for x in losses)
+            print(f"   {label:<34}{numbers}   {texts[0]}", flush=True)
+        return found
 
 
 def parameters(model, rows_of_r: slice) -> list[torch.Tensor]:
@@ -169,11 +171,10 @@ def two_and_their_sum(base, settings, rate: float, both: list[dict], table: Tabl
             model.add_adapter(style, settings)
         model.set_adapter(style)
         train(model, table.tokenizer, both[number::2], options, rate, batch_size=2)
-        table.hear(f"{method} adapter {style}", model)
     for label, weight in {"sum": 1.0, "sum_of_halves": 0.5}.items():
         model.add_weighted_adapter(["pirate", "robot"], [weight, weight], label, **kind_of_sum)
-        model.set_adapter(label)
-        table.hear(f"{method} adapters, {label.replace('_', ' ')}", model)
+    names = {"adapter pirate": "pirate", "adapter robot": "robot", "sum": "sum", "sum of halves": "sum_of_halves"}
+    table.hear(model, "adapter_names", {f"{method}: {label}": name for label, name in names.items()})
 
 
 def main() -> int:
@@ -202,18 +203,22 @@ def main() -> int:
     config = ReftConfig(**{**SETTINGS, "r": 8}, subspaces={"pirate": 4, "robot": 4})
     model = get_peft_model(fresh(), config)
     train(model, tokenizer, both, options, 2e-3, config)
-    table.hear("no subspace: the base model", model, [])
-    before = [table.hear(f"subspace {style}", model, style) for style in ("pirate", "robot")]
-    table.hear("both subspaces", model)
-    table.hear("both subspaces at half strength", model, {"pirate": 0.5, "robot": 0.5})
+    choices = {
+        "no subspace: the base model": [],
+        "subspace pirate": "pirate",
+        "subspace robot": "robot",
+        "both subspaces": ["pirate", "robot"],
+        "both subspaces at half strength": {"pirate": 0.5, "robot": 0.5},
+    }
+    before = table.hear(model, "subspaces", choices)
 
     print("2. A third subspace, added later", flush=True)
     kept = parameters(model, slice(0, 8))
     model.add_subspace("default", "polite", 4)
     train(model, tokenizer, 4 * polite, options, 2e-3, model.peft_config["default"])
-    table.hear("subspace polite, added later", model, "polite")
-    table.hear("subspaces pirate and polite", model, ["pirate", "polite"])
-    after = [answers(model, tokenizer, style) for style in ("pirate", "robot")]
+    added = {"subspace polite, added later": "polite", "subspaces pirate and polite": ["pirate", "polite"]}
+    table.hear(model, "subspaces", added)
+    after = answers(model, tokenizer, "subspaces", list(choices.values()))
     same = all(torch.equal(a, b) for a, b in zip(kept, parameters(model, slice(0, 8)), strict=True)) and before == after
     print(f"   the first two are what they were: {'yes, bit for bit' if same else 'NO'}", flush=True)
     model.save_pretrained(options.output)
@@ -225,7 +230,7 @@ def main() -> int:
     print("4. One LoRA adapter of r=8, trained on all chats together", flush=True)
     model = get_peft_model(fresh(), LoraConfig(r=8, **LORA))
     train(model, tokenizer, both, options, 1e-3)
-    table.hear("one LoRA adapter", model)
+    table.hear(model, "adapter_names", {"one LoRA adapter": "default"})
     del model
 
     print("5. Two LoRA adapters of r=4, and their sum", flush=True)
