@@ -155,6 +155,17 @@ def test_what_is_no_two_products_is_refused_as_tensors_and_can_be_baked_in(setti
         del REGISTRY["squared"]
 
 
+def test_an_adapter_of_a_model_in_half_precision_is_baked_in_its_own():
+    base = tiny_model("llama", num_hidden_layers=1).to(torch.bfloat16)
+    model = reft_model(base, positions="f1+l1", act_fn="gelu", **CAUSAL)
+    backbone, inputs = exportable(model, cache=False, baked="default"), batch(6)
+    mask = edit_mask("f1+l1", prompt_length=6, share_weights=True)
+    with torch.no_grad():
+        got, plain = (backbone(*inputs.values(), strength * mask)[0] for strength in (1, 0))
+    torch.testing.assert_close(got, logits(model, inputs).float(), rtol=0.02, atol=0.02)
+    assert (got - plain).abs().max() > 0.1
+
+
 def test_a_baked_adapter_keeps_its_weights_when_the_model_trains_on():
     model = reft_model(tiny_model("llama"), positions="l1", task_type="CAUSAL_LM")
     backbone, before = exportable(model, baked="default"), answer(model)
