@@ -31,6 +31,7 @@ from peft_reft.export import adapter_tensors, export_backbone, exportable, greed
 from peft_reft.export.answers import Run
 from peft_reft.export.backbone import Backbone
 from peft_reft.export.graph import Sizes, trace
+from peft_reft.export.programs import FORMATS
 from peft_reft.tuner.files import one_line
 
 TOKENS = 8
@@ -64,6 +65,8 @@ def examine(model_type: str, cache: bool, kind: str | None) -> tuple[str, str]:
     except Exception as error:  # transformers lacks a package for it, or its config class contradicts itself
         return "not built", one_line(error)
     prompt = torch.randint(5, FIRST_SPECIAL - 1, (6,), generator=torch.Generator().manual_seed(1)).tolist()
+    if kind is not None and FORMATS[kind].experts is not None:
+        base.set_experts_implementation(FORMATS[kind].experts)
     try:
         exportable(base, cache=cache)
         model = get_peft_model(base, ReftConfig(task_type="CAUSAL_LM", **CONFIG)).eval()

@@ -16,7 +16,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -168,12 +167,16 @@ class BakedBackbone(Backbone):
 
 
 def _constant(intervention: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The edit of an intervention, with all that does not depend on h worked out: a graph needs no Cholesky."""
+    """The edit of an intervention, in its own precision, with all that does not depend on h worked out before.
+
+    A graph of LoReFT so has no Cholesky factorisation, which ONNX lacks.
+    """
+    dtype = next((p.dtype for p in intervention.parameters()), torch.float32)
     if kind_of(intervention) is None:
-        return partial(edit_of, intervention)
+        return lambda h: edit_of(intervention, h.to(dtype))
     with torch.no_grad():
         factors = stack_factors([intervention]).map(lambda part: part[0])  # type: ignore[list-item]
-    return lambda h: low_rank_edit(h.flatten(0, 1), factors).expand(h.shape[0] * h.shape[1], -1).view(h.shape)
+    return lambda h: low_rank_edit(h.flatten(0, 1).to(dtype), factors).expand(h[..., 0].numel(), -1).view(h.shape)
 
 
 @contextmanager

@@ -108,7 +108,10 @@ def _backbone(arguments: argparse.Namespace, out: Path) -> int:
         )
     say(f"Loading {name}")
     precision = FLOATS.get(dtype, torch.float32)
+    experts = FORMATS[arguments.format].experts
     base: Any = AutoModelForCausalLM.from_pretrained(name, dtype=precision, trust_remote_code=False)
+    if experts is not None:
+        base.set_experts_implementation(experts)
     parameters = sum(p.numel() for p in base.parameters())
     model, baked = base, None
     if arguments.bake:

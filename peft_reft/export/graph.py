@@ -64,7 +64,7 @@ def trace(backbone: Backbone, sizes: Sizes) -> ExportedProgram:
     except Exception as error:  # torch.export raises what its many parts raise
         raise ValueError(
             f"{name} cannot be exported: torch.export does not follow its forward for rows of any length "
-            f"({one_line(error)}). Run it with the package itself, or export another model."
+            f"({one_line(first_cause(error))}). Run it with the package itself, or export another model."
         ) from error
     for probe in probes(example, sizes):
         why = _difference(program, backbone, probe)
@@ -76,6 +76,13 @@ def trace(backbone: Backbone, sizes: Sizes) -> ExportedProgram:
                 "model."
             )
     return program
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """What led to an error: exporters wrap it in others, which tell of their own steps."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def inputs(backbone: Backbone, example: Example, seed: int = 0) -> tuple[Tensor, ...]:

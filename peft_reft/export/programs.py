@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 from peft_reft.export.answers import Run
 from peft_reft.export.backbone import Backbone, BakedBackbone
 from peft_reft.export.files import FLOATS, BackboneDescription, describe
-from peft_reft.export.graph import Sizes, trace
+from peft_reft.export.graph import Sizes, first_cause, trace
 from peft_reft.export.inputs import checked
 from peft_reft.export.quantise import INTEGERS, ONE_FILE, quantise
 from peft_reft.tuner.files import one_line
@@ -33,12 +33,14 @@ class Format(ABC):
         dtypes: of weights that it can hold.
         needs: packages, for the message when they are missing.
         sizes: of inputs, where a caller fixes none.
+        experts: transformers' `experts_implementation` that it can hold; None where that does not matter.
     """
 
     file: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]] = tuple(FLOATS)
     needs: ClassVar[str] = ""
     sizes: ClassVar[Sizes] = Sizes()
+    experts: ClassVar[str | None] = None
 
     @abstractmethod
     def write(self, program: ExportedProgram, names: tuple[list[str], list[str]], path: Path, dtype: str) -> None:
@@ -55,6 +57,7 @@ class Onnx(Format):
     file = "backbone.onnx"
     dtypes = ("float32", "float16", *INTEGERS)
     needs = "onnx, onnxscript and onnxruntime: pip install peft-reft[export]"
+    experts = "batched_mm"
 
     def write(self, program: ExportedProgram, names: tuple[list[str], list[str]], path: Path, dtype: str) -> None:
         import onnx
@@ -115,6 +118,7 @@ class Pte(Format):
     file = "backbone.pte"
     dtypes = ("float32",)
     needs = "executorch, in an environment with the torch that it wants"
+    experts = "batched_mm"
     sizes = Sizes(rank=8, groups=2, columns=512, rows=1)
 
     def write(self, program: ExportedProgram, names: tuple[list[str], list[str]], path: Path, dtype: str) -> None:
@@ -197,9 +201,11 @@ def export_backbone(
     except OSError:  # a full disk, a folder that is not to be written to
         raise
     except Exception as error:  # of the format's own tools
+        hint = f"A model of experts is written when it is loaded with experts_implementation={kind.experts!r}. "
         raise ValueError(
-            f"{type(backbone.model).__name__} cannot be written as format={format!r} ({one_line(error)}). "
-            f"Another format may hold it: {', '.join(name for name in FORMATS if name != format)}."
+            f"{type(backbone.model).__name__} cannot be written as format={format!r} ({one_line(first_cause(error))}). "
+            f"{hint if kind.experts else ''}Another format may hold it: "
+            f"{', '.join(name for name in FORMATS if name != format)}."
         ) from error
     return description
 
