@@ -278,6 +278,18 @@ def test_what_kinds_of_caches_say_of_the_past(cache, columns, continues):
     assert has_state({"past_key_values": cache}) == continues
 
 
+def test_locations_behind_a_cache_are_columns_of_the_whole_row():
+    model, ids = family(), batch(9, 9)["input_ids"]
+    with torch.no_grad():
+        cache = model(input_ids=ids[:, :5], use_cache=True).past_key_values
+    given = {"input_ids": ids[:, 5:], "past_key_values": cache}
+    with pytest.raises(ValueError, match="holds 9, but the rows have the columns 0 to 8"):
+        model(**given, intervention_locations=torch.tensor([[9], [0]]))
+    with spied(model, tiny_model("llama", eos_token_id=None)) as calls, torch.no_grad():
+        model(**given, intervention_locations=torch.tensor([[2, 5, 8], [-1, 4, 7]]))
+    assert calls == [[[0, 3], [2]]]
+
+
 def test_padding_of_a_prompt_counts_as_none_where_a_model_takes_no_mask():
     """RWKV runs it as tokens; the row's prompt begins behind it all the same."""
     model = recurrent("rwkv", positions="f1+l1+d2")
