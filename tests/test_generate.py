@@ -5,9 +5,13 @@ import threading
 import pytest
 import torch
 import transformers
-from conftest import batch, logits, reft_model, tiny_model
+from conftest import batch, logits, randomize, reft_model, tiny_model
+from edit_spy import spied
+from peft import inject_adapter_in_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, GenerationConfig
+
+from peft_reft import ReftConfig
 
 FAMILIES = {
     "llama": {},
@@ -218,6 +222,76 @@ def test_locations_given_to_generate_win():
         assert got != greedy(model, inputs, **kwargs)
     with pytest.raises(ValueError, match="holds 9, but the rows have the columns 0 to 8"):
         greedy(model, inputs, intervention_locations=torch.tensor([[9], [0]]))
+
+
+class PassesOn(torch.nn.Module):
+    """A model whose `generate` is that of a part."""
+
+    def __init__(self):
+        super().__init__()
+        self.lm = tiny_model("llama", eos_token_id=None)
+        self.config = self.lm.config
+
+    def forward(self, **kwargs):
+        return self.lm(**kwargs)
+
+    def generate(self, **kwargs):
+        return self.lm.generate(**kwargs)
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        raise AssertionError("the part has one of its own")
+
+
+def test_what_generate_is_given_holds_for_the_part_that_it_is_passed_on_to():
+    model, plain = PassesOn(), tiny_model("llama", eos_token_id=None)
+    configs = {
+        "parts": ReftConfig(positions="f1+l1", r=4, subspaces={"one": 2, "other": 2}),
+        "exchange": ReftConfig(positions="l1", r=2, intervention="interchange"),
+    }
+    for name, config in configs.items():
+        for base in (model, plain):
+            inject_adapter_in_model(config, base, name)
+            randomize(base, name, scale=1.0)
+    inputs, source = batch(9, 6, side="left"), batch(9, 6, side="left", seed=5)
+    given = [
+        {},
+        {"intervention_locations": torch.tensor([[1, 4], [3, 8]])},
+        {"subspaces": ["one", "other"]},
+        {"adapter_names": ["parts", "__base__"]},
+        {"source_inputs": source},
+    ]
+    found = []
+    for arguments in given:
+        for base in (model, plain):
+            for layer in (module for module in base.modules() if type(module).__name__ == "ReftLayer"):
+                layer.set_adapter("exchange" if "source_inputs" in arguments else "parts")
+        found.append(greedy(model, inputs, **arguments))
+        assert found[-1] == greedy(plain, inputs, **arguments)
+    assert len(set(map(str, found))) == len(given)
+
+
+def test_locations_of_an_encoder_decoder_are_those_of_its_encoder():
+    model = reft_model(tiny_model("t5"), positions="f1+l1", task_type="SEQ_2_SEQ_LM")
+    inputs, new = batch(9, 9), {"max_new_tokens": NEW, "do_sample": False}
+    expected = model.generate(**inputs, **new)
+    assert torch.equal(model.generate(**inputs, **new, intervention_locations=torch.tensor([[0, 8]] * 2)), expected)
+    # The decoder's own start token is edited, whichever columns of the encoder are: column 0 is named in neither.
+    clean = tiny_model("t5")
+    with spied(model, clean, "decoder.block.0") as calls:
+        found = model.generate(**inputs, **new, intervention_locations=torch.tensor([[3, 5]] * 2))
+    assert calls[0] == [[0], [0]]
+    assert not torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("chunks", [{}, {"prefill_chunk_size": 2}])
+def test_padding_is_inferred_by_the_settings_of_the_call_not_of_the_model(chunks):
+    model = family(positions="f2+l2")
+    inputs = batch(9, 4, side="left")
+    expected = greedy(model, inputs)
+    model.get_base_model().generation_config.pad_token_id = 99
+    settings = GenerationConfig(pad_token_id=0, max_new_tokens=NEW, do_sample=False, **chunks)
+    got = model.generate(input_ids=inputs["input_ids"], generation_config=settings)
+    assert got[:, 9:].tolist() == expected
 
 
 @pytest.mark.parametrize("positions", ["f2+l2", "f1+d2"])

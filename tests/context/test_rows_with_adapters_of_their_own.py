@@ -164,6 +164,16 @@ def test_negative_and_zero_strengths_hold_in_rows_of_their_own(first, second, st
     assert_rows_equal(adapters, ["one", "two", "__base__"], inputs, f"strengths={strengths}")
 
 
+@pytest.mark.parametrize("positions", ["f1+l1", "all"])
+def test_the_same_adapters_on_other_rows_in_the_next_call(positions):
+    """What is known of two adapters from one call holds for their rows in that call only."""
+    configs = [ReftConfig(task_type="CAUSAL_LM", positions=positions, r=2) for _ in range(2)]
+    adapters = adapters_of(*configs, (0.5, -2.0))
+    inputs = random_rows(random.Random(5), 4, "plain")
+    for names in (["one", "two", "two", "one"], ["one", "two", "one", "two"], ["one", "one", "two", "__base__"]):
+        assert_rows_equal(adapters, names, inputs, str(names))
+
+
 def test_the_references_rows_differ_by_adapter():
     """The comparisons above would pass if no adapter did anything."""
     configs = [ReftConfig(task_type="CAUSAL_LM", positions=positions, r=2) for positions in ("f1+l1", "all")]

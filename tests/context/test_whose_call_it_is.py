@@ -1,6 +1,7 @@
 """A forward belongs to `generate` only if it is one of its steps; a state is a continuation like a cache."""
 
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from peft_reft import ReftConfig
+from peft_reft.context.arguments import has_state, past_length
 
 NEW = 4
 
@@ -250,6 +252,42 @@ def recurrent(name, **settings):
                 parameter.normal_(0, 0.15)
     model = get_peft_model(base, ReftConfig(task_type="CAUSAL_LM", r=2, **settings)).eval()
     return randomize(model)
+
+
+class StatesOfLayers:
+    """A cache of layers with states, as transformers' own say whether they hold one: by name, or as a whole."""
+
+    def __init__(self, *states):
+        self.layers = [SimpleNamespace(has_previous_state=state) for state in states]
+
+
+@pytest.mark.parametrize(
+    ("cache", "columns", "continues"),
+    [
+        (((torch.zeros(2, 4, 3, 8),) * 2,) * 2, 3, False),  # keys and values of old: [B, H, S, d] for each layer
+        (StatesOfLayers({"conv": True, "recurrent": False}), 0, True),
+        (StatesOfLayers({"conv": False}, False), 0, False),
+        (StatesOfLayers(False, True), 0, True),
+        (SimpleNamespace(seqlen_offset=0), 0, False),
+        (SimpleNamespace(seqlen_offset=5), 0, True),
+    ],
+    ids=["keys and values", "one of two states", "no state", "a state", "an offset of 0", "an offset"],
+)
+def test_what_kinds_of_caches_say_of_the_past(cache, columns, continues):
+    assert past_length({"past_key_values": cache}, 4, 0) == columns
+    assert has_state({"past_key_values": cache}) == continues
+
+
+def test_locations_behind_a_cache_are_columns_of_the_whole_row():
+    model, ids = family(), batch(9, 9)["input_ids"]
+    with torch.no_grad():
+        cache = model(input_ids=ids[:, :5], use_cache=True).past_key_values
+    given = {"input_ids": ids[:, 5:], "past_key_values": cache}
+    with pytest.raises(ValueError, match="holds 9, but the rows have the columns 0 to 8"):
+        model(**given, intervention_locations=torch.tensor([[9], [0]]))
+    with spied(model, tiny_model("llama", eos_token_id=None)) as calls, torch.no_grad():
+        model(**given, intervention_locations=torch.tensor([[2, 5, 8], [-1, 4, 7]]))
+    assert calls == [[[0, 3], [2]]]
 
 
 def test_padding_of_a_prompt_counts_as_none_where_a_model_takes_no_mask():

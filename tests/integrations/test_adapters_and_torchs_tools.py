@@ -187,6 +187,26 @@ def test_two_forwards_before_one_backward_give_exact_gradients_of_checkpointed_b
     assert max(gradient.abs().max() for gradient in expected.values()) > 1e-3
 
 
+@pytest.mark.parametrize("how", [CheckpointImpl.REENTRANT, CheckpointImpl.NO_REENTRANT])
+def test_interventions_that_blocks_share_get_the_gradients_of_all_when_blocks_are_checkpointed(how):
+    gradients_of = []
+    for checkpointed in (False, True):
+        model = reft_model(llama(), **CONFIG, share_layers=True).train()
+        model.enable_input_require_grads()
+        if checkpointed:
+            apply_activation_checkpointing(
+                model.get_base_model(),
+                checkpoint_wrapper_fn=functools.partial(checkpoint_wrapper, checkpoint_impl=how),
+                check_fn=lambda module: type(module).__name__ == "LlamaDecoderLayer",
+            )
+        model(**labelled(8, 5), use_cache=False).loss.backward()
+        gradients_of.append([p.grad for name, p in model.named_parameters() if "reft_" in name])
+    assert len(gradients_of[0]) == 3
+    for one, other in zip(*gradients_of):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
+        assert one.abs().max() > 0
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_forward_between_a_checkpointed_forward_and_its_backward_changes_no_gradient(target):
     settings = {**CONFIG, **TARGETS[target]}

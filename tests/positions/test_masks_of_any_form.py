@@ -9,6 +9,8 @@ from edit_spy import assert_right, edited_columns, spied
 from transformers import DynamicCache, StaticCache
 from transformers.masking_utils import create_masks_for_generate
 
+from peft_reft.context.arguments import valid_columns
+
 LENGTHS = (6, 4)
 LEFT, RIGHT = [[0, 4, 5], [2, 4, 5]], [[0, 4, 5], [0, 2, 3]]  # f1+l2 of rows of six and four tokens
 
@@ -112,6 +114,28 @@ def test_a_4d_mask_of_one_row_holds_for_all():
     ids = batch(6, 6)["input_ids"]
     mask = causal(torch.tensor([[0, 0, 1, 1, 1, 1]]))
     assert_right(model, clean, [[2, 4, 5]] * 2, input_ids=ids, attention_mask=mask)
+
+
+def test_a_4d_mask_of_a_single_token_shows_a_token():
+    ids = batch(1, 1)["input_ids"]
+    mask = torch.ones(2, 1, 1, 1, dtype=torch.bool)
+    assert_right(family(), tiny_model("llama"), [[0], [0]], input_ids=ids, attention_mask=mask)
+
+
+def test_a_4d_mask_by_which_every_token_looks_at_every_other_shows_no_padding():
+    model, clean = reft_model(tiny_model("bert"), positions="f1+l2"), tiny_model("bert")
+    mask = torch.ones(2, 1, 6, 6, dtype=torch.bool)
+    ids = batch(6, 6)["input_ids"]
+    assert_right(model, clean, [[0, 4, 5]] * 2, "bert.encoder.layer.0", input_ids=ids, attention_mask=mask)
+
+
+def test_the_mask_of_full_attention_is_the_one_that_is_read():
+    """By a window of a single token every token would be a document of its own."""
+    looks = causal(batch(*LENGTHS, side="left")["attention_mask"])
+    masks = {"sliding_attention": torch.eye(6).bool() & looks, "full_attention": looks}
+    valid, starts = valid_columns(masks, 2, 6, 0, looks.device)
+    assert valid.sum(1).tolist() == [6, 4]
+    assert starts.sum(1).tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("hidden", [-torch.inf, -1e9, -1e4], ids=str)
