@@ -35,6 +35,7 @@ def edit_config(directory, **changes):
     "settings",
     [
         {"intervention": "loreft"},
+        {"intervention": "loreft", "subspaces": {"one": 1, "other": 1}},  # all of them act
         {"intervention": "direft", "act_fn": "relu", "positions": "f1+l2+d", "share_weights": False},
         {"intervention": "noreft", "act_fn": "tanh", "layers_to_transform": [0, -1]},
         {"intervention": "consreft", "positions": "f2", "share_weights": "position"},
@@ -117,6 +118,12 @@ def test_what_cannot_be_served_is_refused_with_the_reason_and_the_way_out(tmp_pa
     edit_config(tmp_path, positions="l1+f1")
     with pytest.raises(ValueError, match="names the suffix before the prefix"):
         served_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("intervention", ["interchange", "vanilla"])
+def test_interventions_that_take_their_values_from_another_input_are_refused(tmp_path, intervention):
+    saved(tmp_path, positions="l1", intervention=intervention)
+    assert "takes its values from another input" in refused(tmp_path)
 
 
 def test_targets_that_are_no_blocks_are_refused(tmp_path):

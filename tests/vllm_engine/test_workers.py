@@ -210,7 +210,8 @@ def test_strength_over_http(server, base, truth):
 
 def test_a_chat_over_http(server, base, truth):
     """Each turn's prompt begins with the one before, whose blocks are in the cache."""
-    texts = [" ".join(f"w{min(token, 499)}" for token in prompt) for prompt in prompts(7, longest=70, seed=4)[2:]]
+    # Words that begin with none of the special ones, w0 to w2, at which a tokenizer cuts.
+    texts = [" ".join(f"w{300 + token % 200}" for token in prompt) for prompt in prompts(7, longest=70, seed=4)[2:]]
     messages, prompt = [], []
     for number, text in enumerate(texts):
         messages.append({"role": "user" if number % 2 == 0 else "assistant", "content": text})

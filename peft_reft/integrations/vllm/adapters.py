@@ -15,7 +15,7 @@ import torch
 from peft_reft.blocks import group_by_stack, pick_layers
 from peft_reft.info.reading import interventions_of
 from peft_reft.integrations.vllm.rule import Rule
-from peft_reft.interventions import Factors, Intervention, build_intervention, kind_of, stack_factors
+from peft_reft.interventions import Factors, Intervention, build_intervention, kind_of, stack_factors, takes_source
 from peft_reft.positions import parse_positions
 from peft_reft.tuner.checkpoint import check_tensors
 from peft_reft.tuner.config import ReftConfig
@@ -89,6 +89,12 @@ def _config_in(directory: Path) -> ReftConfig:
     for name, reason in extra.items():
         if getattr(config, name):
             raise _cannot(directory, f"it has {name}={getattr(config, name)!r}, and {reason}. Train it without {name}")
+    if takes_source(config.intervention):
+        raise _cannot(
+            directory,
+            f"the intervention {config.intervention!r} takes its values from another input, and a request has none to "
+            "give. Use it with transformers (source_inputs)",
+        )
     if isinstance(config.prompt_end, str) and config.turns is not None:
         raise _cannot(
             directory,
