@@ -112,6 +112,16 @@ def test_shared_weights_take_a_mask_of_one_group_or_of_one_per_term():
     torch.testing.assert_close(one, logits(model, inputs), rtol=1e-4, atol=1e-4)
 
 
+def test_a_mask_of_other_columns_is_refused():
+    model = reft_model(tiny_model("llama"), positions="all", **CAUSAL)
+    inputs, tensors = batch(6), adapter_tensors(model)
+    for mask in (torch.ones(1, 1, 1), torch.ones(1, 6), torch.ones(2, 6, 1)):
+        with pytest.raises(ValueError, match=r"edit_mask has the shape .* for token ids \(1, 6\)"):
+            exportable(model, cache=False)(*inputs.values(), mask, *tensors.values())
+        with pytest.raises(ValueError, match="edit_mask has the shape"):
+            exportable(model, cache=False, baked="default")(*inputs.values(), mask)
+
+
 def test_the_model_stays_what_it_was():
     model = reft_model(tiny_model("llama"), positions="f1+l1", task_type="CAUSAL_LM")
     before, hooks = answer(model), [len(module._forward_hooks) for module in model.modules()]
