@@ -104,7 +104,9 @@ class EditableBackbone(Backbone):
             input_ids: [B, S].
             attention_mask: [B, past + S], of the whole row.
             edit_mask: [B, S, G], see `edit_mask`. Where the adapter has one group, the mask may have several.
-            down, bias, up: [L, G, r, d], [L, G, r] and [L, G, r, d], see `adapter_tensors`.
+            down: [L, G, r, d], see `adapter_tensors`.
+            bias: [L, G, r].
+            up: [L, G, r, d].
             past: with a cache, key and value of each layer in turn, [B, heads, past, width].
 
         Returns:
