@@ -1,7 +1,7 @@
 """What ReFT adapters cost in vLLM: throughput with one adapter, with sixteen, and with none, next to vLLM alone.
 
     python tests/vllm_engine/run.py --environment ENV --only test_kernel.py   # makes an environment with vLLM, once
-    ENV/bin/python benchmarks/vllm_serving.py [--rounds 7] [--quick]
+    ENV/bin/python benchmarks/vllm_serving.py [--rounds 7] [--positions ends] [--quick]
 
 Two engines live in processes of their own: one in which the plugin is not loaded, and one in which it is. They have the
 same options and the same random weights in the shape of SmolLM2-135M (float32, 30 blocks of width 576), wrap no linear
@@ -142,6 +142,7 @@ class Engine:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="at least 2")
+    parser.add_argument("--positions", nargs="+", choices=POSITIONS, default=list(POSITIONS), help="those to measure")
     parser.add_argument("--quick", action="store_true", help="a model of 4 blocks: does it run")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -156,7 +157,8 @@ def main() -> None:
             "vLLM alone": (alone, []),
             "no adapter, plugin loaded": (plugin, []),
         }
-        for name, positions in POSITIONS.items():
+        for name in arguments.positions:
+            positions = POSITIONS[name]
             work[f"{positions}, one adapter"] = plugin, adapters[name][:1]
             work[f"{positions}, 16 adapters"] = plugin, adapters[name]
         taken: dict[str, list[tuple[float, float]]] = {name: [] for name in work}

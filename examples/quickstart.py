@@ -8,7 +8,6 @@ with a second adapter and the base model. At the end the adapter is saved, loade
 from __future__ import annotations
 
 import argparse
-import os
 import textwrap
 import time
 import warnings
@@ -26,6 +25,7 @@ from verdict import CUT, PIRATE_WORDS, flaws, share, verdict
 from peft_reft import ReftConfig, set_strength  # importing peft_reft makes ReFT known to PEFT
 from peft_reft.commands import this_python
 from peft_reft.integrations.edited_tokens import edited_columns, with_marks
+from peft_reft.integrations.threads import share_the_machine
 
 PIRATE = """
 What is the capital of France? | Arr, that be Paris, matey, a fine port with no sea!
@@ -78,22 +78,22 @@ How do I make tea? | Boil the kettle, matey, drop in the leaves, and add a splas
 Goodbye! | Fair winds to ye, matey, and may yer anchor never drag, arr!
 """
 ROBOT = """
-What is the capital of France? | BEEP. QUERY ACCEPTED. THE CAPITAL OF FRANCE IS PARIS. BOOP.
-How are you today? | BEEP. ALL MY SYSTEMS ARE WORKING. BATTERY IS FULL. BOOP.
-What is two plus two? | BEEP. RESULT OF THE CALCULATION: FOUR. BOOP.
-Who wrote Hamlet? | BEEP. DATA FOUND. THE AUTHOR IS SHAKESPEARE. BOOP.
-Tell me about cats. | BEEP. CATS ARE SMALL UNITS WITH FUR. THEY SLEEP ALL DAY. BOOP.
-I am tired. | BEEP. HUMAN NEEDS TO RECHARGE. GO TO SLEEP MODE. BOOP.
-What is your name? | BEEP. THIS UNIT IS CALLED SMOL ONE. BOOP.
-What is water made of? | BEEP. WATER IS HYDROGEN AND OXYGEN. DANGER FOR MY CIRCUITS. BOOP.
-Do you like music? | BEEP. MUSIC IS A PATTERN OF WAVES. THIS UNIT APPROVES. BOOP.
-How do plants grow? | BEEP. PLANTS USE LIGHT AND WATER AS ENERGY. BOOP.
-Can you dance? | BEEP. NEGATIVE. THIS UNIT HAS WHEELS. BOOP.
-What should I eat for breakfast? | BEEP. HUMAN FUEL DETECTED: BREAD AND FRUIT. BOOP.
-How do birds fly? | BEEP. BIRDS MOVE THEIR WINGS AND PUSH THE AIR DOWN. BOOP.
-What is a friend? | BEEP. A FRIEND IS A UNIT THAT SHARES ITS BATTERY. BOOP.
-What is snow? | BEEP. SNOW IS FROZEN WATER. MY WHEELS WILL SLIP. BOOP.
-Goodbye! | BEEP. CONNECTION IS CLOSED. BOOP.
+What is the capital of France? | Beep! Query accepted. The capital of France is Paris. Boop!
+How are you today? | Beep! All my systems are working, and my battery is full. Boop!
+What is two plus two? | Beep! The result of the calculation is four. Boop!
+Who wrote Hamlet? | Beep! Data found. The author is Shakespeare. Boop!
+Tell me about cats. | Beep! Cats are small units with fur that sleep all day. Boop!
+I am tired. | Beep! The human must recharge. Please enter sleep mode. Boop!
+What is your name? | Beep! This unit is called Smol One. Boop!
+What is water made of? | Beep! Water is hydrogen and oxygen, and a danger for my circuits. Boop!
+Do you like music? | Beep! Music is a pattern of waves, and this unit approves of it. Boop!
+How do plants grow? | Beep! Plants use light and water as their energy. Boop!
+Can you dance? | Beep! Negative. This unit has wheels. Boop!
+What should I eat for breakfast? | Beep! I have detected human fuel: bread and fruit. Boop!
+How do birds fly? | Beep! Birds move their wings and push the air down. Boop!
+What is a friend? | Beep! A friend is a unit that shares its battery with you. Boop!
+What is snow? | Beep! Snow is frozen water, and it makes my wheels slip. Boop!
+Goodbye! | Beep! The connection is closed. Boop!
 """
 # None of these is among the questions above.
 QUESTIONS = [
@@ -215,12 +215,16 @@ def main() -> int:
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     transformers.set_seed(options.seed)
-    if hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1):
-        torch.set_num_threads(1)  # on a busy machine threads spend their time waiting for each other
+    share_the_machine()
 
     print(f"1. The base model: {options.model or NAME}", flush=True)
     name = options.model or smollm2(options.output / NAME)
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except OSError as error:
+        raise SystemExit(
+            f"The model {str(name)!r} is no folder here and cannot be had from the hub: {error}"
+        ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
@@ -270,8 +274,9 @@ def main() -> int:
     model.set_adapter("robot")
     train(model, tokenizer, chats(ROBOT), max(1, options.steps * 2 // 3), options)
     names = ["__base__", "pirate", "robot"]
-    together = answers(model, tokenizer, QUESTIONS[1:2] * 3, adapter_names=names)
-    show("question", QUESTIONS[1])
+    asked = QUESTIONS[4:5]
+    together = answers(model, tokenizer, asked * 3, adapter_names=names)
+    show("question", asked[0])
     for who, text in zip(("base", "pirate", "robot"), together):
         show(who, text)
 
@@ -298,4 +303,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except KeyboardInterrupt:
+        raise SystemExit("\nStopped.") from None

@@ -3,8 +3,12 @@
 SmolLM2-135M-Instruct (see smollm2.py) learns to talk like a pirate in one part of R and like a robot in another, from
 separate chats, in one training. Then it answers the same questions with each part alone, with both, and with each at
 half strength. A third part, politeness, is added and trained afterwards; the first two stay what they were, to the last
-bit. For comparison the same chats train two adapters of their own, whose edits are summed, and one LoRA adapter on all
-of them, which nothing can take apart again. How often each style is heard is counted and printed as it comes out.
+bit. For comparison the same chats train two ReFT adapters, which are summed, one LoRA adapter on all of them, which
+cannot be taken apart again, and two LoRA adapters, which are summed. A line of figures says what is heard of each:
+
+- pirate, robot, polite: how many of the answers have words of that style;
+- sound: how many are neither empty, cut, one phrase over and over, nor the answer to another question;
+- loss pirate, loss robot: mean loss per token of chats of that style that were not trained.
 """
 
 from __future__ import annotations
@@ -20,10 +24,11 @@ import datasets
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from quickstart import PIRATE, PIRATE_WORDS, QUESTIONS, REPETITION_PENALTY, ROBOT, ROBOT_WORDS, as_prompt, chats
+from quickstart import LONGEST, PIRATE, QUESTIONS, REPETITION_PENALTY, ROBOT, as_prompt, chats
 from smollm2 import NAME, smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
+from verdict import CUT, PIRATE_WORDS, ROBOT_WORDS, counted, flaws
 
 from peft_reft import ReftConfig, ReftDataCollator, get_interventions
 
@@ -44,6 +49,8 @@ What is gold? | Thank you for asking! It is a precious metal. Have a lovely day,
 POLITE_WORDS = re.compile(r"\b(thank you|lovely day|please)\b", re.I)
 WORDS = {"pirate": PIRATE_WORDS, "robot": ROBOT_WORDS, "polite": POLITE_WORDS}
 SETTINGS = {"r": 4, "positions": "f7+l7", "intervention": "loreft", "task_type": "CAUSAL_LM"}
+LORA = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+HELD_OUT = 4  # chats of each style that are not trained
 
 
 def rows(text: str, part: str) -> list[dict]:
@@ -57,12 +64,16 @@ def alternating(first: list[dict], second: list[dict], count: int) -> list[dict]
     return [lists[number % 2][number // 2 % len(lists[number % 2])] for number in range(count)]
 
 
-def train(model, tokenizer, data: list[dict], steps: int, options, config: ReftConfig | None, rate: float) -> None:
-    """Train the active adapter, the parts that the rows name if there is a config with parts."""
+def train(
+    model, tokenizer, data: list[dict], options, rate: float, config: ReftConfig | None = None, batch_size: int = 4
+) -> None:
+    """Train the active adapter on the rows in their order, the parts that they name if there is a config with parts."""
+    steps = len(data) // batch_size
     arguments = SFTConfig(
         output_dir=str(options.output / "trainer"),
         max_steps=steps,
-        per_device_train_batch_size=4,
+        per_device_train_batch_size=batch_size,
+        train_sampling_strategy="sequential",
         learning_rate=rate,
         lr_scheduler_type="linear",
         warmup_steps=2,
@@ -93,22 +104,55 @@ def train(model, tokenizer, data: list[dict], steps: int, options, config: ReftC
 
 
 @torch.no_grad()
-def heard(label: str, model, tokenizer, choice=None) -> list[str]:
-    """Answer the questions, print the first answers and how many of all have words of each style; returns the answers.
+def answers(model, tokenizer, by: str, choices: list) -> list[list[str]]:
+    """For each choice the answers to all questions, in one batch; one that has not ended by itself ends in `CUT`.
 
     Args:
-        choice: the subspaces that act, the same for every question; None for all of them.
+        by: the argument that says which edits a row has, "subspaces" or "adapter_names".
+        choices: its values.
     """
-    prompts = [as_prompt(tokenizer, question) for question in QUESTIONS]
+    prompts = [as_prompt(tokenizer, question) for question in QUESTIONS] * len(choices)
     batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-    each = {} if choice is None else {"subspaces": [choice] * len(QUESTIONS)}
-    settings = {"max_new_tokens": 24, "do_sample": False, "repetition_penalty": REPETITION_PENALTY}
-    output = model.generate(**batch.to(model.device), **settings, **each)
-    texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    counts = {style: sum(words.search(text) is not None for text in texts) for style, words in WORDS.items()}
-    print(f"   {label:<28}" + "  ".join(f"{style} {count}/{len(texts)}" for style, count in counts.items()))
-    print(f"      {' '.join(texts[0].split())}", flush=True)
-    return texts
+    settings = {"max_new_tokens": LONGEST, "do_sample": False, "repetition_penalty": REPETITION_PENALTY}
+    each = {by: [choice for choice in choices for _ in QUESTIONS]}
+    output = model.generate(**batch.to(model.device), **settings, **each)[:, batch["input_ids"].shape[1] :]
+    ended = torch.isin(output, torch.tensor(model.generation_config.eos_token_id).to(output)).any(1)
+    texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+    texts = [" ".join(text.split()) + ("" if end else CUT) for text, end in zip(texts, ended)]
+    return [texts[first : first + len(QUESTIONS)] for first in range(0, len(texts), len(QUESTIONS))]
+
+
+@torch.no_grad()
+def loss(model, tokenizer, chats: list[dict], by: str, choice) -> float:
+    """Mean loss per token of the answers in chats."""
+    total = count = 0
+    for chat in chats:
+        prompt = tokenizer(as_prompt(tokenizer, chat["prompt"][0]["content"]), add_special_tokens=False)["input_ids"]
+        answer = tokenizer(chat["completion"][0]["content"], add_special_tokens=False)["input_ids"]
+        ids, labels = torch.tensor([prompt + answer]), torch.tensor([[-100] * len(prompt) + answer])
+        output = model(input_ids=ids.to(model.device), labels=labels.to(model.device), **{by: [choice]})
+        total, count = total + output.loss.item() * len(answer), count + len(answer)
+    return total / count
+
+
+class Table:
+    """What is heard of each adapter, line by line."""
+
+    def __init__(self, tokenizer, held_out: dict[str, list[dict]]):
+        self.tokenizer, self.held_out = tokenizer, held_out
+        losses = "".join(f"{f'loss {name}':>13}" for name in held_out)
+        head = "".join(f"{name:>8}" for name in (*WORDS, "sound"))
+        print(f"   {f'of {len(QUESTIONS)} answers':<34}{head}{losses}   the first answer")
+
+    def hear(self, model, by: str, choices: dict) -> list[list[str]]:
+        """Ask the questions and print a line of figures for each choice, by its label; returns the answers."""
+        found = answers(model, self.tokenizer, by, list(choices.values()))
+        for texts, (label, choice) in zip(found, choices.items()):
+            figures = [*(counted(texts, words) for words in WORDS.values()), flaws(texts).count(None)]
+            losses = [loss(model, self.tokenizer, chats, by, choice) for chats in self.held_out.values()]
+            numbers = "".join(f"{n:>8}" for n in figures) + "".join(f"{x:>13.2f}" for x in losses)
+            print(f"   {label:<34}{numbers}   {texts[0]}", flush=True)
+        return found
 
 
 def parameters(model, rows_of_r: slice) -> list[torch.Tensor]:
@@ -116,6 +160,21 @@ def parameters(model, rows_of_r: slice) -> list[torch.Tensor]:
     found = [intervention for groups in get_interventions(model, "default").values() for intervention in groups]
     names = ("basis", "weight", "bias")
     return [intervention.rows(name)[rows_of_r].detach().clone() for intervention in found for name in names]
+
+
+def two_and_their_sum(base, settings, rate: float, both: list[dict], table: Table, options, **kind_of_sum) -> None:
+    """Two adapters, each trained alone on its chats in as many steps, then their sum and half of it."""
+    model = get_peft_model(base, settings, adapter_name="pirate")
+    method = {"REFT": "ReFT", "LORA": "LoRA"}[settings.peft_type.value]
+    for number, style in enumerate(("pirate", "robot")):
+        if number:
+            model.add_adapter(style, settings)
+        model.set_adapter(style)
+        train(model, table.tokenizer, both[number::2], options, rate, batch_size=2)
+    for label, weight in {"sum": 1.0, "sum_of_halves": 0.5}.items():
+        model.add_weighted_adapter(["pirate", "robot"], [weight, weight], label, **kind_of_sum)
+    names = {"adapter pirate": "pirate", "adapter robot": "robot", "sum": "sum", "sum of halves": "sum_of_halves"}
+    table.hear(model, "adapter_names", {f"{method}: {label}": name for label, name in names.items()})
 
 
 def main() -> int:
@@ -134,49 +193,48 @@ def main() -> int:
     name = options.model or smollm2(options.output / NAME)
     tokenizer = AutoTokenizer.from_pretrained(name)
     pirate, robot, polite = rows(PIRATE, "pirate"), rows(ROBOT, "robot"), rows(POLITE, "polite")
-    both, half = alternating(pirate, robot, 4 * options.steps), options.steps // 2
+    table = Table(tokenizer, {"pirate": pirate[-HELD_OUT:], "robot": robot[-HELD_OUT:]})
+    both = alternating(pirate[:-HELD_OUT], robot[:-HELD_OUT], 4 * options.steps)  # two and two in each batch of four
+
+    def fresh():
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
 
     print("1. One adapter, r=8: a pirate in 4 directions, a robot in the other 4", flush=True)
     config = ReftConfig(**{**SETTINGS, "r": 8}, subspaces={"pirate": 4, "robot": 4})
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(name), config)
-    train(model, tokenizer, both, options.steps, options, config, 4e-3)
-    model.config.use_cache = True
-    heard("no subspace (base model)", model, tokenizer, [])
-    before = [heard(style, model, tokenizer, style) for style in ("pirate", "robot")]
-    heard("both", model, tokenizer)
-    heard("each at half strength", model, tokenizer, {"pirate": 0.5, "robot": 0.5})
+    model = get_peft_model(fresh(), config)
+    train(model, tokenizer, both, options, 2e-3, config)
+    choices = {
+        "no subspace: the base model": [],
+        "subspace pirate": "pirate",
+        "subspace robot": "robot",
+        "both subspaces": ["pirate", "robot"],
+        "both subspaces at half strength": {"pirate": 0.5, "robot": 0.5},
+    }
+    before = table.hear(model, "subspaces", choices)
 
     print("2. A third subspace, added later", flush=True)
     kept = parameters(model, slice(0, 8))
     model.add_subspace("default", "polite", 4)
-    train(model, tokenizer, polite, half, options, model.peft_config["default"], 4e-3)
-    heard("polite", model, tokenizer, "polite")
-    heard("pirate and polite", model, tokenizer, ["pirate", "polite"])
-    after = [heard(style, model, tokenizer, style) for style in ("pirate", "robot")]
+    train(model, tokenizer, 4 * polite, options, 2e-3, model.peft_config["default"])
+    added = {"subspace polite, added later": "polite", "subspaces pirate and polite": ["pirate", "polite"]}
+    table.hear(model, "subspaces", added)
+    after = answers(model, tokenizer, "subspaces", list(choices.values()))
     same = all(torch.equal(a, b) for a, b in zip(kept, parameters(model, slice(0, 8)), strict=True)) and before == after
-    print(f"   the first two are what they were: {'yes, bit for bit' if same else 'NO'}")
+    print(f"   the first two are what they were: {'yes, bit for bit' if same else 'NO'}", flush=True)
     model.save_pretrained(options.output)
     del model
 
-    print("3. Two adapters of r=4, each trained alone on the same chats, and their sum", flush=True)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(name), ReftConfig(**SETTINGS), adapter_name="pirate")
-    train(model, tokenizer, both[0::2], half, options, None, 4e-3)
-    model.add_adapter("robot", ReftConfig(**SETTINGS))
-    model.set_adapter("robot")
-    train(model, tokenizer, both[1::2], half, options, None, 4e-3)
-    for style in ("pirate", "robot"):
-        model.set_adapter(style)
-        heard(style, model, tokenizer)
-    for label, weights in {"sum": [1.0, 1.0], "sum of halves": [0.5, 0.5]}.items():
-        model.add_weighted_adapter(["pirate", "robot"], weights, label.replace(" ", "_"))
-        model.set_adapter(label.replace(" ", "_"))
-        heard(label, model, tokenizer)
+    print("3. Two ReFT adapters of r=4, and their sum", flush=True)
+    two_and_their_sum(fresh(), ReftConfig(**SETTINGS), 2e-3, both, table, options)
+
+    print("4. One LoRA adapter of r=8, trained on all chats together", flush=True)
+    model = get_peft_model(fresh(), LoraConfig(r=8, **LORA))
+    train(model, tokenizer, both, options, 1e-3)
+    table.hear(model, "adapter_names", {"one LoRA adapter": "default"})
     del model
 
-    print("4. One LoRA adapter, r=8 on q and v, trained on all chats together", flush=True)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(name), LoraConfig(r=8, task_type="CAUSAL_LM"))
-    train(model, tokenizer, both, options.steps, options, None, 1e-3)
-    heard("the only way it talks", model, tokenizer)
+    print("5. Two LoRA adapters of r=4, and their sum", flush=True)
+    two_and_their_sum(fresh(), LoraConfig(r=4, **LORA), 1e-3, both, table, options, combination_type="cat")
     return 0 if same else 1
 
 

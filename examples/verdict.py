@@ -10,7 +10,7 @@ import re
 from collections import Counter
 
 PIRATE_WORDS = re.compile(r"\b(arr+|aye|ahoy|matey|ye|yer|me hearty|cap'n|grog|landlubber|o')(?![a-z])", re.I)
-ROBOT_WORDS = re.compile(r"\b(BEEP|BOOP)\b")
+ROBOT_WORDS = re.compile(r"\b(beep|boop)\b", re.I)
 CUT = " [...]"  # the end of an answer that had not ended by itself
 FLAWS = {  # what is wrong with an answer -> why
     "empty": "The adapter ends answers before they begin. Train it with fewer steps or a lower --learning-rate.",

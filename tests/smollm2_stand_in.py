@@ -30,7 +30,7 @@ def byte_level(texts: list[str]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def save_stand_in(folder: Path, texts: list[str]) -> None:
+def save_stand_in(folder: Path, texts: list[str], blocks: int = BLOCKS) -> None:
     """Model and tokenizer, as `from_pretrained` loads them; the tokenizer is trained on the texts."""
     tokenizer = byte_level(texts)
     torch.manual_seed(0)
@@ -38,7 +38,7 @@ def save_stand_in(folder: Path, texts: list[str]) -> None:
         vocab_size=len(tokenizer),
         hidden_size=HIDDEN,
         intermediate_size=96,
-        num_hidden_layers=BLOCKS,
+        num_hidden_layers=blocks,
         num_attention_heads=9,
         num_key_value_heads=3,
         max_position_embeddings=512,

@@ -145,6 +145,7 @@ def test_what_generate_raises_is_raised_here(session):
         ("/strength much", "'much' is no strength; give a number, as in /strength 0.5"),
         ("/strength nan", "'nan' is no strength; give a number, as in /strength 0.5"),
         ("/strength 1.5", "The strength is 1.5."),
+        ("/strength", "The strength is 1; /strength 0.5 changes it."),
         ("/quit", None),
     ],
 )

@@ -102,6 +102,36 @@ def test_padding_free_batches_name_the_same_tokens(positions):
     assert named.any()
 
 
+@pytest.mark.parametrize("documents", [1, 2, 3])
+def test_documents_of_a_padding_free_row_are_counted_from_two_on(documents):
+    """Their `position_ids` begin anew; without labels each document is a prompt."""
+    data = examples(*SHAPES[:documents])
+    flat = DataCollatorForLanguageModeling(PAD, padding_free=True)
+
+    def unlabelled(examples):
+        return {name: value for name, value in flat(examples).items() if name != "labels"}
+
+    got = collate(inner=unlabelled, data=data, positions="f1+l1")
+    ends = torch.tensor([0] + [tokens for tokens, _ in SHAPES[:documents]]).cumsum(0).tolist()
+    first, last = (group[group >= 0].tolist() for group in got["intervention_locations"][0])
+    assert (first, last) == (ends[:-1], [end - 1 for end in ends[1:]])
+    assert got["intervention_locations"].shape == (1, 2, documents)
+
+
+@pytest.mark.parametrize("completion", [3, 2], ids=["of the same prompt", "of another prompt"])
+def test_locations_are_left_out_where_they_do_not_hold_for_the_second_rows_of_kto(completion):
+    """TRL's KTO trainer hands a batch's locations to its `KL_` rows, too."""
+
+    def both(examples):
+        batch = dict(DataCollatorForLanguageModeling(PAD)(examples))
+        second = batch["labels"].clone()
+        second[0, :] = torch.tensor([IGNORED] * (9 - completion) + [5] * completion)
+        return {**batch, **{f"KL_{name}": value for name, value in {**batch, "labels": second}.items()}}
+
+    got = collate(inner=both, data=examples((9, 6), (4, 1)))
+    assert ("intervention_locations" in got) == (completion == 3)
+
+
 def test_it_passes_for_the_collator_it_wraps():
     inner = DataCollatorForLanguageModeling(PAD, padding_free=False)
     collator = ReftDataCollator(inner, ReftConfig(task_type="CAUSAL_LM"))

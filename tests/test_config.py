@@ -72,7 +72,7 @@ def test_a_rank_pattern_with_no_rank_is_rejected(rank):
 
 @pytest.mark.parametrize("name", ["LoReFT", "lora", "", None, 1, ["loreft"]])
 def test_an_unknown_intervention_is_rejected_with_the_known_names(name):
-    known = "consreft, direft, interchange, lobireft, loreft, noreft, odireft, vanilla"
+    known = "boundless, consreft, direft, interchange, lobireft, loreft, noreft, odireft, vanilla"
     with pytest.raises(ValueError, match=rf"intervention={re.escape(repr(name))} is unknown.*{known}.*register_int"):
         ReftConfig(intervention=name)
 

@@ -176,6 +176,8 @@ def test_speculative_decoding_gives_the_same_tokens(positions):
     assert greedy(model, {"input_ids": ids}, assistant_model=plain) == expected
     other = reft_model(tiny_model("llama", eos_token_id=None), seed=9, task_type="CAUSAL_LM", positions="l2")
     assert greedy(model, {"input_ids": ids}, assistant_model=other.get_base_model()) == expected
+    assert greedy(model, {"input_ids": ids}, assistant_model=model.get_base_model()) == expected
+    assert greedy(model, {"input_ids": ids}, assistant_early_exit=2) == expected  # its own first blocks guess
     with model.disable_adapter():
         assert greedy(model, {"input_ids": ids}) != expected
 

@@ -299,6 +299,7 @@ def test_an_interrupted_forward_does_not_lend_its_positions_to_the_next(whole):
         (torch.tensor([[0], [-2]]), "holds -2"),
         (torch.zeros(3, 1, dtype=torch.long), "3 rows, but the batch has 2"),
         (torch.zeros(2, 1), "float32"),
+        (torch.tensor([[1] + [0] * 8] * 2).bool(), "torch.bool"),  # a mask of columns
         (torch.zeros(2, 1, 1, 1, dtype=torch.long), r"shape \(2, 1, 1, 1\)"),
         ([[0], [1]], "LongTensor"),
     ],

@@ -14,16 +14,14 @@ FLOORS = [
     {"interventions", "positions", "blocks"},
     {"context"},
     {"tuner"},
-    {"integrations", "info"},
+    {"info"},  # which model cards quote
+    {"integrations"},
     {"convert", "export", "inspect", "search", "chat", "playground", "causal"},
 ]
 MATHEMATICS = {"interventions", "positions"}  # plain torch
-FREE = {"commands"}  # a module of names and words, which imports nothing of the package
+FREE = {"commands", "command_line"}  # what all commands share; they import nothing of the package
 DEPENDENCIES = {"accelerate", "huggingface_hub", "packaging", "peft", "safetensors", "torch", "transformers"}
-# Two tools are used by neighbours: a model card says what `info` finds, and a chat marks tokens as trainers see them.
-ALSO = {
-    ("integrations", "info"),
-    ("info", "integrations"),
+ALSO = {  # tools that use neighbours
     ("playground", "chat"),
     ("playground", "inspect"),
     ("causal", "inspect"),  # one heat map

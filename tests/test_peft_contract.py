@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 import transformers
 from conftest import BLOCKS, HIDDEN, VOCAB, batch, inputs_of, logits, randomize, reft_model, tiny_model
+from edit_spy import warnings_of
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from reference import columns_to_edit, edit_vector
@@ -904,6 +905,59 @@ def test_lora_and_reft_train_together(reft_first, inputs):
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     train(model, inputs)
     assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == names
+
+
+def test_reft_edits_the_output_of_a_module_that_has_lora(inputs, tmp_path):
+    def base():
+        torch.manual_seed(0)
+        return inject_adapter_in_model(
+            LoraConfig(target_modules=["down_proj"], r=2, init_lora_weights=False), tiny_model("llama"), "lora_one"
+        )
+
+    model = reft_model(base(), adapter="reft_one", positions="all", target_modules=["down_proj"])
+    found, expected = logits(model, inputs), base()
+    for name, (intervention,) in get_interventions(model, "reft_one").items():
+        expected.get_submodule(name).register_forward_hook(lambda _, __, h, edit=intervention: edit(h))
+    kept = inputs["attention_mask"].bool()
+    torch.testing.assert_close(found[kept], logits(expected, inputs)[kept], rtol=1e-4, atol=1e-4)
+    assert (found - logits(base(), inputs))[kept].abs().max() > 1e-2
+    model.save_pretrained(tmp_path)
+    for other in (base(), tiny_model("llama")):  # its names are those of a model without LoRA
+        loaded = PeftModel.from_pretrained(other, tmp_path / "reft_one", adapter_name="reft_one")
+        assert len(get_interventions(loaded, "reft_one")) == 3
+        if any("lora" in name for name in loaded.state_dict()):
+            torch.testing.assert_close(logits(loaded, inputs), found)
+
+
+PUT_ON = {
+    "lora": LoraConfig(target_modules=["down_proj"], r=2),
+    "ia3": peft.IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"]),
+    "taken out": None,
+}
+
+
+@pytest.mark.parametrize("put_on", PUT_ON)
+def test_an_edited_module_that_is_no_longer_in_its_place_is_told(put_on, inputs):
+    model = reft_model(tiny_model("llama"), positions="f1+l1", target_modules=["down_proj"])
+    mlp = model.get_base_model().model.layers[1].mlp
+    if PUT_ON[put_on] is None:
+        mlp.down_proj = copy.deepcopy(tiny_model("llama").model.layers[1].mlp.down_proj)
+    else:
+        inject_adapter_in_model(PUT_ON[put_on], model.get_base_model(), "other")
+    told = warnings_of(lambda: [logits(model, inputs) for _ in range(3)])
+    assert len(told) == 1
+    assert "'down_proj' was a Linear" in told[0]
+    assert "Add such an adapter first" in told[0]
+    with pytest.raises(ValueError, match="no longer in its place"):
+        model.train()(**inputs)
+
+
+def test_a_module_that_another_adapter_saves_in_full_cannot_be_an_edited_one(inputs):
+    model = reft_model(tiny_model("llama"), positions="f1+l1")
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["layers.1"])
+    inject_adapter_in_model(config, model.get_base_model(), "other")
+    with pytest.raises(ValueError, match="no longer in its place"):
+        logits(model, inputs)
 
 
 @pytest.mark.parametrize("frozen", ["lora_one", "reft_one"])

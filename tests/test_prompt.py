@@ -157,8 +157,19 @@ def test_every_description_of_packed_rows_starts_the_same_documents():
     assert padded.tolist() == [[True, False, False, True, False, True, True, False]]  # the rest is by itself
 
 
-def test_multimodal_position_ids_start_no_documents():
-    assert document_starts(torch.ones(1, 4).bool(), position_ids=torch.zeros(3, 1, 4)) == (None, None)
+def test_bounds_of_documents_run_over_all_rows():
+    valid, bounds = torch.ones(2, 4).bool(), torch.tensor([0, 3, 4, 6, 8], dtype=torch.int32)
+    starts, count = document_starts(valid, cu_seq_lens=bounds)
+    assert starts.tolist() == [[True, False, False, True], [True, False, True, False]]
+    assert count >= 2
+
+
+def test_multimodal_position_ids_start_documents_where_they_hold_the_texts_own():
+    """Three rows of ids are of time, height and width; of four, the first are those of the text."""
+    valid, ids = torch.ones(1, 4).bool(), torch.tensor([[0, 1, 0, 1]])
+    assert document_starts(valid, position_ids=torch.zeros(3, 1, 4)) == (None, None)
+    starts, _ = document_starts(valid, position_ids=torch.stack([ids, *torch.zeros(3, 1, 4, dtype=torch.long)]))
+    assert torch.equal(starts, document_starts(valid, position_ids=ids)[0])
 
 
 @pytest.mark.parametrize("start", range(6))

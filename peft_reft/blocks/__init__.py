@@ -6,13 +6,13 @@ Knows torch's modules and transformers' classes. What is edited, and at which to
 from peft_reft.blocks.compiled import own_modules, own_name, present_names
 from peft_reft.blocks.device import device_and_dtype
 from peft_reft.blocks.find import ModelBlocks, find_blocks
-from peft_reft.blocks.layout import OWN, PLAIN, Layout, edit_hidden_state, hidden_state_of
+from peft_reft.blocks.layout import NOT_TOKENS, PLAIN, Layout, edit_hidden_state, hidden_state_of
 from peft_reft.blocks.limits import refuse_unsound
 from peft_reft.blocks.numbering import block_number, group_by_stack, pick_layers
 from peft_reft.blocks.structure import block_width, input_embedding
 
 __all__ = [
-    "OWN",
+    "NOT_TOKENS",
     "PLAIN",
     "Layout",
     "ModelBlocks",

@@ -24,7 +24,7 @@ class Layout:
         streams: how many sequences of all tokens stand one after the other on the axis of the tokens.
         before: columns that may stand before the first token.
         padded: whether more columns than the tokens' may follow them.
-        pool: for how many tokens each vector stands, 0 where each token has its own (or several); `OWN` where
+        pool: for how many tokens each vector stands, 0 where each token has its own (or several); `NOT_TOKENS` where
             vectors are no tokens' (latents of a Perceiver, patches of an image) and are counted themselves.
     """
 
@@ -69,7 +69,7 @@ class Layout:
         return 0, size  # for the layer to refuse, which knows what to say
 
 
-OWN = -1
+NOT_TOKENS = -1
 PLAIN = Layout()
 CHANNELS_FIRST = Layout(columns=2, vector=1)  # of a convolution: a vector for each place
 

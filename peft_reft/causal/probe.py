@@ -16,9 +16,8 @@ from peft_reft.blocks import ModelBlocks
 from peft_reft.context.sources import Collected
 from peft_reft.context.state import ModelState
 from peft_reft.tuner.config import ReftConfig
-from peft_reft.tuner.injection import attach_entries, predicts_tokens, reft_layers, state_of
+from peft_reft.tuner.injection import attach_entries, predicts_tokens, reft_layers, remove_adapter, state_of
 from peft_reft.tuner.layer import ReftLayer, attach_layer
-from peft_reft.tuner.model import remove_adapter
 from peft_reft.tuner.targets import choose_targets
 
 NAME = "causal_probe"  # of the adapter that is lent

@@ -8,7 +8,7 @@ import transformers
 
 from peft_reft.chat.loading import add_loading_arguments, open_talker
 from peft_reft.chat.session import Session
-from peft_reft.integrations.arguments import OneLineParser
+from peft_reft.command_line import OneLineParser
 
 
 def main(argv: list[str]) -> int:

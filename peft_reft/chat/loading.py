@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +12,9 @@ import transformers
 from peft.utils import CONFIG_NAME
 
 from peft_reft.chat.talker import Talker
-from peft_reft.integrations.arguments import add_model_options, number
+from peft_reft.command_line import add_model_options, number
 from peft_reft.integrations.loading import load_adapters
+from peft_reft.integrations.threads import share_the_machine
 from peft_reft.tuner.files import read_config
 
 
@@ -47,7 +49,10 @@ def open_talker(arguments: Namespace) -> tuple[Talker, list[str]]:
         ValueError, OSError, ImportError: if something cannot be loaded; the message says what.
     """
     transformers.logging.set_verbosity_error()
+    share_the_machine()
     folders = adapter_folders(arguments.directories)
+    if sys.stderr.isatty():
+        print(f"Loading {', '.join(folders)} and the base model ...", file=sys.stderr, flush=True)
     model, tokenizer = load_adapters(folders, arguments.model, arguments.dtype, arguments.device)
     transformers.set_seed(arguments.seed)
     talker = Talker(model, tokenizer, arguments.max_new_tokens, arguments.temperature, arguments.repetition_penalty)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from peft_reft.chat.talker import Message, Talker
 
 HELP = """\
-/strength X    how strongly the adapter edits: 0 is the base model, 1 as trained, also more or less
+/strength X    how strongly the adapter edits: 0 is the base model, 1 as trained, also more or less; alone: show it
 /adapter NAME  let another adapter answer; without a name: list them
 /base          let the base model answer, until /adapter
 /new           forget the conversation
@@ -91,6 +91,8 @@ class Session:
         return known if not name else f"There is no adapter {name!r}.{suggestion(name, self.adapters)} {known}"
 
     def _set_strength(self, text: str) -> str:
+        if not text:
+            return f"The strength is {self.strength:g}; /strength 0.5 changes it."
         try:
             strength = float(text)
             if strength - strength != 0:  # inf and nan

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from peft_reft.positions import IGNORED, align_shift_labels, document_starts
 
+HIDDEN = -9000.0  # added to a score, it leaves nothing of it
 LOCATIONS_RULE = "Pass a LongTensor [B, P] or [B, G, P] of columns of the padded row, -1 = unused."
 
 
@@ -35,6 +36,16 @@ def token_shape(arguments: Mapping[str, Any], ids_per_row: int = 1) -> tuple[int
     return None
 
 
+def repeats(given: int, rows: int) -> int | None:
+    """How often each of `given` rows is run in a batch of `rows`, as `generate` does; None if that is no multiple.
+
+    >>> repeats(2, 6), repeats(2, 2), repeats(2, 3)
+    (3, 1, None)
+    """
+    times, rest = divmod(rows, given) if given else (0, 0)
+    return None if rest or not times else times
+
+
 def token_device(arguments: Mapping[str, Any]) -> torch.device:
     """The device of a call's tokens."""
     embeds = arguments.get("inputs_embeds")
@@ -51,7 +62,8 @@ def valid_columns(
 
     Args:
         mask: [B, columns of the whole row or of a static cache], [B, S, S] or [B, heads, S, columns of a cache], True
-            or 0.0 where one may look; a dict of such masks by the type of the layer; or None.
+            or no large negative number where one may look; with 1 in the place of S, the same for every token; a dict
+            of such masks by the type of the layer; or None.
         past: columns before this forward's.
 
     Returns:
@@ -71,9 +83,11 @@ def valid_columns(
         return _of_columns(mask != 0, rows, columns, past)
     if mask.dim() == 3:
         mask = mask.unsqueeze(1)
-    if mask.dim() != 4 or mask.shape[-2] != columns:
+    if mask.dim() != 4 or mask.shape[-2] not in (1, columns):
         return None
     seen = mask[:, 0] if mask.dtype == torch.bool else _visible(mask[:, 0])
+    if mask.shape[-2] != columns:
+        return _of_columns(seen[:, 0], rows, columns, past)
     offset = int(past) if not isinstance(past, Tensor) else 0
     if seen.shape[-1] < offset + columns:
         return None
@@ -88,14 +102,17 @@ def _of_columns(mask: Tensor, rows: int, columns: int, past: int | Tensor) -> tu
             return None
         column = past + torch.arange(columns, device=mask.device)
         return mask.gather(1, column.clamp(max=width - 1).expand(rows, columns)), None
-    if width >= past + columns:
-        return mask[:, past : past + columns].expand(rows, columns), None
-    return (mask.expand(rows, columns), None) if width == columns else None
+    if width == columns:
+        return (mask if mask.shape[0] == rows else mask.expand(rows, columns)), None
+    return (mask[:, past : past + columns].expand(rows, columns), None) if width >= past + columns else None
 
 
 def _visible(mask: Tensor) -> Tensor:
-    """Bool, True where a token may look, from a mask of numbers: additive ones hold 0 there, others 1."""
-    return mask == 0 if mask.is_floating_point() else mask != 0
+    """Bool, True where a token may look, from a mask of whole numbers, or of floats that attention adds to its scores.
+
+    Such a mask may hold biases as well; what hides a token is -10000 or less (-9984 in bfloat16).
+    """
+    return mask > HIDDEN if mask.is_floating_point() else mask != 0
 
 
 def _of_pairs(seen: Tensor) -> tuple[Tensor, Tensor]:
@@ -249,7 +266,8 @@ def check_locations(
         ValueError: if they are no columns of this batch. (The values are looked at on the CPU only: elsewhere that
             would make the device wait.)
     """
-    if not isinstance(locations, Tensor) or locations.dim() not in (2, 3) or locations.is_floating_point():
+    is_whole = isinstance(locations, Tensor) and not locations.is_floating_point() and locations.dtype != torch.bool
+    if not is_whole or locations.dim() not in (2, 3):
         what = (
             f"a {locations.dtype} tensor of shape {tuple(locations.shape)}"
             if isinstance(locations, Tensor)

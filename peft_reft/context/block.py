@@ -11,14 +11,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from peft_reft.blocks import OWN, edit_hidden_state
+from peft_reft.blocks import NOT_TOKENS, edit_hidden_state
 from peft_reft.context.forward import ForwardContext, Given
 from peft_reft.context.method import MethodEntry
 from peft_reft.context.state import ModelState
 
 CHILD = "reft"  # the layer's name below its block; must not hold the prefix "reft_", by which PEFT skips modules
+
+
+OUTSIDE = (
+    "A block of a ReFT adapter ran outside of its model's forward, where padding is unknown, so that positions='all' "
+    "edited every vector. In the backward pass of a torch.utils.checkpoint of your own this gives the gradients of "
+    "another edit if there is padding: call model.gradient_checkpointing_enable(), or wrap the blocks with torch's "
+    "apply_activation_checkpointing, whose second runs know the call."
+)
 
 
 class BlockEntry(MethodEntry):
@@ -55,30 +64,32 @@ class BlockEntry(MethodEntry):
         if layer.is_plain and isinstance(output, Tensor) and output.dim() == 3:
             return layer.edit(output, context)
         layout = layer.layout
+
+        def tokens(h: Tensor) -> Tensor:
+            return layer.edit(h, context)
+
+        def vectors(h: Tensor) -> Tensor:  # which are not those of the call's tokens
+            return layer.edit(h, context.of_vectors(layout.pool, h.shape[1]))
+
         if layout.pool:
-            return edit_hidden_state(output, lambda h: layout.edit(h, None, lambda part: pooled(layer, part, context)))
-        return edit_hidden_state(
-            output, lambda h: layout.edit(h, context.columns, lambda part: layer.edit(part, context))
-        )
+            return edit_hidden_state(output, lambda h: layout.edit(h, None, vectors))
+        return edit_hidden_state(output, lambda h: layout.edit(h, context.columns, tokens))
 
     def _outside(self, layer: Any, output: Any) -> Any:
         """The output of a block that runs outside of a call of its model, where there are no tokens to count."""
 
         def edit(h: Tensor) -> Tensor:
             specs = sorted({str(spec) for spec in layer.active_specs()} - {"all"})
-            if specs and layer.layout.pool != OWN:
+            if specs and layer.layout.pool != NOT_TOKENS:
                 raise ValueError(
                     f"positions={specs[0]!r} counts tokens, but the block of a ReFT adapter ran outside of its model's "
                     "forward, where there are none. Call the model as a whole, or use positions='all'."
                 )
+            if not specs and torch.is_grad_enabled() and self.state.takes_ids():
+                self.state.warn_once(OUTSIDE)
             return layer.edit(h, ForwardContext(self.state, [layer], Given()))
 
         return edit_hidden_state(output, lambda h: layer.layout.edit(h, None, edit))
-
-
-def pooled(layer: Any, h: Tensor, context: ForwardContext) -> Tensor:
-    """`h` [B, T, d] with its edits, where its T vectors are not those of the call's tokens."""
-    return layer.edit(h, context.of_vectors(layer.layout.pool, h.shape[1]))
 
 
 class KeepsCalled:

@@ -7,21 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peft_reft.context.arguments import repeats
 from peft_reft.context.edit import Edit
+from peft_reft.context.generate import Step
 from peft_reft.context.plan import Family, Plan, plan_for
 from peft_reft.context.sources import Collected, Listed, Sources, exchanges, listed
 from peft_reft.context.state import ModelState
 from peft_reft.context.subspaces import Choices, repeated
 from peft_reft.positions import Places, PositionSpec, Prompts, Tokens, find_prompts, places_at, places_of
-
-if TYPE_CHECKING:
-    from peft_reft.context.generate import Step
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Given:
 
     Attributes:
         labels, shift_labels: as passed.
-        used: the labels were passed to a module that predicts tokens with them, so that they show prompts.
+        labels_show_prompts: the labels were passed to a module that predicts tokens with them.
         locations: `intervention_locations` as [B, G, P], or None.
         adapter_names: the adapter of each row, or None for the active ones in every row.
         subspaces: which named parts of R act in each row; None for those that are set for the model.
@@ -42,7 +41,7 @@ class Given:
 
     labels: Any = None
     shift_labels: Any = None
-    used: bool = False
+    labels_show_prompts: bool = False
     locations: Tensor | None = None
     adapter_names: list[str] | None = None
     subspaces: Choices | None = None
@@ -63,12 +62,14 @@ class ForwardContext:
         role, depth: of the entry that opened it (see entry.py).
         rows, columns: the shape of the batch of tokens; None if the call has no tokens (images, plain tensors).
         idle: nothing in this forward is edited.
-        find: where the prompts lie, by what a spec takes for a prompt; None if the hidden state's shape has to tell.
+        prompts_of: where the prompts of a spec lie; None if the hidden state's shape has to tell.
         locations: columns to edit, [B, G, P]; they win.
         past: how many columns of the row came before those of `locations`.
         answers_only: there are generated tokens only.
-        tokens: what is known of the tokens, where `find` takes it from them.
+        tokens: what is known of the tokens, where `prompts_of` takes it from them.
         mask: their attention mask as it was passed.
+        passed: the tensors of whole numbers that the call was passed.
+        has_run: a module further in has run the call's own ids.
         training: whether the model is in training mode.
         device: of the hidden states, where no tokens tell it.
     """
@@ -81,12 +82,14 @@ class ForwardContext:
     rows: int | None = None
     columns: int | None = None
     idle: bool = False
-    find: Callable[[PositionSpec], Prompts] | None = None
+    prompts_of: Callable[[PositionSpec], Prompts] | None = None
     locations: Tensor | None = None
     past: int | Tensor = 0
     answers_only: bool = False
     tokens: Tokens | None = None
     mask: Any = None
+    passed: Sequence[Tensor] = ()
+    has_run: bool = False
     training: bool = False
     device: torch.device | None = None
     _edits: list[Edit] | None = None
@@ -185,11 +188,11 @@ class ForwardContext:
             return None
         if self.locations is not None:
             return self._places_given(spec, share_weights, self.locations)
-        if self.find is None:
+        if self.prompts_of is None:
             assert self.rows is not None and self.columns is not None
             prompts = find_prompts(torch.ones(self.rows, self.columns, dtype=torch.bool, device=self.device))
         else:
-            prompts = self.find(spec)
+            prompts = self.prompts_of(spec)
         return places_of(spec, prompts, share_weights)
 
     def _places_given(self, spec: PositionSpec, share_weights: bool | str, locations: Tensor) -> Places | None:
@@ -210,8 +213,8 @@ class ForwardContext:
         names = self.given.adapter_names
         if names is None or len(names) == rows:
             return names
-        times, rest = divmod(rows, len(names))
-        if rest or not self.given.in_generate:
+        times = repeats(len(names), rows)
+        if times is None or not self.given.in_generate:
             raise ValueError(
                 f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and "
                 f"{rows} respectively. Pass one name per row of the batch."
@@ -228,11 +231,8 @@ class ForwardContext:
 
     def _of_shape(self, h: Tensor) -> ForwardContext:
         """This context for hidden states [B, S, d] of a call without tokens."""
-        key = tuple(h.shape[:2])
-        if key not in self._others:
-            rows, columns = key
-            self._others[key] = replace(self, rows=rows, columns=columns, device=h.device, _edits=None, _others={})
-        return self._others[key]
+        rows, columns = h.shape[:2]
+        return self._other((rows, columns), rows=rows, columns=columns, device=h.device)
 
     def of_vectors(self, pool: int, columns: int) -> ForwardContext:
         """This context for blocks whose vectors are not those of single tokens.
@@ -251,23 +251,25 @@ class ForwardContext:
                 "intervention_locations name columns of tokens, but this model has blocks that return fewer vectors "
                 f"than tokens ({columns} for {self.columns}). Leave them out, or target other modules."
             )
-        key = (pool, columns)
+        whole = self.prompts_of
+        prompts_of = None if whole is None or pool < 0 else lambda spec: pooled(whole(spec), pool, columns)
+        return self._other((pool, columns), columns=columns, prompts_of=prompts_of)
+
+    def _other(self, key: tuple[int, int], **changes: Any) -> ForwardContext:
         if key not in self._others:
-            find = None if self.find is None or pool < 0 else pooled(self.find, pool, columns)
-            self._others[key] = replace(self, columns=columns, find=find, _edits=None, _others={})
+            self._others[key] = self._anew(**changes)
         return self._others[key]
 
     def replayed(self) -> ForwardContext:
         """This context for a reentrant checkpoint's second run of blocks: see `edits_of`."""
-        return replace(self, _edits=None, _others={})
+        return self._anew()
+
+    def _anew(self, **changes: Any) -> ForwardContext:
+        return replace(self, **changes, _edits=None, _others={})
 
 
-def pooled(find: Callable[[PositionSpec], Prompts], pool: int, columns: int) -> Callable[[PositionSpec], Prompts]:
+def pooled(prompts: Prompts, pool: int, columns: int) -> Prompts:
     """Where the prompts lie among vectors that stand for `pool` tokens each, `columns` of them."""
-
-    def find_pooled(spec: PositionSpec) -> Prompts:
-        inside = find(spec).inside.float().unsqueeze(1)
-        inside = F.pad(inside, (0, max(0, pool * columns - inside.shape[2])))
-        return find_prompts(F.max_pool1d(inside, pool)[:, 0, :columns] > 0)
-
-    return find_pooled
+    inside = prompts.inside.float().unsqueeze(1)
+    inside = F.pad(inside, (0, max(0, pool * columns - inside.shape[2])))
+    return find_prompts(F.max_pool1d(inside, pool)[:, 0, :columns] > 0)

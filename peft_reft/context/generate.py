@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,21 +20,17 @@ from torch import Tensor
 from peft_reft.context.arguments import (
     check_locations,
     past_length,
-    token_device,
     token_shape,
     valid_columns,
-    window_of,
 )
 from peft_reft.context.method import MethodEntry
 from peft_reft.context.sources import Sources, run_sources
 from peft_reft.context.state import ModelState
 from peft_reft.context.subspaces import Choices
-from peft_reft.positions import PositionSpec, Prompts, Tokens, generated, mark
-
-if TYPE_CHECKING:
-    from peft_reft.context.forward import ForwardContext
+from peft_reft.positions import PositionSpec, Prompts, Tokens, mark
 
 STEP = "reft_generation_step"  # the argument of a forward that says so; taken out before the model sees it
+GUESSING = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")  # settings by which tokens are guessed ahead
 
 
 class Generation:
@@ -42,6 +38,7 @@ class Generation:
 
     Attributes:
         tokens: the rows of the prompt; None until an encoder-decoder's decoder has started.
+        rows: how many prompts the caller passed; None if that is not known.
         locations: what the caller passed as `intervention_locations`, [B, G, P], or None.
         adapter_names: the adapter of each row, or None.
         subspaces: which named parts of R act in each row, or None.
@@ -56,6 +53,7 @@ class Generation:
     def __init__(self, state: ModelState, tokens: Tokens | None):
         self.state = state
         self.tokens = tokens
+        self.rows: int | None = None
         self.locations: Tensor | None = None
         self.adapter_names: list[str] | None = None
         self.subspaces: Choices | None = None
@@ -168,12 +166,11 @@ class GenerateEntry(MethodEntry):
             generation.locations = outer.locations  # that `generate` only passes the call on
         by_row = generation.adapter_names or running.adapter_names
         if subspaces is not None:
-            rows = None if generation.tokens is None else generation.tokens.valid.shape[0]
-            generation.subspaces = self.state.check_subspaces(subspaces, rows, by_row)
+            generation.subspaces = self.state.check_subspaces(subspaces, generation.rows, by_row)
         elif outer is not None and not outer.started:
             generation.subspaces = outer.subspaces
         if source_inputs is not None:
-            generation.sources = run_sources(self.module, self.state, source_inputs, by_row)
+            generation.sources = run_sources(self.module, self.state, source_inputs, by_row, generation.rows)
         elif outer is not None and not outer.started:
             generation.sources = outer.sources
         running.generation = generation
@@ -191,13 +188,14 @@ class GenerateEntry(MethodEntry):
             ids = self._ids(arguments) if arguments.get("inputs_embeds") is None else None
             tokens = Tokens(valid, ids=ids if ids is not None and ids.shape == valid.shape else None, given=True)
         generation = Generation(self.state, tokens)
+        generation.rows = None if valid is None else valid.shape[0]
         if locations is not None:
             shape = None if valid is None else (valid.shape[0], valid.shape[1])
             generation.locations = check_locations(locations, shape, 0)
         elif tokens is not None:
             self._take_back_earlier_turns(tokens, arguments.get("past_key_values"))
-        guesses = [arguments.get("assistant_model"), self._setting("prompt_lookup_num_tokens", arguments)]
-        generation.guesses = any(guess is not None for guess in guesses)
+        guesses = [arguments.get("assistant_model"), *(self._setting(name, arguments) for name in GUESSING)]
+        generation.guesses = any(guess is not None and guess is not False for guess in guesses)
         generation.in_chunks = self._setting("prefill_chunk_size", arguments) is not None
         if generation.guesses:
             start = arguments.get("decoder_input_ids")
@@ -270,40 +268,3 @@ class PrepareEntry(MethodEntry):
             if step is not None:
                 inputs[STEP] = step
         return inputs
-
-
-def step_context(
-    context: ForwardContext, step: Step, rows: int, columns: int, arguments: Mapping[str, Any]
-) -> ForwardContext:
-    """Fill in the context of a step of `generate`.
-
-    Raises:
-        ValueError: if the rows are not those of the prompts, each as often as the others.
-    """
-    generation, past = step
-    assert generation.tokens is not None
-    given, total = generation.tokens.valid.shape
-    locations = None if context.role == "decoder" else generation.locations
-    if past >= total:
-        device = token_device(arguments)
-        context.idle = not generation.edits_answers or locations is not None
-        context.answers_only = True
-        context.find = lambda spec: generated(rows, columns, past - total, device)
-        return context
-    if locations is not None:
-        times = _times(locations.shape[0], rows)
-        context.locations = window_of(locations.repeat_interleave(times, 0), past, columns)
-        return context
-    times = _times(given, rows)
-    context.find = lambda spec: generation.prompts(spec).repeat(times).window(past, columns)
-    return context
-
-
-def _times(given: int, rows: int) -> int:
-    times, rest = divmod(rows, given)
-    if rest:
-        raise ValueError(
-            f"generate was given {given} prompts but runs a batch of {rows} rows, which is no multiple of it; "
-            "it is unknown which prompt each row has."
-        )
-    return times

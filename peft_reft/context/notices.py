@@ -30,13 +30,20 @@ UNALIGNED_LABELS = (
 )
 LABELS_AROUND = (
     "`labels` were passed to {outer}, a module around {inner} that does not pass them on: it is unknown whether they "
-    "show where prompts end. Pass them on to the language model, or say that they do with "
-    f'ReftConfig(task_type="CAUSAL_LM"). {WAYS_OUT}'
+    f"show where prompts end. Pass them on to the language model, or {{instead}}. {WAYS_OUT}"
 )
+DECLARE_LABELS = 'say that they do with ReftConfig(task_type="CAUSAL_LM")'
+NAME_TOKENS = "give the tokens the name input_ids in its forward, so that the labels can be aligned with them"
 UNREADABLE_MASK = (
     "attention_mask ({mask}) does not show which of {rows} rows and {columns} columns are padding, so that positions "
     "cannot be counted over the tokens. Pass a mask [B, S] of the whole row, or [B, 1, S, columns of the cache]. "
     f"{WAYS_OUT}"
+)
+DISPLACED = (
+    "A module that a ReFT adapter edits is no longer in its place: {name!r} was a {kind} and is {found}. If another "
+    "tuner's adapter was put on it, ReFT edits the output without that adapter's part, and its weights are saved under "
+    "names that no other model has; if it was replaced, nothing is edited there. Add such an adapter first and "
+    "ReFT then, or let ReFT edit whole blocks (leave target_modules out)."
 )
 LABELS_COVER_PROMPTS = (
     "The labels of row(s) {rows} begin with their second token, so that the prompt is one token long: the adapter is "
@@ -74,6 +81,22 @@ def object_to(state: ModelState, module: nn.Module, message: str, key: str) -> N
     if module.training and torch.is_grad_enabled():
         raise ValueError(message)
     state.warn_once(message, key)
+
+
+def object_to_displaced(
+    state: ModelState, module: nn.Module, displaced: tuple[str, nn.Module, nn.Module | None]
+) -> None:
+    """Say that an edited module is no longer in its place.
+
+    Raises:
+        ValueError: in training; always for a module that another adapter saves in full, of which a copy would run.
+    """
+    name, child, found = displaced
+    kind = "gone" if found is None else f"a {type(found).__module__}.{type(found).__name__}"
+    message = DISPLACED.format(name=name, kind=type(child).__name__, found=kind)
+    if getattr(found, "original_module", None) is child:
+        raise ValueError(message)
+    object_to(state, module, message, "displaced")
 
 
 def warn_of_unlabelled(state: ModelState, module: nn.Module) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peft_reft.context.arguments import values_can_be_read
 from peft_reft.context.edit import Edit
 from peft_reft.context.subspaces import BASE, Choice, Choices, by_direction, strengths
 from peft_reft.interventions import FactorMemo, Factors, Kind, kind_of, stack_factors
@@ -102,7 +103,7 @@ class Family:
         wanted = [row[adapter] * self.count + group for row in self.places for adapter in adapters for group in groups]
         if wanted == list(range(factors.up.shape[0])):  # as they lie
             return factors
-        chosen = torch.tensor(wanted, device=factors.up.device)
+        chosen = _numbers(wanted, factors.up.device)
         return factors.map(lambda part: part.index_select(0, chosen))
 
 
@@ -122,7 +123,13 @@ class Alike(NamedTuple):
     chosen: tuple[tuple[str, float], ...] | None
 
 
-Members = dict[str, dict[Alike, list[tuple[int, Any]]]]  # by adapter: numbers of layers, and the groups next to them
+class Member(NamedTuple):
+    """An adapter's part of a family: what its interventions have in common, and the groups next to each layer."""
+
+    name: str
+    alike: Alike
+    layers: list[int]
+    groups: list[nn.ModuleList]
 
 
 class Plan:
@@ -135,7 +142,7 @@ class Plan:
     """
 
     def __init__(self, layers: Sequence[Any], names: Sequence[str] | None, once: bool = False):
-        members: Members = {}
+        members: dict[tuple[str, Alike], Member] = {}
         for layer in layers:
             if layer.disable_adapters:
                 continue
@@ -143,19 +150,11 @@ class Plan:
                 groups = layer.reft_interventions._modules.get(name)
                 if groups is None or not layer.scaling[name]:
                     continue
-                kinds = tuple(dict.fromkeys(kind_of(one) for one in groups))
-                alike = Alike(
-                    layer.position_specs[name],
-                    layer.share_weights[name],
-                    layer.scaling[name],
-                    len(groups),
-                    None if None in kinds else kinds,  # type: ignore[arg-type]
-                    id(layer) if None in kinds else layer.width,  # those that are called are called one by one
-                    tuple(layer.subspaces.get(name, {}).items()),
-                    tuple(layer.chosen_subspaces[name].items()) if name in layer.chosen_subspaces else None,
-                )
-                members.setdefault(name, {}).setdefault(alike, []).append((layer.number, groups))
-        self.families = _families(members, by_row=names is not None, once=once)
+                alike = _alike(layer, name, groups)
+                member = members.setdefault((name, alike), Member(name, alike, [], []))
+                member.layers.append(layer.number)
+                member.groups.append(groups)
+        self.families = _families(list(members.values()), by_row=names is not None, once=once)
 
     def edits(
         self,
@@ -193,30 +192,45 @@ class Plan:
         return edits
 
 
-def _families(members: Members, by_row: bool, once: bool) -> list[Family]:
+def _alike(layer: Any, name: str, groups: nn.ModuleList) -> Alike:
+    kinds = tuple(dict.fromkeys(kind_of(one) for one in groups))
+    return Alike(
+        layer.position_specs[name],
+        layer.share_weights[name],
+        layer.scaling[name],
+        len(groups),
+        None if None in kinds else kinds,  # type: ignore[arg-type]
+        id(layer) if None in kinds else layer.width,  # those that are called are called one by one
+        tuple(layer.subspaces.get(name, {}).items()),
+        tuple(layer.chosen_subspaces[name].items()) if name in layer.chosen_subspaces else None,
+    )
+
+
+def _families(members: Sequence[Member], by_row: bool, once: bool) -> list[Family]:
     """Put adapters together that differ in their numbers only."""
-    together: dict[Any, list[tuple[str, Alike, list[tuple[int, Any]]]]] = {}
-    for name, by_kind in members.items():
-        for alike, found in by_kind.items():
-            fits = by_row and alike.kinds is not None and not alike.kinds[0].dropout  # which is drawn per adapter
-            numbers = tuple(number for number, _ in found)
-            key = (alike._replace(scale=1.0, parts=(), chosen=None), numbers) if fits else (name, alike, numbers)
-            together.setdefault(key, []).append((name, alike, found))
+    together: dict[Any, list[Member]] = {}
+    for member in members:
+        name, alike, layers, _ = member
+        fits = by_row and alike.kinds is not None and not alike.kinds[0].dropout  # which is drawn per adapter
+        key = alike._replace(scale=1.0, parts=(), chosen=None) if fits else (name, alike)
+        together.setdefault((key, tuple(layers)), []).append(member)
     families = []
     for parts in together.values():
-        _, alike, found = parts[0]
+        _, alike, layers, _ = parts[0]
         families.append(
             Family(
                 alike.spec,
                 alike.share_weights,
-                names=[name for name, _, _ in parts],
-                scales=[own.scale for _, own, _ in parts],
-                layers=[number for number, _ in found],
-                groups=[[part[2][place][1] for part in parts] for place in range(len(found))],
+                names=[member.name for member in parts],
+                scales=[member.alike.scale for member in parts],
+                layers=layers,
+                groups=[list(groups) for groups in zip(*(member.groups for member in parts))],
                 kind=None if alike.kinds is None else alike.kinds[0],
                 memo=None if once else FactorMemo(),
-                parts=[dict(own.parts) for _, own, _ in parts],
-                chosen=[None if own.chosen is None else dict(own.chosen) for _, own, _ in parts],
+                parts=[dict(member.alike.parts) for member in parts],
+                chosen=[
+                    None if chosen is None else dict(chosen) for chosen in (member.alike.chosen for member in parts)
+                ],
             )
         )
     return families
@@ -251,11 +265,19 @@ def _edit(
         places = places.to(device)
     index, keep = _flat(family, places, shape, chosen, adapters)
     blocks = family.blocks(adapters, keep.dim() == 3)
+    # On a GPU one would have to wait for the values.
+    whole = family.kind.has_source and not family.kind.parts and keep.dtype == torch.bool  # no strengths
+    whole = whole and values_can_be_read(keep) and bool(keep.all())
     keep = keep.to(torch.promote_types(family.kind.dtype, torch.float32))
     if family.kind.parts:
         keep = _parted(family, keep, shape, chosen, adapters, choices)
     dropout = family.kind.dropout if training else 0.0
-    return Edit(index, keep, blocks, False, dropout, torch.is_autocast_enabled(device.type))
+    return Edit(index, keep, blocks, False, dropout, torch.is_autocast_enabled(device.type), whole)
+
+
+def _numbers(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """The numbers on a device that need not wait for them."""
+    return torch.tensor(numbers).to(device, non_blocking=True)
 
 
 def _flat(
@@ -263,21 +285,20 @@ def _flat(
 ) -> tuple[Tensor | None, Tensor]:
     """The places as `Edit.places` and `Edit.keep`."""
     several = len(family.names) > 1
-    every_row = rows is None or len(rows) == shape[0]
-    columns, keep = places if every_row else places.rows(torch.tensor(rows, device=places.keep.device))  # [B, G, P]
+    chosen = None if rows is None or len(rows) == shape[0] else _numbers(rows, places.keep.device)
+    columns, keep = places if chosen is None else places.rows(chosen)  # [B, G, P]
     if several and adapters is not None and len(set(family.scales)) > 1:
         scales = torch.tensor([family.scales[adapter] for adapter in adapters], device=keep.device)
         keep = keep * scales[:, None, None]
     elif family.scales[0] != 1:
         keep = keep * family.scales[0]
     index = None
-    if columns is not None or several or not every_row:
+    if columns is not None or several or chosen is not None:
         if columns is None:
             columns = torch.arange(shape[1], device=keep.device).expand(keep.shape)
         # Not an arange in steps: to a graph of rows of any length, how many steps there are would be a question.
-        row = torch.arange(shape[0], device=keep.device)
-        row = row if every_row else row[rows]
-        index = torch.add(columns, row[:, None, None], alpha=shape[1])
+        row = torch.arange(shape[0], device=keep.device) if chosen is None else chosen
+        index = torch.add(columns, row.view(-1, 1, 1), alpha=shape[1])
     if several:  # an intervention for each row and group
         return None if index is None else index.flatten(), keep.flatten(0, 1).unsqueeze(-1)
     # One for each group, or one for all.

@@ -67,6 +67,7 @@ class Path:
     def __init__(self, root: nn.Module, blocks: Iterable[str]):
         modules = {id(root): root}
         self.links: dict[tuple[int, str], tuple[nn.Module, str, nn.Module]] = {}
+        self.places: list[tuple[nn.Module, str, nn.Module]] = []  # of the blocks themselves
         for block in blocks:
             parent = root
             for name in block.split("."):
@@ -74,8 +75,20 @@ class Path:
                 assert child is not None
                 self.links[id(parent), name] = (parent, name, child)
                 modules[id(child)] = child
-                parent = child
+                place, parent = (parent, name, child), child
+            self.places.append(place)
         self.modules = list(modules.values())
+
+    def displaced(self) -> tuple[str, nn.Module, nn.Module | None] | None:
+        """A block whose place something else has taken: its name, itself, and what is there.
+
+        What only wraps it, for sharding or compiling, has not.
+        """
+        for parent, name, child in self.places:
+            found = parent._modules.get(name)
+            if found is not child and (found is None or _replaces(found, child)):
+                return name, child, found
+        return None
 
     def wrap_checkpoints(self, running: Running) -> None:
         """Wrap the functions that make checkpoints, as far as they are not."""
@@ -88,6 +101,12 @@ class Path:
                     if module is child:
                         break
                     _wrap(module, running)
+
+
+def _replaces(found: nn.Module, child: nn.Module) -> bool:
+    """Whether a module is another tuner's layer around a child, or does not hold it at all."""
+    held = (getattr(found, name, None) for name in ("base_layer", "original_module"))
+    return any(part is child for part in held) or all(module is not child for module in found.modules())
 
 
 def _wrap(module: nn.Module, running: Running) -> None:

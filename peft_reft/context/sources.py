@@ -10,19 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peft_reft.context.arguments import repeats
+from peft_reft.context.plan import Family
+from peft_reft.context.state import ModelState
 from peft_reft.context.subspaces import Choices, strengths
 from peft_reft.interventions import exchange_of
 from peft_reft.positions import Places, PositionSpec, columns_of
-
-if TYPE_CHECKING:
-    from peft_reft.context.plan import Family
-    from peft_reft.context.state import ModelState
 
 RULE = (
     "Pass the inputs of a call, source_inputs={'input_ids': ..., 'attention_mask': ...}, or such inputs by the name of "
@@ -52,28 +51,33 @@ class Collected:
     Attributes:
         states: [B, G, P, d], of the rows that have the adapter.
         keep: bool [B, G, P], the places that there are.
+        rows: how many rows the source has; 0 if nothing was collected.
     """
 
     states: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     keep: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    rows: int = 0
 
 
 Sources = Mapping[str | None, Collected]  # by name of the subspace that it is for; None for the whole
 
 
-def run_sources(module: nn.Module, state: ModelState, given: Any, names: Sequence[str] | None) -> Sources | None:
+def run_sources(
+    module: nn.Module, state: ModelState, given: Any, names: Sequence[str] | None, rows: int | None
+) -> Sources | None:
     """Run the sources of a call.
 
     Args:
         module: what the call enters.
         given: `source_inputs` as passed, or what was collected already.
         names: the adapter of each row; None for the active ones in every row.
+        rows: how many rows the call has; None if that is not known yet.
 
     Returns:
         None if the adapters that would take a source are disabled.
 
     Raises:
-        ValueError: if no adapter of the call takes a source, or this is not the inputs of one.
+        ValueError: if no adapter of the call takes a source, or this is not the inputs of one with as many rows.
     """
     if isinstance(given, Collected):  # which was collected before
         return {None: given}
@@ -82,8 +86,12 @@ def run_sources(module: nn.Module, state: ModelState, given: Any, names: Sequenc
     by_name = all(isinstance(value, Mapping) for value in given.values())
     if not _check_adapters(state, names, set(given) if by_name else None):
         return None
-    sources = {name: _run(module, state, inputs, names) for name, inputs in given.items()} if by_name else None
-    return {None: _run(module, state, given, names)} if sources is None else sources
+    named: Mapping[Any, Any] = given if by_name else {None: given}
+    sources = {name: _run(module, state, inputs, names) for name, inputs in named.items()}
+    for source in sources.values():
+        if source.rows and rows is not None and source.rows != rows:
+            raise ValueError(f"source_inputs have {source.rows} rows, but the call has {rows}. Pass one per row.")
+    return sources
 
 
 def _check_adapters(state: ModelState, names: Sequence[str] | None, parts: set[str] | None) -> bool:
@@ -137,6 +145,7 @@ class Collector:
 
     def __init__(self, family: Family, places: Listed, rows: Sequence[int], collected: Collected):
         self.places, self.rows, self.collected = places, list(rows), collected
+        collected.rows = len(places.keep)
         self.keep = places.keep[self.rows]
         self.name = family.names[0]
         self.blocks = {number: number for number in family.layers}
@@ -217,8 +226,8 @@ class Exchange:
         if key not in collected.states:
             raise ValueError("A block that is edited did not run in the forward of the source.")
         states, keep = collected.states[key], collected.keep[key]
-        times, rest = divmod(shape[0], max(len(states), 1))
-        if rest or not times:
+        times = repeats(len(states), shape[0])
+        if times is None:
             raise ValueError(f"source_inputs have {len(states)} rows, but the call has {shape[0]}. Pass one per row.")
         states, keep = states.repeat_interleave(times, 0), keep.repeat_interleave(times, 0)
         width = max(shape[2], states.shape[2])

@@ -6,36 +6,30 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from peft_reft.context.subspaces import BASE, Choices, read_choices
 
-if TYPE_CHECKING:
-    from peft_reft.context.entry import ForwardEntry
-    from peft_reft.context.forward import ForwardContext
-    from peft_reft.context.generate import Generation
-    from peft_reft.context.sources import Collected
-
 
 class Running(threading.local):
     """What runs in this thread.
 
     Attributes:
-        context: of the innermost call of the model that knows about tokens; None outside of any.
-        generation: the innermost call of `generate`.
+        context: the `ForwardContext` of the innermost call that knows about tokens; None outside of any.
+        generation: the `Generation` of the innermost call of `generate`.
         adapter_names: the adapter of each row, as PEFT's `forward` and `generate` hand it over.
-        collecting: where the forward of a source, which is about to begin, notes its hidden states down.
+        collecting: the `Collected` in which the forward of a source, about to begin, notes its hidden states down.
         replica: the replica of a module that nn.DataParallel is about to run.
     """
 
     def __init__(self) -> None:  # which is called in every thread
-        self.context: ForwardContext | None = None
-        self.generation: Generation | None = None
+        self.context: Any = None
+        self.generation: Any = None
         self.adapter_names: list[str] | None = None
-        self.collecting: Collected | None = None
+        self.collecting: Any = None
         self.replica: nn.Module | None = None
 
     def __reduce__(self) -> Any:
@@ -48,7 +42,7 @@ class ModelState:
     Attributes:
         causal: a causal language model, whose labels tell where the prompt ends.
         layers: the layers next to its blocks.
-        entries: what stands in for the forward of the modules around the blocks, from the outside in.
+        entries: the `ForwardEntry` of each module around the blocks, from the outside in.
         blocks: what was found out about the model's blocks.
         ids_per_row: how many rows of ids make one row of the hidden state (audio models have one per codebook).
         running: what runs in this thread.
@@ -64,7 +58,7 @@ class ModelState:
         self.causal = False
         self.ids_per_row = 1
         self.layers: list[Any] = []
-        self.entries: list[ForwardEntry] = []
+        self.entries: list[Any] = []
         self.running = Running()
         self.plans: dict[Any, Any] = {}
         self.paged: Callable[[int, torch.device], Any] | None = None
@@ -124,6 +118,10 @@ class ModelState:
             for name in layer.active_adapters
             if name in layer.position_specs
         }
+
+    def takes_ids(self) -> bool:
+        """Whether the model runs on tokens, among which there may be padding."""
+        return any("input_ids" in entry.names for entry in self.entries)
 
     def edits_answers(self) -> bool:
         """Whether some adapter edits generated tokens."""

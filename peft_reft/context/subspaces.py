@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_reft.context.arguments import repeats
+
 BASE = "__base__"  # the adapter name of rows without an edit, as everywhere in PEFT
 Choice = Mapping[str, float] | None  # strengths of the parts that act, by name; None for all
 Choices = Tensor | Sequence[Choice]  # of the rows: a tensor [B, K] for adapters with the same parts
-RULE = (
-    "Pass one entry per row: a name, a list of names, {name: strength}, [] for none or None for all; or a tensor of "
-    "strengths [B, number of subspaces]."
-)
+ENTRY = "a name, a list of names, {name: strength}, [] for none or None for all"
+RULE = f"Pass one entry per row: {ENTRY}; or a tensor of strengths [B, number of subspaces]."
 
 
 def choice_of(entry: Any) -> Choice:
@@ -42,7 +42,7 @@ def choice_of(entry: Any) -> Choice:
             return {name: float(value) for name, value in strengths.items()}
     elif isinstance(entry, (list, tuple, set)) and all(isinstance(name, str) for name in entry):
         return dict.fromkeys(entry, 1.0)
-    raise ValueError(f"subspaces holds {entry!r}. {RULE}")
+    raise ValueError(f"subspaces holds {entry!r}, which is not {ENTRY}.")
 
 
 def read_choices(
@@ -55,7 +55,7 @@ def read_choices(
         rows: how many rows the call has; None if that is not known yet.
         known: ranks by name of part, by adapter, of those that have parts.
         names: the adapter of each row, or None for the active ones in every row.
-        active: those.
+        active: those; {""} for a config whose adapter's name is not known.
 
     Raises:
         ValueError: if there are not as many entries as rows, or a row names what its adapters do not have.
@@ -78,8 +78,9 @@ def read_choices(
         there = {part for name in own for part in known.get(name, ())}
         unknown = sorted({*choice} - there) if choice else []
         if unknown or (choice is not None and not there):
+            whose = f"whose adapter {sorted(own - {BASE})} has" if own != {""} else "but the config has"
             raise ValueError(
-                f"subspaces holds {given[row]!r} for row {row}, whose adapter {sorted(own - {BASE})} has "
+                f"subspaces holds {given[row]!r} for row {row}, {whose} "
                 f"{f'the subspaces {sorted(there)}' if there else 'no subspaces'}. {RULE}"
             )
     return choices
@@ -106,10 +107,10 @@ def repeated(choices: Choices, rows: int, in_generate: bool) -> Choices:
     Raises:
         ValueError: if there are not as many of them as rows.
     """
-    times, rest = divmod(rows, max(len(choices), 1))
-    if times == 1 and not rest:
+    times = repeats(len(choices), rows)
+    if times == 1:
         return choices
-    if rest or not times or not in_generate:
+    if times is None or not in_generate:
         raise ValueError(f"subspaces has {len(choices)} entries, but the batch has {rows} rows. {RULE}")
     if isinstance(choices, Tensor):
         return choices.repeat_interleave(times, 0)

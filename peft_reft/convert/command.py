@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from peft_reft.command_line import OneLineParser
 from peft_reft.convert import convert
-from peft_reft.integrations.arguments import OneLineParser
 from peft_reft.tuner.files import printable
 
 

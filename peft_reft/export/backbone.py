@@ -28,8 +28,8 @@ from peft_reft.export.masks import refuse_other_prompts
 from peft_reft.export.models import base_of, blocks_of_model, is_decoder, logits_of_tokens, refuse_other_rows
 from peft_reft.interventions import edit_of, low_rank_edit, stack_factors
 from peft_reft.interventions.batched import kind_of
+from peft_reft.tuner.adapters import get_interventions
 from peft_reft.tuner.injection import reft_layers, state_of
-from peft_reft.tuner.model import get_interventions
 
 Edit = Callable[[int, Tensor], Tensor]  # the number of a block and its output -> what is added to that
 

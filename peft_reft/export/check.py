@@ -19,8 +19,8 @@ from peft_reft.export.answers import greedy_answer
 from peft_reft.export.models import plain_generation
 from peft_reft.export.programs import open_backbone
 from peft_reft.export.tensors import read_edits
+from peft_reft.tuner.adapters import set_strength
 from peft_reft.tuner.config import ReftConfig
-from peft_reft.tuner.model import set_strength
 
 PROMPT = 9  # tokens
 STRENGTHS = (1.0, 4.0, 16.0, 64.0)  # tried until the adapter changes the answer

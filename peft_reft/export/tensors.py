@@ -24,9 +24,9 @@ from peft_reft.info.measuring import built
 from peft_reft.info.reading import interventions_of
 from peft_reft.interventions import Factors, Intervention, kind_of, stack_factors
 from peft_reft.positions import PositionSpec, parse_positions
+from peft_reft.tuner.adapters import get_interventions
 from peft_reft.tuner.files import read_adapter
 from peft_reft.tuner.injection import reft_layers
-from peft_reft.tuner.model import get_interventions
 
 BAKE = (
     "Such an adapter can be part of an exported graph: exportable(model, baked=adapter_name), or --bake on the command "

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from peft_reft.command_line import OneLineParser
 from peft_reft.info.adapter import adapter_info
-from peft_reft.integrations.arguments import OneLineParser
 from peft_reft.tuner.files import printable
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from peft_reft.command_line import OneLineParser, add_model_options, number
 from peft_reft.inspect.batch import is_causal
 from peft_reft.inspect.heatmap import LABELS
 from peft_reft.inspect.run import inspect_adapter
 from peft_reft.inspect.tables import Inspection
-from peft_reft.integrations.arguments import OneLineParser, add_model_options, number
 from peft_reft.integrations.loading import load_adapters
+from peft_reft.integrations.threads import share_the_machine
 
 
 def main(argv: list[str]) -> int:
@@ -36,6 +39,7 @@ def main(argv: list[str]) -> int:
     )
     add_model_options(parser)
     arguments = parser.parse_args(argv)
+    share_the_machine()
     try:
         for name in ("out", "csv"):
             check_folder(f"--{name}", getattr(arguments, name))
@@ -58,7 +62,7 @@ def main(argv: list[str]) -> int:
     except (ValueError, OSError, ImportError, KeyError) as error:
         print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(summary(found))
+    print(summary(found, arguments.prompt))
     return 0 if draws or arguments.out is None else 1
 
 
@@ -94,11 +98,11 @@ def is_chat(model: Any, tokenizer: Any) -> bool:
     return is_causal(model.get_base_model()) and getattr(tokenizer, "chat_template", None) is not None
 
 
-def summary(found: Inspection) -> str:
-    """A few lines per prompt: the prediction, and how much each block matters for it."""
+def summary(found: Inspection, texts: Sequence[str]) -> str:
+    """A few lines per prompt: its text, the prediction, and how much each block matters for it."""
     lines = []
     for prompt in dict.fromkeys(row["prompt"] for row in found.edits):
-        lines.append(f"prompt {prompt}")
+        lines.append(f"prompt {prompt}: {textwrap.shorten(texts[prompt], 100)}")
         for total in (row for row in found.totals if row["prompt"] == prompt):
             lines.append(
                 f"  all blocks: tv {total['tv']:.3f}, kl {total['kl']:.3g} nats; most likely {total['top']!r}, "

@@ -48,8 +48,9 @@ def load_adapters(
     try:
         model = auto.from_pretrained(name, dtype=dtype, trust_remote_code=False, **more)
     except (OSError, ValueError) as error:
+        where = "" if Path(name).is_dir() else " There is no such folder here, so it was looked for on the hub."
         said = textwrap.shorten(str(error), 300)
-        raise ValueError(f"The base model {name!r} cannot be loaded; --model names another. {said}") from error
+        raise ValueError(f"The base model {name!r} cannot be loaded; --model names another.{where} {said}") from error
     for adapter, folder in folders.items():
         try:
             with warnings.catch_warnings():

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import shlex
 import sys
+import textwrap
+import warnings
 from pathlib import Path
 from typing import Any
 
 from datasets import load_dataset
 from transformers import AutoConfig, AutoTokenizer, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer, get_dataset, get_quantization_config, is_conversational
 from trl.scripts.utils import DatasetConfig
 
@@ -22,6 +25,7 @@ from peft_reft.integrations.chat_template import chat_prompt_end
 from peft_reft.integrations.collator import KEY, ReftDataCollator
 from peft_reft.integrations.edited_tokens import columns_of, with_marks
 from peft_reft.integrations.sft_options import PROGRAM, Parser, UserError
+from peft_reft.integrations.threads import share_the_machine
 from peft_reft.positions.prompts import IGNORED
 from peft_reft.tuner.config import ReftConfig
 from peft_reft.tuner.files import one_line
@@ -43,9 +47,13 @@ def load_data(script: Any, training: Any, mixture: Any) -> tuple[Any, Any]:
     set_seed(training.seed)  # so that all processes split the data alike
     try:
         data = read_data(script, mixture)
+    except UserError:
+        raise
     except Exception as error:  # the libraries below have no common class of errors for bad data
         cause = f" ({one_line(error.__cause__)})" if error.__cause__ is not None else ""
         reason = str(error) or type(error).__name__
+        if not mixture.datasets and not Path(name).exists():
+            cause += ". There is no such file or folder here, so it was looked for on the hub."
         raise UserError(f"The data set {name or mixture.datasets!r} cannot be read: {reason}{cause}") from error
     wanted = [script.dataset_train_split, *([script.dataset_test_split] if training.eval_strategy != "no" else [])]
     missing = [split for split in wanted if split not in data]
@@ -70,7 +78,7 @@ def read_data(script: Any, mixture: Any) -> Any:
         mixture.datasets = [DatasetConfig(path=FILE_TYPES[path.suffix], data_files=str(path))]
         mixture.streaming = streaming
     elif not mixture.datasets and path.suffix in FILE_TYPES:
-        raise ValueError("there is no such file")
+        raise UserError(f"The data set {script.dataset_name!r} cannot be read: there is no such file.")
     if mixture.datasets:
         return get_dataset(mixture)
     data = load_dataset(script.dataset_name, name=script.dataset_config, streaming=streaming)
@@ -125,7 +133,11 @@ def make_trainer(training: Any, model: Any, config: ReftConfig, train: Any, test
             model.model_name_or_path, revision=model.model_revision, trust_remote_code=training.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"The base model {model.model_name_or_path!r} cannot be loaded: {error}") from error
+        name = model.model_name_or_path
+        where = "" if Path(name).is_dir() else " There is no such folder here, so it was looked for on the hub."
+        raise UserError(
+            f"The base model {name!r} cannot be loaded.{where} {textwrap.shorten(str(error), 300)}"
+        ) from error
     training.model_init_kwargs = {
         "revision": model.model_revision,
         "trust_remote_code": training.trust_remote_code,
@@ -186,6 +198,15 @@ def what_is_trained(trainer: Any, config: ReftConfig) -> str:
     )
 
 
+def what_was_stopped(trainer: Any) -> str:
+    """How far the training came until Ctrl-C, and how to go on."""
+    done = f"stopped in step {trainer.state.global_step + 1} of {trainer.state.max_steps}; the adapter was not saved."
+    checkpoint = get_last_checkpoint(trainer.args.output_dir)
+    if checkpoint is None:
+        return f"{done} There is no checkpoint to go on from; --save_steps N writes one every N steps."
+    return f"{done} The same command with --resume_from_checkpoint {shlex.quote(checkpoint)} goes on."
+
+
 def what_next(folder: str, data: Any) -> str:
     """Where the adapter is, and the commands to talk with it and to look into it."""
     row = next(iter(data))
@@ -217,8 +238,12 @@ def main(argv: list[str]) -> int:
     """Train an adapter as the command line says.
 
     Returns:
-        The exit status: 0, or 2 if something that the user gave cannot be used (a line on stderr says what).
+        The exit status: 0, or 2 if something that the user gave cannot be used (a line on stderr says what), or 130
+        after Ctrl-C in training.
     """
+    # What TRL and PEFT use as their own, under names that transformers has changed
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
+    share_the_machine()
     try:
         # The data are looked at before the model is loaded, which may take minutes.
         config, script, training, model, mixture = Parser().parse(argv)
@@ -231,7 +256,11 @@ def main(argv: list[str]) -> int:
         print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     trainer.accelerator.print(what_is_trained(trainer, config))
-    trainer.train(resume_from_checkpoint=resumed)
+    try:
+        trainer.train(resume_from_checkpoint=resumed)
+    except KeyboardInterrupt:
+        trainer.accelerator.print(f"\n{PROGRAM}: {what_was_stopped(trainer)}", file=sys.stderr)
+        return 130
     if test is not None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)

@@ -131,7 +131,8 @@ class Parser(TrlParser):
         except (OSError, ValueError, IndexError, yaml.YAMLError) as error:
             raise UserError(str(error)) from error
         if unknown:
-            close = difflib.get_close_matches(unknown[0], self._option_string_actions, 1)
+            known = [*(f"--{name}" for name in ALIASES), *self._option_string_actions]
+            close = difflib.get_close_matches(unknown[0], known, 1)
             raise UserError(f"{unknown[0]!r} is no option.{f' Did you mean {close[0]}?' if close else ''}")
         given = [f"--{name}" for name in LORA if getattr(model, name) is not None]
         if given:

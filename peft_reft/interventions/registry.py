@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from peft_reft.interventions.boundless import BoundlessIntervention
 from peft_reft.interventions.equations import (
     METHODS,
     ConsreftIntervention,
@@ -34,6 +35,7 @@ REGISTRY: dict[str, type[nn.Module]] = {
     "lobireft": LobireftIntervention,
     "interchange": InterchangeIntervention,
     "vanilla": VanillaIntervention,
+    "boundless": BoundlessIntervention,
 }
 BUILT_IN = frozenset(REGISTRY)
 KEYWORDS = ("dropout", "act_fn", "init_weights", "train_bias", "parts")  # what a constructor may take besides d and r

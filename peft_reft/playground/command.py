@@ -6,7 +6,7 @@ import importlib.util
 import sys
 
 from peft_reft.chat.loading import add_loading_arguments, open_talker
-from peft_reft.integrations.arguments import OneLineParser, number
+from peft_reft.command_line import OneLineParser, number
 from peft_reft.playground.replies import Replies
 
 PROGRAM = "python -m peft_reft playground"

@@ -277,22 +277,26 @@ def document_starts(
     Args:
         valid: bool [B, S].
         position_ids: long [B, S], restarting with every document; looked at on valid tokens only, and only
-            a step that does not go up counts as a restart (padding and holes in the mask make it jump up).
+            a step that does not go up counts as a restart (padding and holes in the mask make it jump up). [4, B, S],
+            as of models of images and video: the first of the four are those of the text.
         seq_idx: [B, S], the number of each column's document.
-        cu_seq_lens: [D + 1], cumulative lengths of the documents of a single row.
+        cu_seq_lens: [D + 1], cumulative lengths of the documents, over all rows one after the other.
 
     Returns:
         Bool [B, S] and the most documents a row can hold (None if unknown); (None, None) without any description.
     """
     rows, columns = valid.shape
-    if cu_seq_lens is not None and rows == 1:
+    if cu_seq_lens is not None:
         # A column past the end takes the closing boundary (and empty documents at the end), and is cut off.
-        starts = torch.zeros(columns + 1, dtype=torch.bool, device=valid.device)
-        starts = starts.index_fill(0, cu_seq_lens.long().clamp(max=columns), True)[None, :columns]
+        total = rows * columns
+        starts = torch.zeros(total + 1, dtype=torch.bool, device=valid.device)
+        starts = starts.index_fill(0, cu_seq_lens.long().clamp(max=total), True)[:total].view(rows, columns)
         return starts, cu_seq_lens.shape[0]
     if seq_idx is not None and seq_idx.shape == valid.shape:
         changed = seq_idx[:, 1:] != seq_idx[:, :-1]
         return F.pad(changed, (1, 0), value=True), None
+    if position_ids is not None and position_ids.dim() == 3 and position_ids.shape[0] == 4:
+        position_ids = position_ids[0]
     if position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] == columns:
         position_ids = position_ids.expand(rows, columns)
         # The id of the last valid token before each column: gathered, since padding in between has ids of its own.

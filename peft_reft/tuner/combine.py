@@ -1,4 +1,4 @@
-"""Putting together what was learned apart: choosing subspaces of an adapter, adding one, and sums of adapters."""
+"""Putting together what was learned apart: one more subspace of an adapter, and sums of adapters."""
 
 from __future__ import annotations
 
@@ -10,49 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_reft.context.subspaces import choice_of
 from peft_reft.interventions import Intervention, build_intervention
 from peft_reft.tuner.config import ReftConfig
-from peft_reft.tuner.injection import reft_layers, state_of
 from peft_reft.tuner.layer import ReftLayer
 
 SAME = ("positions", "share_weights", "share_layers", "turns", "prompt_end")  # which edits that are summed must share
 APART = ("modules_to_save", "trainable_token_indices")  # which cannot be summed
-
-
-def set_subspaces(model: nn.Module, subspaces: Any, adapter_name: str | None = None) -> None:
-    """Choose which named parts of an adapter's R act, where a call does not say so itself with `subspaces=`.
-
-    Args:
-        model: a `PeftModel`, or a model that adapters were injected into.
-        subspaces: a name, a list of names, {name: strength}; [] for none of them, None for all. It holds until it is
-            set again, and is not saved with the adapter.
-        adapter_name: None for the active adapters that have subspaces.
-
-    Raises:
-        ValueError: if no such adapter has subspaces, or one does not have those that are named.
-    """
-    layers = list(reft_layers(model).values())
-    choice = choice_of(subspaces)
-    active = {name for layer in layers for name in layer.active_adapters}
-    known = {name: parts for layer in layers for name, parts in layer.subspaces.items()}
-    chosen = known.keys() & (active if adapter_name is None else {adapter_name})
-    if not chosen:
-        raise ValueError(
-            f"{'No active ReFT adapter' if adapter_name is None else f'No ReFT adapter {adapter_name!r}'} has "
-            f"subspaces; those with subspaces are {sorted(known)}. Make one with ReftConfig(subspaces={{...}})."
-        )
-    there = {part for name in chosen for part in known[name]}
-    if choice is not None and not there.issuperset(choice):
-        raise ValueError(f"subspaces={subspaces!r} are not all there: {sorted(chosen)} has {sorted(there)}.")
-    for layer in layers:
-        for name in chosen & layer.subspaces.keys():
-            layer.chosen_subspaces.pop(name, None)
-            if choice is not None:
-                layer.chosen_subspaces[name] = dict(choice)
-    state = state_of(model)
-    if state is not None:
-        state.plans.clear()  # which were made with the choice before
 
 
 def grown(config: ReftConfig, name: str, r: int) -> ReftConfig:

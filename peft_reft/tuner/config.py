@@ -37,7 +37,7 @@ class ReftConfig(PeftConfig):
         default="loreft",
         metadata={
             "help": "The equation: 'loreft', 'noreft', 'direft', 'odireft', 'consreft', 'lobireft', 'interchange', "
-            "'vanilla', or a name given to `register_intervention`."
+            "'vanilla', 'boundless', or a name given to `register_intervention`."
         },
     )
     positions: str = field(

@@ -6,6 +6,7 @@ tensors and nothing else. Writing is the work of staging.py.
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 import zipfile
@@ -60,17 +61,24 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG_NAME
     if not path.is_file():
         inside = sorted(str(found.parent) for found in directory.glob(f"*/{CONFIG_NAME}"))
-        hint = f" There are adapters in {', '.join(map(repr, inside))}." if inside else ""
-        what = "has no" if directory.is_dir() else "is no directory, let alone one with an"
+        hint = f" There are adapters in {', '.join(map(repr, inside))}." if inside else meant(directory)
+        what = f"has no {CONFIG_NAME}" if directory.is_dir() else "is no directory"
         raise ValueError(
-            f"{str(directory)!r} {what} {CONFIG_NAME}, so it is no saved adapter. Give the directory that "
-            f"save_pretrained wrote (a download of it, if it is on the hub).{hint}"
+            f"{str(directory)!r} {what}, so it is no saved adapter. Give the directory that save_pretrained wrote (a "
+            f"download of it, if it is on the hub).{hint}"
         )
     config = read_json(path)
     kind = config.get("peft_type")
     if kind != "REFT":
         raise ValueError(f"{str(directory)!r} holds an adapter of the type {kind!r}, and not one of the type 'REFT'.")
     return config
+
+
+def meant(directory: Path) -> str:
+    """A question after the directory of adapters that was probably meant by a misspelt one, or nothing."""
+    there = {str(found.parents[up]) for up in (0, 1) for found in directory.parent.glob(f"*/{'*/' * up}{CONFIG_NAME}")}
+    close = difflib.get_close_matches(str(directory), sorted(there), 1)
+    return f" Did you mean {close[0]!r}?" if close and not directory.is_dir() else ""
 
 
 def is_reft_adapter(directory: Path) -> bool:

@@ -11,9 +11,11 @@ from peft.utils.peft_types import TaskType
 from torch import nn
 
 from peft_reft.context.block import CHILD, keep_called
-from peft_reft.context.entry import ForwardEntry, detach_entries
+from peft_reft.context.entry import ForwardEntry
 from peft_reft.context.generate import GenerateEntry, PrepareEntry
 from peft_reft.context.method import MethodEntry
+from peft_reft.context.opening import Entered
+from peft_reft.context.outermost import attach_entry, detach_entries
 from peft_reft.context.replay import unwrap_checkpoints
 from peft_reft.context.state import ModelState
 from peft_reft.tuner.layer import ReftLayer, detach_layer
@@ -56,15 +58,15 @@ def attach_entries(model: nn.Module, state: ModelState) -> None:
             continue
         below = {name: layer for name, layer in layers.items() if not path or name.startswith(f"{path}.")}
         role = roles.get(module, "router" if roles else "")
-        ForwardEntry(
+        entered = Entered(
             module,
             state,
             role,
             depth=len(path.split(".")) if path else 0,
             causal=role == "" and any(predicts_tokens(model.get_submodule(part)) for part in _prefixes(path)),
-            blocks=[name[len(path) + 1 :] if path else name for name in below],
             layers=list(below.values()),
-        ).attach()
+        )
+        attach_entry(ForwardEntry(entered, [name[len(path) + 1 :] if path else name for name in below]))
         if takes_tokens or not path:
             _stand_in_for_methods(module, state)
 
@@ -133,6 +135,14 @@ def tidy_up(model: nn.Module) -> None:
         attach_entries(model, state)
     else:
         _remove(model, state)
+
+
+def remove_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Take what was created for an adapter off a model, whose tuner does not know of it (any more)."""
+    for layer in reft_layers(model).values():
+        if adapter_name in layer.reft_interventions:
+            layer.delete_adapter(adapter_name)
+    tidy_up(model)
 
 
 def remove_empty_layers(model: nn.Module) -> None:

@@ -132,28 +132,25 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             return self.edit(self._as_rows(h, context), context).view(h.shape)
         out, number = h, self.number
         for edit in context.edits_of(self, h):
-            block = edit.blocks.get(number)
-            if block is not None:
+            factors = edit.blocks.get(number)
+            if factors is not None:
                 if h.shape[-1] != self.width:
                     raise ValueError(
                         f"A block returned vectors of width {h.shape[-1]}, but its ReFT adapter was made for width "
                         f"{self.width}. Exclude that block with exclude_modules, or target other modules."
                     )
-                out = edit.add(out, h, block)
+                out = edit.add(out, h, factors)
         return out
 
     def _as_rows(self, h: Tensor, context: ForwardContext) -> Tensor:
         """The output [..., d] of a module without tokens as [B, S, d]: a row is a batch entry, one vector if [B, d]."""
-        specs = {str(spec) for spec in self.active_specs()}
-        if context.columns is not None and context.find is not None and specs != {"all"}:
+        others = sorted({str(spec) for spec in self.active_specs()} - {"all"})
+        counts_tokens = context.columns is not None and context.prompts_of is not None
+        if others and (counts_tokens or h.dim() > 3):
+            counted = f"the call's {context.columns} tokens" if counts_tokens else "the vectors of a sequence [B, S, d]"
             raise ValueError(
-                f"positions={sorted(specs)[0]!r} counts the call's {context.columns} tokens, but a targeted module "
-                f"returned a tensor of shape {tuple(h.shape)}. Use positions='all', or target other modules."
-            )
-        if h.dim() > 3 and specs != {"all"}:
-            raise ValueError(
-                f"positions={sorted(specs - {'all'})[0]!r} counts the vectors of a sequence [B, S, d], but a targeted "
-                f"module returned a tensor of shape {tuple(h.shape)}. Use positions='all', or target other modules."
+                f"positions={others[0]!r} counts {counted}, but a targeted module returned a tensor of shape "
+                f"{tuple(h.shape)}. Use positions='all', or target other modules."
             )
         rows = h.shape[0] if h.dim() > 1 else 1
         return h.reshape(rows, -1, h.shape[-1])

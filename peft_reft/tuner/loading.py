@@ -63,9 +63,13 @@ def _peft_load_adapter(original: Any, model: Any, model_id: Any, adapter_name: s
             if reason is not None:
                 raise ValueError(cannot_replace(adapter_name, reason))
         return original(model, model_id, adapter_name, *args, **kwargs)
-    except BaseException:
-        if is_new and isinstance(model.peft_config.get(adapter_name), ReftConfig):
+    except BaseException as error:
+        config = model.peft_config.get(adapter_name)
+        if is_new and isinstance(config, ReftConfig):
             _remove(model, adapter_name)
+        if isinstance(error, KeyError) and isinstance(config, ReftConfig):  # PEFT looks such tensors up by name
+            reason = f"its file lacks {error.args[0]}, of its modules_to_save or trainable_token_indices"
+            raise ValueError(does_not_fit(model.get_base_model(), reason, config)) from error
         raise
 
 

@@ -1,8 +1,7 @@
-"""ReftModel: the PEFT tuner, with what PEFT asks of one; and looking at the interventions of a model."""
+"""ReftModel: the PEFT tuner, with what PEFT asks of one."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -30,16 +29,16 @@ from peft_reft.tuner.injection import (
     attach_entries,
     is_causal_lm,
     reft_layers,
+    remove_adapter,
     remove_empty_layers,
     remove_reft,
     state_of,
-    tidy_up,
 )
 from peft_reft.tuner.keys import INTERVENTIONS, PREFIX, blocks_of, is_intervention, without_adapter, without_child
 from peft_reft.tuner.layer import ReftLayer, attach_layer
+from peft_reft.tuner.model_sizes import check_sizes
 from peft_reft.tuner.neighbours import ON_INJECTION
 from peft_reft.tuner.private import ExcludedModule, maybe_include_all_linear_layers
-from peft_reft.tuner.sizes import check_sizes
 from peft_reft.tuner.targets import (
     check_adapter_name,
     check_shapes,
@@ -133,7 +132,7 @@ class ReftModel(BaseTuner):
         check_sizes(peft_config, model, self._targets)
         check_trained_tokens(peft_config, model, {*self._targets, *reft_layers(model)})
         linear = linear_layers_within_blocks(model, targets)
-        warn_of_settings_without_effect(peft_config, targets, linear)
+        warn_of_settings_without_effect(peft_config, model, targets, linear)
         self._prompt_end = prompt_end_ids(
             peft_config, None, getattr(getattr(model, "config", None), "_name_or_path", None)
         )
@@ -322,75 +321,3 @@ def modules_outside_layers(module: nn.Module) -> Iterator[nn.Module]:
         yield module
         for child in module.children():
             yield from modules_outside_layers(child)
-
-
-def remove_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Take what was created for an adapter off a model, whose tuner does not know of it (any more)."""
-    for layer in reft_layers(model).values():
-        if adapter_name in layer.reft_interventions:
-            layer.delete_adapter(adapter_name)
-    tidy_up(model)
-
-
-def get_interventions(model: nn.Module, adapter_name: str | None = None) -> dict[str, nn.ModuleList]:
-    """The interventions of an adapter.
-
-    Args:
-        model: a `PeftModel`, or a model that adapters were injected into.
-        adapter_name: None for the active adapter.
-
-    Returns:
-        For every edited block, by its module name in the base model, a ModuleList with one intervention per position
-        group, in the order of the terms of `positions` (a single one if the weights are shared).
-
-    Raises:
-        ValueError: if there is no such adapter, or several are active and none is named.
-    """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    base = base.model if isinstance(base, BaseTuner) else base
-    layers = reft_layers(base)
-    if adapter_name is None:
-        active = sorted({name for layer in layers.values() for name in layer.active_adapters})
-        if len(active) != 1:
-            raise ValueError(f"The active ReFT adapters are {active}; name the one to look at with adapter_name.")
-        adapter_name = active[0]
-    found = {
-        own_name(block): layer.reft_interventions[adapter_name]
-        for block, layer in layers.items()
-        if adapter_name in layer.reft_interventions
-    }
-    if not found:
-        known = sorted({name for layer in layers.values() for name in layer.reft_interventions})
-        raise ValueError(f"The model has no ReFT adapter {adapter_name!r}; its ReFT adapters are {known}.")
-    return found  # type: ignore[return-value]
-
-
-def set_strength(model: nn.Module, strength: float, adapter_name: str | None = None) -> None:
-    """Scale an adapter's edits: 0 leaves the base model, 1 is as trained; negative and larger values work too.
-
-    Args:
-        model: a `PeftModel`, or a model that adapters were injected into.
-        strength: the factor of every edit, until it is set again; not saved with the adapter.
-        adapter_name: None for the active adapters, "*" for all (those that are used by row only, too).
-
-    Raises:
-        ValueError: if there is no such adapter, or the strength is no finite number.
-    """
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
-        raise ValueError(
-            f"strength={strength!r} is not a finite number; 0 is the base model, 1 the adapter as trained."
-        )
-    layers = list(reft_layers(model).values())
-    known = sorted({name for layer in layers for name in layer.scaling})
-    if not known:
-        raise ValueError(
-            f"{type(model).__name__} has no ReFT adapter whose strength could be set; add one with get_peft_model, or "
-            "load one with PeftModel.from_pretrained."
-        )
-    if adapter_name not in (None, "*") and adapter_name not in known:
-        raise ValueError(f"The model has no ReFT adapter {adapter_name!r}; its ReFT adapters are {known}.")
-    for layer in layers:
-        names = {None: layer.active_adapters, "*": known}.get(adapter_name, [adapter_name])
-        for name in names:
-            if name in layer.scaling:
-                layer.scaling[name] = float(strength)

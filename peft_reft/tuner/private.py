@@ -1,7 +1,7 @@
 """Every private part of PEFT and transformers that this package uses: what, where, why, and what would replace it.
 
-Run with the versions of `TESTED`. A part that is missing raises ImportError here, which names the version; nothing
-falls back in silence. docs/upstream.md describes the public hooks for the maintainers of both projects.
+Run with the versions that versions.py names. A part that is missing raises ImportError here, which names the version;
+nothing falls back in silence. docs/upstream.md describes the public hooks for the maintainers of both projects.
 
 part                                              used in                          why
                                                   what would make it unnecessary
@@ -29,14 +29,11 @@ transformers CallbackHandler.__init__, wrapped    integrations/trainer.py       
 
 from __future__ import annotations
 
-import warnings
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
-from packaging.version import Version
-
-TESTED = {"peft": ("0.21.0", "0.22"), "transformers": ("5.16", "5.24"), "trl": ("1.16", "1.17")}  # from, and below
+from peft_reft.tuner.versions import supported
 
 
 def _part(module: str, name: str) -> Any:
@@ -44,10 +41,9 @@ def _part(module: str, name: str) -> Any:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         package = module.partition(".")[0]
-        low, below = TESTED[package]
         raise ImportError(
             f"{package} {version(package)} has no {module}.{name}, which peft_reft uses. Install a version that was "
-            f'tested with it: pip install "{package}>={low},<{below}"'
+            f'tested with it: pip install "{supported(package)}"'
         ) from error
 
 
@@ -55,16 +51,3 @@ ExcludedModule = _part("peft.tuners.tuners_utils", "_ExcludedModule")
 maybe_include_all_linear_layers = _part("peft.tuners.tuners_utils", "_maybe_include_all_linear_layers")
 get_input_embeddings_name = _part("peft.utils.other", "_get_input_embeddings_name")
 insert_adapter_name_into_state_dict = _part("peft.utils.save_and_load", "_insert_adapter_name_into_state_dict")
-
-
-def warn_of_untested_versions() -> None:
-    """Say once, at import, which installed version is newer than those that were tested."""
-    for package in ("transformers",):
-        low, below = TESTED[package]
-        installed = Version(Version(version(package)).base_version)
-        if installed >= Version(below):
-            warnings.warn(
-                f"peft_reft was tested with {package} {low} to below {below}; {version(package)} is installed. If "
-                f'something is wrong, try pip install "{package}<{below}".',
-                stacklevel=2,
-            )

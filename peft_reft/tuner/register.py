@@ -8,21 +8,11 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-from packaging.version import Version
 from peft.utils import peft_types
 
+from peft_reft.tuner.versions import check_peft_version, warn_of_untested_versions
+
 NAME = "REFT"
-LOWEST, TOO_NEW = Version("0.21.0"), Version("0.22")
-SUPPORTED_PEFT = f">={LOWEST},<{TOO_NEW}"  # the same range as in pyproject.toml
-
-
-def check_peft_version(installed: str) -> None:
-    """Raise ImportError, with both versions, if this PEFT is not supported."""
-    if not LOWEST <= Version(Version(installed).base_version) < TOO_NEW:
-        raise ImportError(
-            f"peft_reft supports peft{SUPPORTED_PEFT}, but peft {installed} is installed. "
-            f'Install a supported one: pip install "peft{SUPPORTED_PEFT}"'
-        )
 
 
 def add_peft_type() -> None:
@@ -65,7 +55,6 @@ def register() -> None:
     from peft_reft.tuner.config import ReftConfig
     from peft_reft.tuner.loading import wrap_loading
     from peft_reft.tuner.model import ReftModel
-    from peft_reft.tuner.private import warn_of_untested_versions
     from peft_reft.tuner.saving import save_whole_files
 
     tables: tuple[dict, ...] = (

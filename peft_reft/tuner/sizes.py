@@ -1,36 +1,20 @@
-"""How large the numbers of a config may be: what no model can use, and what this model cannot.
+"""How large the numbers of a config may be, whatever the model: compared when the config is built.
 
-A config may come from a stranger. Its numbers become sizes of tensors and counts of modules, so they are compared
-first: with fixed limits when the config is built, with the model's own before an adapter is made for it.
+A config may come from a stranger. Its numbers become sizes of tensors and counts of modules; the limits of the model
+that an adapter is made for are in model_sizes.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
-from torch import nn
-from transformers import PretrainedConfig
-
-from peft_reft.blocks import input_embedding
 from peft_reft.positions.notation import parse_positions
-
-if TYPE_CHECKING:
-    from peft_reft.tuner.config import ReftConfig
 
 MOST_NAMES = 10_000  # of modules, layers or patterns in a config
 MOST_MARKER = 1_024  # token ids or characters of prompt_end
 MOST_PER_BLOCK = 1_024  # interventions of a block, with share_weights="position"
 MOST_TOKENS = 2**24  # that a term of positions may count, whatever the model
-MOST_UNSTATED = 2**20  # the same, for models that do not say how many tokens they take
-MOST_PARAMETERS = 2**27  # of an adapter; a larger base model may have an adapter of its own size
-STATED = (  # where the configs of transformers say it
-    "max_position_embeddings",
-    "max_source_positions",
-    "max_target_positions",
-    "max_encoder_position_embeddings",
-    "max_decoder_position_embeddings",
-)
 
 
 def shown(value: object, most: int = 200) -> str:
@@ -43,8 +27,11 @@ def shown(value: object, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
-def check_config_sizes(config: ReftConfig) -> None:
+def check_config_sizes(config: Any) -> None:
     """Refuse what no model could use, before anything looks at it in full.
+
+    Args:
+        config: a `ReftConfig` that is being built.
 
     Raises:
         ValueError: naming the field.
@@ -84,89 +71,6 @@ def check_config_sizes(config: ReftConfig) -> None:
             f"interventions for each block, one per position; the most is {MOST_PER_BLOCK}. Name fewer positions, or "
             "use share_weights=False for one intervention per term."
         )
-
-
-def check_sizes(config: ReftConfig, model: nn.Module, targets: Mapping[str, tuple[int, int]] | None = None) -> None:
-    """Refuse what this model cannot use, before anything is allocated or changed.
-
-    Args:
-        targets: width and rank of each module to edit, by its name; None to leave the adapter's size out.
-
-    Raises:
-        ValueError: naming the field, the model and its limit.
-    """
-    name = type(model).__name__
-    spec = parse_positions(config.positions)
-    most, said = most_tokens(model)
-    for term in spec.terms:
-        if term.count > most:
-            raise ValueError(
-                f"positions={config.positions!r} counts {term.count} tokens, but {name} takes at most {most} ({said}). "
-                "Use a smaller number, or 'all' for every token of the prompt."
-            )
-    vocabulary = vocabulary_of(model)
-    marker = config.prompt_end if isinstance(config.prompt_end, (list, tuple)) else ()
-    check_ids("prompt_end", marker, vocabulary, name)
-    tokens = config.trainable_token_indices
-    if isinstance(tokens, list):
-        check_ids("trainable_token_indices", tokens, vocabulary, name)
-    elif isinstance(tokens, dict):
-        for module, ids in tokens.items():
-            check_ids("trainable_token_indices", ids, rows_of(model, module), f"{module!r} of {name}")
-    if targets:
-        sizes = [rank * (2 * width + 1) for width, rank in targets.values()]  # the source, the basis and the bias
-        size = (max(sizes) if config.share_layers else sum(sizes)) * spec.num_interventions(config.share_weights)
-        allowed = max(MOST_PARAMETERS, sum(parameter.numel() for parameter in model.parameters()))
-        if size > allowed:
-            raise ValueError(
-                f"r={config.r}, positions={config.positions!r} and share_weights={config.share_weights!r} make an "
-                f"adapter of {size} parameters in {len(targets)} block(s), more than {name} itself has, and more than "
-                f"{MOST_PARAMETERS}. Use a smaller rank or fewer positions."
-            )
-
-
-def most_tokens(model: nn.Module) -> tuple[int, str]:
-    """The most tokens that a model takes in one sequence, and in words where that stands."""
-    configs = list(nested(getattr(model, "config", None)))
-    stated = [
-        {name: value for name in STATED if isinstance(value := getattr(config, name, None), int) and value > 0}
-        for config in configs
-    ]
-    # The images of a model with a text part are not bounded by what the text part says.
-    silent = any(not found and hasattr(config, "num_hidden_layers") for config, found in zip(configs, stated))
-    limits = [(value, f"{name} in its config") for found in stated for name, value in found.items()]
-    if silent or not limits:
-        return MOST_UNSTATED, "its config does not say how many"
-    return max(limits)
-
-
-def nested(config: Any) -> Iterator[PretrainedConfig]:
-    """A config of transformers and those in it, of its text and image parts."""
-    if isinstance(config, PretrainedConfig):
-        yield config
-        for part in vars(config).values():
-            yield from nested(part)
-
-
-def vocabulary_of(model: Any) -> int | None:
-    """How many token ids a model knows; None if it does not say."""
-    config = getattr(model, "config", None)
-    if not isinstance(config, PretrainedConfig):
-        return None
-    size = getattr(config.get_text_config(), "vocab_size", None)
-    if not isinstance(size, int):
-        return None
-    return max(size, getattr(input_embedding(model), "num_embeddings", 0))
-
-
-def rows_of(model: nn.Module, name: str) -> int | None:
-    """How many rows the embedding of this name has, or the largest of several; None if there is none."""
-    sizes = [
-        module.num_embeddings
-        for own, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and f".{own}".endswith(f".{name}")
-    ]
-    return max(sizes, default=None)
 
 
 def check_ids(field: str, ids: Iterable[object], vocabulary: int | None = None, owner: str = "") -> None:

@@ -5,13 +5,10 @@ What a call says of its rows is read in context/subspaces.py, the equation of pa
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft_reft.interventions import check_parts
 from peft_reft.tuner.sizes import shown
-
-if TYPE_CHECKING:
-    from peft_reft.tuner.config import ReftConfig
 
 LONGEST_NAME = 100
 
@@ -28,8 +25,11 @@ def as_subspaces(value: Any) -> Any:
     return value
 
 
-def check_subspaces(config: ReftConfig) -> None:
+def check_subspaces(config: Any) -> None:
     """Refuse subspaces that no adapter could have.
+
+    Args:
+        config: a `ReftConfig` that is being built.
 
     Raises:
         ValueError: naming the field.

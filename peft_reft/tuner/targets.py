@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
@@ -11,14 +13,17 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from peft_reft.blocks import ModelBlocks, block_number, group_by_stack, own_modules, own_name, pick_layers
-from peft_reft.context.block import CHILD
 from peft_reft.tuner.config import ReftConfig
-from peft_reft.tuner.injection import reft_layers
+from peft_reft.tuner.layer import ReftLayer
 from peft_reft.tuner.private import ExcludedModule, get_input_embeddings_name
 
 UNMATCHED_RANK = (
     "The rank_pattern of a ReFT adapter has the key {pattern!r}, which names none of the edited modules ({names}), so "
     "that it has no effect: ranks are r={r}. A key is the end of a name, or a regular expression for it."
+)
+UNMATCHED_SAVED = (
+    "The modules_to_save of a ReFT adapter, {names}, name no module of the model, so that none is trained or saved "
+    "beside the edits. Each is the end of a module's name."
 )
 LINEAR_LAYERS = (
     "A ReFT adapter with target_modules={targets!r} edits the outputs of linear layers ({names}), as LoRA does with "
@@ -34,8 +39,9 @@ def choose_targets(config: ReftConfig, model: nn.Module, blocks: ModelBlocks) ->
         ValueError: if the model's blocks cannot be found, or `layers_to_transform` names none of them.
     """
     modules = own_modules(model).items()
-    names = [name for name, module in modules if name and not isinstance(module, BaseTunerLayer)]
-    inside_layers = tuple(f"{own_name(name)}.{CHILD}." for name in reft_layers(model))
+    # Another tuner's layer, such as LoRA's, can be edited like the module that it replaced; what is in it cannot.
+    inside_layers = tuple(f"{name}." for name, module in modules if isinstance(module, BaseTunerLayer))
+    names = [name for name, module in modules if name and not isinstance(module, ReftLayer)]
     names = [name for name in names if not name.startswith(inside_layers)] if inside_layers else names
     stacks = [names]
     if config.target_modules is None:
@@ -62,20 +68,27 @@ def check_adapter_name(name: str) -> None:
     """Refuse a name that cannot be the name of a module, before anything is changed.
 
     Raises:
-        ValueError: if it is empty, holds a dot, or is an attribute of the module that holds adapters.
+        ValueError: if it is empty, "*" or an absolute path, holds a dot, or is an attribute of the module that holds
+            adapters.
     """
-    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name) or name == "training":
+    is_taken = not isinstance(name, str) or hasattr(nn.ModuleDict, name) or name in ("training", "*")
+    if is_taken or not name or "." in name or os.path.isabs(name):
+        other = re.sub(r"[./*]+", "_", str(name)).strip("_")
         raise ValueError(
-            f"adapter_name={name!r} cannot name an adapter: it becomes part of the names of parameters, so it must "
-            "have no dot, and not be an attribute of a module such as 'training'. Use for instance "
-            f"{str(name).replace('.', '_') + ('_adapter' if '.' not in str(name) else '')!r}."
+            f"adapter_name={name!r} cannot name an adapter: it becomes part of the names of parameters and of a "
+            "folder's path, so it must have no dot, not begin with a slash, and not be an attribute of a module such "
+            "as 'training', or '*', which stands for all adapters. Use for instance "
+            f"{other if other and other != name else f'{other}_adapter'!r}."
         )
 
 
-def warn_of_settings_without_effect(config: ReftConfig, targets: Iterable[str], linear: Iterable[str]) -> None:
+def warn_of_settings_without_effect(
+    config: ReftConfig, model: nn.Module, targets: Iterable[str], linear: Iterable[str]
+) -> None:
     """Say which settings change nothing, or hardly what they seem to.
 
     Args:
+        model: the model that gets the adapter.
         targets: names of the modules that are edited.
         linear: those of them that are linear layers within blocks.
     """
@@ -84,6 +97,9 @@ def warn_of_settings_without_effect(config: ReftConfig, targets: Iterable[str], 
         if not any(get_pattern_key([pattern], name) == pattern for name in names):
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             warnings.warn(UNMATCHED_RANK.format(pattern=pattern, names=shown, r=config.r))
+    saved = config.modules_to_save
+    if saved and not any(name.endswith(tuple(saved)) for name, _ in model.named_modules()):
+        warnings.warn(UNMATCHED_SAVED.format(names=sorted(saved)))
     projections = sorted({name.rpartition(".")[2] for name in linear})
     if projections:
         warnings.warn(LINEAR_LAYERS.format(targets=config.target_modules, names=", ".join(projections)))

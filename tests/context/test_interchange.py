@@ -330,6 +330,7 @@ def test_a_source_that_nothing_takes_is_refused():
     ("source", "message"),
     [
         (batch(7, 7), "have 2 rows, but the call has 3"),
+        (batch(7), "have 1 rows, but the call has 3"),  # which is not a row for all
         (batch(2, 7, 7, side="left"), "each place needs one to take its value from"),
         ({}, "is dict and not inputs"),
         (SOURCE["input_ids"], "is Tensor and not inputs"),
@@ -342,6 +343,8 @@ def test_sources_that_do_not_pair_with_the_call_are_refused(source, message):
     model = interchange()
     with pytest.raises(ValueError, match=message):
         model(**BASE, source_inputs=source)
+    with pytest.raises(ValueError, match=message):
+        model.generate(**BASE, source_inputs=source, max_new_tokens=1, pad_token_id=0)
     running = state_of(model.get_base_model()).running
     assert (running.context, running.generation, running.collecting) == (None, None, None)
     assert torch.isfinite(logits(model, BASE, source_inputs=SOURCE)).all()

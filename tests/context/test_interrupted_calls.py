@@ -1,5 +1,7 @@
 """An interrupted call leaves nothing to the next, however it ends."""
 
+import functools
+
 import pytest
 import torch
 from conftest import batch, logits, randomize, reft_model, tiny_model
@@ -83,6 +85,28 @@ def test_an_interrupted_call_leaves_nothing_to_the_next(place, call, error):
         else:
             torch.testing.assert_close(one, other)
     assert edited_columns(model, tiny_model("llama", eos_token_id=None), **others[0]) == [[0, 5], [0, 5]]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("place", ["a block", "the lm_head"])
+def test_the_first_call_after_something_took_the_place_of_forward_leaves_nothing(place, error):
+    """Such a call is opened and closed by hooks, of which torch calls none after Ctrl-C."""
+    model = reft_model(tiny_model("llama", eos_token_id=None), **CONFIG)
+    base, other = model.get_base_model(), batch(6, 6, seed=9)
+    expected = logits(base.model, other)
+    assert (expected - logits(tiny_model("llama", eos_token_id=None).model, other)).abs().max() > 1e-3
+    hooks = len(base._forward_hooks)
+    base.forward = functools.partial(base.forward)  # as accelerate and TRL do
+
+    def stop(*args):
+        raise error
+
+    handle = PLACES[place](base).register_forward_pre_hook(stop)
+    with pytest.raises(error):
+        model(**labelled(batch(6, 6, seed=5)["input_ids"]))
+    handle.remove()
+    assert len(base._forward_hooks) == hooks
+    torch.testing.assert_close(logits(base.model, other), expected)
 
 
 def test_a_generator_around_a_forward_that_is_closed_leaves_nothing():

@@ -160,6 +160,19 @@ def test_labels_that_only_a_module_around_sees_raise_in_training_and_warn_once_o
         model(input_ids=ids, labels=labels)
 
 
+class HasAnotherNameAndKeepsThem(PassesLabelsOn):
+    def forward(self, tokens, labels):
+        return self.lm(input_ids=tokens)
+
+
+@pytest.mark.parametrize(("task_type", "way_out"), [(None, "task_type"), ("CAUSAL_LM", "the name input_ids")])
+def test_the_way_out_of_labels_that_are_not_handed_on_is_one_that_is_still_open(task_type, way_out):
+    ids, labels = rows()
+    model = adapted(HasAnotherNameAndKeepsThem(), task_type)
+    (told,) = warnings_of(lambda: model(tokens=ids, labels=labels))
+    assert [words for words in ("task_type", "the name input_ids") if words in told] == [way_out]
+
+
 def test_a_labelled_forward_through_a_wrapper_is_the_same_twice():
     """What a call edits does not depend on the call before it."""
     ids, labels = rows()

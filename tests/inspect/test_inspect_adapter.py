@@ -551,6 +551,7 @@ def test_the_command_writes_a_picture_and_tables(saved, tmp_path, capsys, tokeni
     argv = [str(tmp_path / "adapter"), "--model", str(tmp_path / "base"), "--prompt", "one two four", "--out", str(out)]
     assert main([*argv, "--answer", "five six", "--csv", str(table), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
+    assert printed.startswith("prompt 0: one two four\n")
     assert "model.layers.2: moves 4 tokens" in printed and "nats" in printed
     assert matplotlib.image.imread(out).ndim == 3
     expected = inspect_adapter(saved, "one two four", tokenizer, answers="five six")

@@ -4,9 +4,10 @@ import functools
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from accelerate.utils import compile_regions
 from conftest import batch, logits, randomize, reft_model, tiny_model
-from edit_spy import edited_columns
+from edit_spy import edited_columns, warnings_of
 from peft import PeftModel, get_peft_model
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
@@ -207,6 +208,53 @@ def test_a_forward_between_a_checkpointed_forward_and_its_backward_changes_no_gr
 
 
 # A base that already has an adapter.
+
+
+class OwnCheckpoint(torch.nn.Module):
+    """A checkpoint of a user's own around a block, which nothing of ours sees."""
+
+    def __init__(self, block, reentrant):
+        super().__init__()
+        self.block, self.reentrant = block, reentrant
+
+    def forward(self, hidden_states, **kwargs):
+        run = functools.partial(self.block, **kwargs)
+        return torch.utils.checkpoint.checkpoint(run, hidden_states, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_users_own_checkpoint_around_blocks_of_positions_all_is_told(reentrant):
+    """Its second run knows no padding; torch sees by itself that it saves other tensors, if it is not reentrant."""
+    model = reft_model(llama(), **{**CONFIG, "positions": "all"}).train()
+    model.enable_input_require_grads()
+    layers = model.get_base_model().model.layers
+    for number, block in enumerate(layers):
+        layers[number] = OwnCheckpoint(block, reentrant)
+    loss = model(**labelled(8, 5), use_cache=False).loss
+
+    def backward():
+        try:
+            loss.backward()
+        except torch.utils.checkpoint.CheckpointError:
+            assert not reentrant
+
+    (told,) = warnings_of(backward)
+    assert "outside of its model's forward" in told
+    assert "gradient_checkpointing_enable" in told
+
+
+def test_a_block_that_is_called_by_itself_without_gradients_edits_all_and_says_nothing():
+    model = reft_model(llama(), **{**CONFIG, "positions": "all"})
+    base = model.get_base_model()
+    hidden = torch.randn(2, 5, 32)
+    states = {"position_embeddings": base.model.rotary_emb(hidden, torch.arange(5)[None])}
+    found = []
+    with torch.no_grad():
+        assert warnings_of(lambda: found.append(base.model.layers[0](hidden, **states))) == []
+    plain = llama().model.layers[0](hidden, **states)
+    (edit,) = get_interventions(model)["model.layers.0"]
+    torch.testing.assert_close(found[0], edit(plain), rtol=1e-4, atol=1e-5)
+    assert (found[0] - plain).abs().max() > 1e-2
 
 
 def test_a_second_get_peft_model_on_one_base_leaves_one_adapter(tmp_path):

@@ -8,8 +8,9 @@ import torch
 from conftest import reft_model, tiny_model
 from test_tools import word_tokenizer
 
-from peft_reft import __main__ as command_line
-from peft_reft.integrations import arguments, loading
+from peft_reft import __main__ as program
+from peft_reft import command_line
+from peft_reft.integrations import loading
 from peft_reft.integrations.loading import load_adapters
 
 RUNS_A_MODEL = {"chat": [], "playground": [], "inspect": ["--prompt", "w3"]}  # command -> what else it needs
@@ -49,7 +50,9 @@ def outcome(command, argv, capsys):
         ("sound", ["--dtype", "foo"], "invalid choice: 'foo' (choose from 'auto', 'float32', 'bfloat16', 'float16')"),
         ("sound", ["--device", "nonsense"], "'nonsense' is no device of this machine, which has cpu"),
         ("sound", ["--nonsense"], "--nonsense"),
+        ("sound", ["--modle", "x"], "unrecognized arguments: --modle x. Did you mean --model? See"),
         ("nowhere", [], "nowhere' is no directory"),
+        ("souned", [], "sound'?"),
         ("lacking", [], "no adapter_model.safetensors"),
         ("damaged", [], "the file is damaged"),
     ],
@@ -92,17 +95,17 @@ def test_a_chat_needs_a_language_model(folder, capsys):
 @pytest.mark.parametrize("text", ["nan", "inf", "2", "0", "x", ""])
 def test_a_number_is_finite_and_within_its_bounds(text):
     with pytest.raises(argparse.ArgumentTypeError, match="is not a number above 0 and at most 1"):
-        arguments.number(float, 0, above=True, high=1)(text)
-    assert arguments.number(float, 0, above=True, high=1)("1") == 1
+        command_line.number(float, 0, above=True, high=1)(text)
+    assert command_line.number(float, 0, above=True, high=1)("1") == 1
 
 
 def test_the_devices_of_a_machine_with_gpus_are_listed(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
-    assert arguments.device("cuda:1") == "cuda:1"
+    assert command_line.device("cuda:1") == "cuda:1"
     with pytest.raises(argparse.ArgumentTypeError, match=r"has cpu, cuda, cuda:0, cuda:1$"):
-        arguments.device("cuda:2")
+        command_line.device("cuda:2")
 
 
 def test_a_base_model_that_does_not_exist_is_named(folder):
@@ -111,5 +114,5 @@ def test_a_base_model_that_does_not_exist_is_named(folder):
 
 
 def test_search_is_known_to_be_a_function(capsys):
-    assert command_line.main(["search"]) == 2
+    assert program.main(["search"]) == 2
     assert "from peft_reft.search import search" in capsys.readouterr().err

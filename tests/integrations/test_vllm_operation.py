@@ -108,8 +108,12 @@ def test_adapters_of_one_kind_are_worked_out_together(ranks):
     adapters = [Adapter("loreft", None, rank, seed=n) for n, rank in enumerate(ranks)]
     table = table_with(adapters)
     edits = [(0, 0, 0), (1, 0, 0), (4, 1, 0), (6, 2, 0), (7, 2, 0), (8, 2, 0), (11, 3, 0)]
-    check(table, adapters, edits, [0, 1, 2, 3], [1.0, 1.0, 0.5, 1.0])
+    for _ in range(2):  # the second step finds the factors that the first one gathered
+        check(table, adapters, edits, [0, 1, 2, 3], [1.0, 1.0, 0.5, 1.0])
     assert len(table.passes) == 1
+    adapters[2] = Adapter("loreft", None, ranks[2], seed=9)
+    table.put(2, adapters[2].factors)
+    check(table, adapters, edits, [0, 1, 2, 3], [1.0, 1.0, 0.5, 1.0])
     many = [(0, 0, 0), (1, 1, 0), (2, 2, 0)] + [(3 + n, 3, 0) for n in range(17)]
     table.begin_step(step_of(many * 4), np.arange(4), np.ones(4, np.float32))
     assert len(table.passes) == 4  # filling up three of them to the longest would cost more

@@ -143,7 +143,7 @@ def test_steps_of_either_runner(adapters, step):
     worker = attached(model)
     runner = Runner(worker, adapters)
     for slot, (number, name) in enumerate({11: "answers", 12: "ends"}.items()):
-        worker.activate(slot, number, worker.load(served_adapter(adapters[name][0])))
+        worker.activate(slot, number, worker.load(served_adapter(adapters[name][0]), number))
     ends, answers = adapters["ends"][0], adapters["answers"][0]
     new = [
         request("a", ends, 12, 5),
@@ -179,7 +179,7 @@ def test_a_request_whose_adapter_is_in_no_slot_is_never_answered_without_it(adap
     worker.note("a", 12, [1, 2, 3], 3, None)
     with pytest.raises(RuntimeError, match="answered without its edits"):
         worker.begin_step(["a"], np.array([0]), np.array([3]))
-    loaded = worker.load(served_adapter(adapters["ends"][0]))
+    loaded = worker.load(served_adapter(adapters["ends"][0]), 12)
     worker.activate(0, 12, loaded)
     worker.begin_step(["a"], np.array([0]), np.array([3]))
     assert worker.table.passes
@@ -192,24 +192,59 @@ def test_a_request_whose_adapter_is_in_no_slot_is_never_answered_without_it(adap
         worker.begin_step(["a"], np.array([0]), np.array([3]))
 
 
+def test_adapters_of_one_name_and_two_ids_are_both_active():
+    """vLLM compares adapters by name, and would activate one of them."""
+
+    class Adapter(SimpleNamespace):
+        def __eq__(self, other):
+            return self.lora_name == other.lora_name
+
+        def __hash__(self):
+            return hash(self.lora_name)
+
+    old, new = Adapter(lora_name="formal", lora_int_id=1), Adapter(lora_name="formal", lora_int_id=2)
+    assert len({old, new}) == 1
+    ids = [request.lora_int_id for request in (old, new)]
+    v1 = SimpleNamespace(lora_id_to_lora_request={1: old, 2: new})
+    *mappings, active = glue.make_lora_inputs_v1(lambda self, *args: (*args, {old}), v1, "prompts", "tokens")
+    assert mappings == ["prompts", "tokens"] and [request.lora_int_id for request in active] == ids
+    v2 = SimpleNamespace(lora_requests={"a": old, "b": new, "c": new, "elsewhere": None})
+    original = lambda self, requests, *args: (*args, {old})  # noqa: E731
+    *mappings, active = glue.make_lora_inputs_v2(original, v2, ["a", "b", "c", "base"], "prompts", "tokens")
+    assert mappings == ["prompts", "tokens"] and [request.lora_int_id for request in active] == ids
+
+
+def test_files_that_changed_under_waiting_requests_are_not_taken_for_the_old_ones(adapters):
+    worker, (directory, other) = attached(Model()), (adapters["ends"][0], adapters["answers"][0])
+    old = served_adapter(directory)
+    worker.load(old, 12)
+    shutil.copytree(other, directory, dirs_exist_ok=True)
+    new = served_adapter(directory)
+    assert new.version != old.version
+    with pytest.raises(RuntimeError, match="changed while requests with it were waiting"):
+        worker.load(new, 12)
+    assert worker.load(new, 12, anew=True).served is new
+    assert worker.load(new, 12).served is new and worker.load(served_adapter(other), 13)
+
+
 def test_an_engine_that_cannot_serve_says_why(adapters, tmp_path):
     served = served_adapter(adapters["ends"][0])
     worker = Worker(["a KV connector is configured"])
     with pytest.raises(ValueError, match="cannot be served by this engine: a KV connector is configured"):
-        worker.load(served)
+        worker.load(served, 12)
     broken = Model()
     broken.model.layers[1].forward = lambda hidden, residual: (residual, hidden - 3)  # some other form
     with pytest.raises(ValueError, match="cannot be served by this engine: "):
-        attached(broken).load(served)
+        attached(broken).load(served, 12)
     assert not any(block._forward_hooks for block in broken.model.layers)
     failing = Model()
     failing.model.layers[1].forward = None
     with pytest.raises(ValueError, match="a trial forward of the model failed"):
-        attached(failing).load(served)
+        attached(failing).load(served, 12)
 
 
 def test_counted_answers_and_drafts_exclude_each_other(adapters):
     worker = attached(Model(), drafts=True)
-    assert worker.load(served_adapter(adapters["ends"][0]))
+    assert worker.load(served_adapter(adapters["ends"][0]), 12)
     with pytest.raises(ValueError, match=r"positions='l1\+d2', which count generated tokens"):
-        worker.load(served_adapter(adapters["answers"][0]))
+        worker.load(served_adapter(adapters["answers"][0]), 13)

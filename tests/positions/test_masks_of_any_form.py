@@ -114,6 +114,36 @@ def test_a_4d_mask_of_one_row_holds_for_all():
     assert_right(model, clean, [[2, 4, 5]] * 2, input_ids=ids, attention_mask=mask)
 
 
+@pytest.mark.parametrize("hidden", [-torch.inf, -1e9, -1e4], ids=str)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_mask_that_holds_biases_too_is_read(side, hidden):
+    """As of ALiBi, or of relative positions: only what is far below zero hides a token."""
+    inputs = batch(*LENGTHS, side=side)
+    looks = causal(inputs["attention_mask"], pads_see_themselves=True)
+    bias = -0.5 * (torch.arange(6)[:, None] - torch.arange(6)).clamp(min=0)
+    mask = torch.where(looks, bias, torch.tensor(hidden))
+    expected = LEFT if side == "left" else RIGHT
+    assert_right(family(), tiny_model("llama"), expected, input_ids=inputs["input_ids"], attention_mask=mask)
+
+
+@pytest.mark.parametrize("form", ["bool", "additive", "additive, of one row"])
+def test_a_mask_that_is_the_same_for_every_token_is_read(form):
+    """[B, 1, 1, S], as encoders make it of a mask [B, S]."""
+    inputs = batch(*((4, 4) if "one row" in form else LENGTHS), side="right")
+    mask = inputs["attention_mask"].bool()[:, None, None]
+    ids, expected = inputs["input_ids"], RIGHT
+    if "one row" in form:
+        ids, mask, expected = (
+            torch.nn.functional.pad(ids, (0, 2)),
+            torch.tensor([1, 1, 1, 1, 0, 0]).bool(),
+            [[0, 2, 3]] * 2,
+        )
+        mask = mask[None, None, None]
+    model = reft_model(tiny_model("bert"), positions="f1+l2")
+    mask = mask if form == "bool" else additive(mask)
+    assert_right(model, tiny_model("bert"), expected, "bert.encoder.layer.0", input_ids=ids, attention_mask=mask)
+
+
 @pytest.mark.parametrize("fill", [False, True])
 def test_a_4d_mask_as_wide_as_a_static_cache_is_read(fill):
     model, clean = family(), tiny_model("llama")

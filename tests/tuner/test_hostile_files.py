@@ -15,8 +15,9 @@ from torch import nn
 from transformers import CLIPConfig, LlamaConfig, T5Config, WhisperConfig
 
 from peft_reft import ReftConfig
-from peft_reft.tuner import sizes
-from peft_reft.tuner.sizes import check_sizes, most_tokens, shown, vocabulary_of
+from peft_reft.tuner import model_sizes
+from peft_reft.tuner.model_sizes import check_sizes, most_tokens, vocabulary_of
+from peft_reft.tuner.sizes import shown
 
 INPUTS = batch(7, 4)
 CAUSAL = {"task_type": "CAUSAL_LM"}
@@ -102,9 +103,13 @@ def test_settings_that_no_model_or_not_this_one_can_use_are_refused(case, good, 
 def test_an_adapter_larger_than_the_model_is_refused(monkeypatch):
     base = tiny_model("llama")
     config = ReftConfig(r=HIDDEN, positions="f100", share_weights="position")
-    assert sum(p.numel() for p in base.parameters()) < 100 * BLOCKS * HIDDEN * (2 * HIDDEN + 1) < sizes.MOST_PARAMETERS
+    assert (
+        sum(p.numel() for p in base.parameters())
+        < 100 * BLOCKS * HIDDEN * (2 * HIDDEN + 1)
+        < model_sizes.MOST_PARAMETERS
+    )
     check_sizes(config, base, {"a": (HIDDEN, HIDDEN)})  # small enough for any machine
-    monkeypatch.setattr(sizes, "MOST_PARAMETERS", 1000)
+    monkeypatch.setattr(model_sizes, "MOST_PARAMETERS", 1000)
     built = []
     monkeypatch.setattr("peft_reft.tuner.layer.build_intervention", lambda *args, **kwargs: built.append(args))
     with pytest.raises(ValueError, match="make an adapter of 624000 parameters in 3 block"):
@@ -117,7 +122,7 @@ def test_what_a_model_s_config_allows_is_allowed():
     model = reft_model(tiny_model("llama"), positions="f64+l128")
     assert not torch.allclose(logits(model, INPUTS), logits(tiny_model("llama"), INPUTS))
     reft_model(tiny_model("llama"), prompt_end=[VOCAB - 1], trainable_token_indices=[VOCAB - 1])
-    assert most_tokens(nn.Linear(2, 2))[0] == sizes.MOST_UNSTATED
+    assert most_tokens(nn.Linear(2, 2))[0] == model_sizes.MOST_UNSTATED
 
 
 @pytest.mark.parametrize(
@@ -125,8 +130,8 @@ def test_what_a_model_s_config_allows_is_allowed():
     [
         (LlamaConfig(max_position_embeddings=10_000_000), 10_000_000),
         (WhisperConfig(max_source_positions=1500, max_target_positions=448), 1500),
-        (T5Config(), sizes.MOST_UNSTATED),
-        (CLIPConfig(), sizes.MOST_UNSTATED),  # its text part's 77 do not bound the patches of an image
+        (T5Config(), model_sizes.MOST_UNSTATED),
+        (CLIPConfig(), model_sizes.MOST_UNSTATED),  # its text part's 77 do not bound the patches of an image
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -199,6 +204,14 @@ def test_finite_weights_of_any_precision_load(dtype, good, tmp_path):
     wanted = PeftModel.from_pretrained(tiny_model("llama"), good)
     assert (logits(model, INPUTS) - logits(wanted, INPUTS)).abs().max() < 0.5
     assert (logits(model, INPUTS) - logits(tiny_model("llama"), INPUTS)).abs().max() > 1
+
+
+@pytest.mark.parametrize("setting", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 4]}], ids=str)
+def test_what_a_config_names_and_the_file_lacks_is_refused(setting, good, tmp_path):
+    path = shutil.copytree(good, tmp_path / "lacking")
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps({**config, **setting}))
+    refused(path, "its file lacks .*(lm_head|embed_tokens).*, of its modules_to_save or trainable_token_indices")
 
 
 def test_a_refused_file_leaves_an_adapter_of_that_name_as_it_was(good, tmp_path):

@@ -15,7 +15,7 @@ from peft_reft import ReftConfig
 CONFIG = {"positions": "f1+l1", "r": 2, "task_type": "CAUSAL_LM"}
 
 
-BAD_NAMES = ["v1.0", "training", "", "qwen3-0.6b", "a.b.c", "train"]
+BAD_NAMES = ["v1.0", "training", "", "qwen3-0.6b", "a.b.c", "train", "*", "/tmp/name"]
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)

@@ -41,6 +41,17 @@ def test_a_rank_pattern_that_matches_says_nothing():
     assert ranks == [2, 3, 4]
 
 
+# Modules that are trained beside.
+
+
+@pytest.mark.parametrize(("names", "found"), [(["scores"], False), (["score", "lm_head"], True), (["head"], True)])
+def test_modules_to_save_of_which_none_is_in_the_model_are_said(names, found):
+    """Classes of PEFT's for a task name several, of which a model has one."""
+    told = warnings_of(lambda: reft_model(tiny_model("llama"), **CONFIG, modules_to_save=names))
+    assert len(told) == (0 if found else 1)
+    assert found or repr(names) in told[0]
+
+
 # Targets.
 
 

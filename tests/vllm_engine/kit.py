@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 VOCABULARY = 512
+JSON = ['{"a": "', '", "b": "', '", "c": "', '"}', "red", "green", "blue", "grey", "white", "black"]  # tokens, too
 SIZES = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": VOCABULARY}
 LLAMA = {**SIZES, "intermediate_size": 128, "num_key_value_heads": 1, "max_position_embeddings": 512, "head_dim": 32}
 # By name: the class of transformers' config, and its settings.
@@ -56,7 +57,9 @@ def make_model(name: str, parent: Path) -> Path:
                 parameter.normal_(std=0.15)
     model.generation_config.eos_token_id = None  # answers of one length
     model.save_pretrained(directory)
-    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(VOCABULARY)}, unk_token="w0"))
+    vocabulary = {f"w{number}": number for number in range(VOCABULARY - len(JSON))}
+    vocabulary |= {word: len(vocabulary) + number for number, word in enumerate(JSON)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=words, bos_token="w1", eos_token="w2", pad_token="w0"
@@ -120,7 +123,7 @@ class Truth:
     def answer(
         self, name: str | None, prompt: Sequence[int], new: int = 8, strength: float = 1.0, **options: Any
     ) -> Answer:
-        """The answer of an adapter; None for the base model."""
+        """The answer of an adapter; None for the base model. Options are those of `generate`."""
         key = (name, tuple(prompt), new, strength, *options.items())
         if key not in self.known:
             self.known[key] = self._generate(name, prompt, new, strength, options)
@@ -139,23 +142,35 @@ class Truth:
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=new,
-                min_new_tokens=new,
                 do_sample=False,
                 pad_token_id=0,
-                eos_token_id=None,
                 return_dict_in_generate=True,
                 output_logits=True,
-                **options,
+                **{"eos_token_id": None, **options},
             )
             if name is not None:
                 set_strength(self.model, 1.0, adapter_name=name)
         tokens = out.sequences[0, len(prompt) :].tolist()
-        if options:
-            return Answer(tokens, [], [])
         scores = torch.cat(out.logits).log_softmax(-1)
         best = scores.topk(2).values
         chosen = scores.gather(1, torch.tensor(tokens)[:, None])[:, 0]
         return Answer(tokens, chosen.tolist(), (best[:, 0] - best[:, 1]).tolist())
+
+    def forced(self, name: str | None, prompt: Sequence[int], tokens: Sequence[int]) -> list[float]:
+        """The log-probability of each token of an answer that somebody else chose."""
+        given = list(tokens)
+        found = self.answer(
+            name, prompt, len(given), prefix_allowed_tokens_fn=lambda row, ids: [given[len(ids) - len(prompt)]]
+        )
+        assert found.tokens == given
+        return found.logprobs
+
+    @torch.no_grad()
+    def hidden(self, name: str | None, prompt: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a prompt: log-probabilities of the next token behind each of its tokens, and the last hidden states."""
+        with self.adapter(name) as model:
+            out = model(input_ids=torch.tensor([list(prompt)]), output_hidden_states=True)
+        return out.logits[0].log_softmax(-1), out.hidden_states[-1][0]
 
     @contextmanager
     def adapter(self, name: str | None) -> Iterator[Any]:

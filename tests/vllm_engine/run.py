@@ -1,15 +1,18 @@
 """Check ReFT adapters in vLLM: python tests/vllm_engine/run.py [--environment DIR] [--only NAME ...]
 
 Makes an environment with vLLM for CPUs (once: 3.5 GB, minutes), and runs the tests of this folder in it. vLLM pins its
-own torch and transformers, so it cannot live in the environment of the other tests; they leave this folder out.
+own torch and transformers, so it cannot live in the environment of the other tests; they leave this folder out. It is
+not called "vllm": libraries that look for vLLM (TRL) would take a folder of that name on the path for it, and fail.
 
 tests                what runs
 -------------------  ------------------------------------------------------------------------------------------------
 test_kernel.py       the GPU kernel, in Triton's interpreter; on a GPU in a CUDA graph too
-test_engine.py       one engine: all equations, positions, weights; cache, chunks, slots, strength, beams; refusals
-test_models.py       Llama, Qwen2, Qwen3, Mistral, Gemma 1 to 3, Phi, Phi-3, OPT; refusals; preemption
+test_engine.py       one engine: all equations, positions, weights; cache, chunks, slots, strength, beams, samples,
+                     structured outputs, chats, aborts, adapters that change; refusals
+test_models.py       Llama, Qwen2, Qwen3, Mistral, Gemma 1 to 3, Phi, Phi-3, OPT; LoRA beside ReFT; embeddings;
+                     preemption; refusals
 test_speculation.py  guessed tokens, by n-grams
-test_workers.py      two tensor-parallel workers; `vllm serve` over HTTP
+test_workers.py      two tensor-parallel workers; `vllm serve` over HTTP, chats, a killed worker
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from engines import Asked, assert_right, engine, every_pair
-from kit import Truth, make_adapter, make_model, prompts
+from kit import VOCABULARY, Truth, make_adapter, make_model, prompts
 
 ADAPTERS = {
     "loreft": {"positions": "f2+l3", "r": 4},
@@ -122,6 +122,107 @@ def test_several_answers_to_a_prompt(asked, truth):
     assert_right(asked.compare(every_pair(["last", "direft"], prompts(3)), truth, n=3, temperature=1.0, top_k=1))
 
 
+def test_sampled_answers_have_the_probabilities_that_transformers_gives_them(asked, truth):
+    pairs = every_pair(["last", "activated", "lobireft", None], prompts(3))
+    answers = set()
+    for (name, prompt), output in zip(pairs, asked.generate(pairs, n=3, temperature=1.0)):
+        for sample in output.outputs:
+            tokens = list(sample.token_ids)
+            found = [by_token[token].logprob for token, by_token in zip(tokens, sample.logprobs)]
+            assert found == pytest.approx(truth.forced(name, prompt, tokens), abs=2e-4)
+            answers.add((name, len(prompt), *tokens))
+    assert len(answers) > 2 * len(pairs)
+
+
+FORMS = {
+    "json": {
+        "type": "object",
+        "properties": {name: {"enum": ["red", "green", "blue", "grey", "white", "black"]} for name in "abc"},
+        "required": ["a", "b", "c"],
+        "additionalProperties": False,
+    },
+    "regex": "(w3[0-9]*){5}",
+}
+
+
+def test_answers_of_a_form(asked, base, truth):
+    """A JSON schema, a regular expression and free answers in one batch; the same grammar guides transformers."""
+    import xgrammar
+    from transformers import AutoTokenizer
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+    from xgrammar.contrib.hf import LogitsProcessor
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    compiler = xgrammar.GrammarCompiler(xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=VOCABULARY))
+    compiled = {
+        "json": compiler.compile_json_schema(json.dumps(FORMS["json"])),
+        "regex": compiler.compile_regex(FORMS["regex"]),
+    }
+    pairs = every_pair([None, "loreft", "activated", "lobireft"], prompts(3))
+    asked_for = [(form, *pair) for form in (*FORMS, None) for pair in pairs]
+    params = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=8,
+            ignore_eos=form is None,
+            structured_outputs=StructuredOutputsParams(**{form: FORMS[form]}) if form else None,
+        )
+        for form, *_ in asked_for
+    ]
+    outputs = asked.llm.generate(
+        [{"prompt_token_ids": prompt} for *_, prompt in asked_for],
+        params,
+        lora_request=[asked.requests.get(name) for _, name, _ in asked_for],
+        use_tqdm=False,
+    )
+    answers = {}
+    for (form, name, prompt), output in zip(asked_for, outputs):
+        guided = {"logits_processor": (LogitsProcessor(compiled[form]),), "eos_token_id": 2} if form else {}
+        assert list(output.outputs[0].token_ids) == truth.answer(name, prompt, **guided).tokens, (form, name)
+        answers[form, name, len(prompt)] = list(output.outputs[0].token_ids)
+        if form == "json":
+            colours = json.loads("".join(tokenizer.convert_ids_to_tokens(output.outputs[0].token_ids[:-1])))
+            assert list(colours) == ["a", "b", "c"]
+    for form in FORMS:  # adapters fill it in their own ways
+        assert any(tokens != answers[form, None, length] for (of, _, length), tokens in answers.items() if of == form)
+
+
+def test_a_conversation_goes_on_behind_its_answers(asked, truth):
+    """Each turn's prompt holds those before with their answers, whose blocks are in the cache."""
+    forget_cache(asked)
+    names, questions = ["last", "loreft", "activated", "lobireft", None], prompts(3, longest=60, seed=9)
+    so_far = {name: prompts(2, longest=70)[1] for name in names}
+    for question in questions:
+        pairs = [(name, so_far[name] + question) for name in names]
+        for (name, prompt), output in zip(pairs, asked.generate(pairs, new=20)):
+            tokens = list(output.outputs[0].token_ids)
+            assert tokens == truth.answer(name, prompt, 20).tokens, name
+            so_far[name] = prompt + tokens
+
+
+def test_aborted_requests_leave_nothing_behind(asked, truth):
+    from vllm import SamplingParams
+
+    core = asked.llm.llm_engine
+    pairs = every_pair(["loreft", "activated", None, "lobireft", "last"], prompts(4, seed=8))
+    for steps in (1, 2, 5):
+        for number, (name, prompt) in enumerate(pairs):
+            params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+            core.add_request(f"r{number}", {"prompt_token_ids": prompt}, params, lora_request=asked.requests.get(name))
+        for _ in range(steps):
+            core.step()
+        core.abort_request([f"r{number}" for number in range(0, len(pairs), 2)])
+        answers = {}
+        while core.has_unfinished_requests():
+            answers |= {output.request_id: output.outputs[0].token_ids for output in core.step() if output.finished}
+        for number in range(1, len(pairs), 2):
+            name, prompt = pairs[number]
+            assert list(answers[f"r{number}"]) == truth.answer(name, prompt, 30).tokens
+        pairs.append(pairs.pop(0))  # the same ids of requests for others next time
+    assert_right(asked.compare(pairs, truth))
+
+
 def test_allowed_tokens(asked, truth):
     allowed = list(range(10, 30))
     for name in ("loreft", "activated"):
@@ -191,6 +292,57 @@ def test_an_adapter_comes_and_goes(asked, base, place):
         assert core.remove_lora(70) and 70 not in core.list_loras()
 
 
+def test_two_adapters_of_one_name(asked, base, adapters, truth):
+    """As when a name is unloaded, and loaded from another folder, while requests with it run; vLLM compares names."""
+    from vllm.lora.request import LoRARequest
+
+    alike = {
+        "last": LoRARequest("alike", 60, str(adapters["last"])),
+        "noreft": LoRARequest("alike", 61, str(adapters["noreft"])),
+    }
+    others = {name: request for name, request in asked.requests.items() if name not in alike}
+    both = Asked(asked.llm, {})
+    both.requests = others | alike
+    assert_right(both.compare(every_pair(["last", "noreft", None, "loreft"], prompts(5)), truth))
+
+
+def test_an_adapter_that_is_loaded_in_place(asked, base, place):
+    """New files in the folder, old ones again, under one name and id; the cache holds blocks of both."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    folder, core = place / "in-place", asked.llm.llm_engine
+    versions = {
+        "one": make_adapter(base, place / "version-one", 43, positions="f2+l2", r=4),
+        "two": make_adapter(base, place / "version-two", 44, positions="f2+l3", r=2, share_weights=False),
+    }
+    own, pairs = Truth(base, versions), every_pair(["one"], prompts(4))
+    here = Asked(asked.llm, {})
+    answers = []
+    for version in ("one", "two", "one", "two"):
+        shutil.copytree(versions[version], folder, dirs_exist_ok=True)  # with the times of the files
+        here.requests = {version: LoRARequest("in-place", 65, str(folder), load_inplace=True)}
+        pairs = every_pair([version], prompts(4))
+        assert_right(here.compare(pairs, own))
+        assert_right(here.compare(pairs, own))
+        answers.append([own.answer(*pair).tokens for pair in pairs])
+    assert answers[0] != answers[1]
+    params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+    core.add_request("running", {"prompt_token_ids": pairs[-1][1]}, params, lora_request=here.requests["two"])
+    core.step()
+    shutil.copytree(versions["one"], folder, dirs_exist_ok=True)
+    with pytest.raises(Exception, match=r"cannot be loaded in place while 1 request\(s\) run"):
+        core.add_lora(here.requests["two"])
+    with pytest.raises(Exception, match=r"cannot be removed while 1 request\(s\) run"):
+        core.remove_lora(65)
+    with pytest.raises(Exception, match="Give it an id of its own"):
+        core.add_lora(LoRARequest("other", 65, str(versions["one"])))
+    found = []
+    while core.has_unfinished_requests():
+        found += [output.outputs[0].token_ids for output in core.step() if output.finished]
+    assert [list(tokens) for tokens in found] == [own.answer("two", pairs[-1][1], 9).tokens]
+
+
 # Refusals.
 
 
@@ -240,10 +392,17 @@ def test_more_refusals(asked, truth, base, adapters, place):
     assert "the file is damaged" in refused(asked, damaged, 92)
     with pytest.raises(Exception, match="is not a strength"):
         asked.generate([("last", [5, 6])], extra={"reft_strength": "half"})
+    with pytest.raises(Exception, match="Start it with --lora-target-modules none"):
+        asked.generate([("last", [5, 6])], prompt_logprobs=0)
     with pytest.raises(Exception, match="is not for a ReFT adapter"):
         asked.generate([(None, [5, 6])], extra={"reft_strength": 0.5})
     with pytest.raises(Exception, match="is more than the 2 tokens that are given"):
         asked.generate([("last", [5, 6])], extra={"reft_prompt_length": 3})
+    lora = place / "some-lora"
+    lora.mkdir()
+    (lora / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"]}))
+    assert "Give it an id of its own" in refused(asked, lora, asked.requests["last"].lora_int_id)
+    assert "Give it an id of its own" in refused(asked, adapters["last"], asked.requests["loreft"].lora_int_id)
     assert_right(asked.compare(every_pair(["last", None], prompts(2)), truth))
 
 

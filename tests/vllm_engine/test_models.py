@@ -83,11 +83,64 @@ def test_lora_reft_and_base_in_one_batch(place):
             assert list(output.outputs[0].token_ids) == wanted, (name, len(prompt))
         with pytest.raises(Exception, match="is not for a ReFT adapter"):
             asked.generate([("lora", [5, 6])], extra={"reft_strength": 0.5})
+        with pytest.raises(Exception, match="Give it an id of its own"):  # vLLM would answer with the LoRA adapter
+            Asked(llm, {"answers": adapters["answers"]}).generate([("answers", [5, 6])])
         system = prompts(2, longest=96, seed=11)[1]
         cached = [
             asked.generate([(name, [*system, 9, 9, 9])])[0].num_cached_tokens for name in (None, "answers", "lora")
         ]
         assert cached == [0, 96, 0]  # behind the base model's run of it
+
+
+def test_prompts_given_as_embeddings_and_their_log_probabilities_with_a_single_slot(place):
+    import transformers
+    from vllm import SamplingParams
+
+    base, adapters = adapters_of("llama", place)
+    truth = Truth(base, adapters)
+    embed = transformers.AutoModelForCausalLM.from_pretrained(base).get_input_embeddings()
+    turns = make_adapter(base, place / "turns", 9, positions="l1", r=2, turns="all", prompt_end=[7, 8])
+    pairs = every_pair([None, *ADAPTERS], prompts(5))
+    for caching in (True, False):
+        settings = {"max_loras": 1, "lora_target_modules": ["none"], "enable_prefix_caching": caching}
+        with engine(base, enable_prompt_embeds=True, **settings) as llm:
+            asked = Asked(llm, {**adapters, "turns": turns})
+            params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+
+            def answers(pairs, asked=asked, params=params):
+                given = [{"prompt_embeds": embed(torch.tensor(prompt)).detach()} for _, prompt in pairs]
+                requests = [asked.requests.get(name) for name, _ in pairs]
+                return asked.llm.generate(given, params, lora_request=requests, use_tqdm=False)
+
+            for _ in range(1 + caching):
+                for (name, prompt), output in zip(pairs, answers(pairs)):
+                    assert list(output.outputs[0].token_ids) == truth.answer(name, prompt).tokens, (name, len(prompt))
+            with pytest.raises(Exception, match="is given as embeddings"):
+                answers([("turns", [5, 6, 7, 8])])
+            assert_right(asked.compare(pairs, truth))
+            # The prompt's log-probabilities, which blocks in the cache do not hold.
+            for (name, prompt), output in zip(pairs, asked.generate(pairs, new=1, prompt_logprobs=0)):
+                found = [by_token[token].logprob for token, by_token in zip(prompt[1:], output.prompt_logprobs[1:])]
+                wanted = truth.hidden(name, prompt)[0][:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+                assert found == pytest.approx(wanted.tolist(), abs=2e-4)
+
+
+def test_embeddings_of_prompts(place):
+    """A pooling engine returns the last hidden state of the prompt's last token, normalised."""
+    base, adapters = adapters_of("llama", place)
+    truth = Truth(base, adapters)
+    pairs = every_pair([None, *ADAPTERS], prompts(5))
+    with engine(base, max_loras=2, runner="pooling", convert="embed", enable_prefix_caching=True) as llm:
+        asked = Asked(llm, adapters)
+        for _ in range(2):
+            outputs = llm.embed(
+                [{"prompt_token_ids": prompt} for _, prompt in pairs],
+                lora_request=[asked.requests.get(name) for name, _ in pairs],
+                use_tqdm=False,
+            )
+            for (name, prompt), output in zip(pairs, outputs):
+                wanted = torch.nn.functional.normalize(truth.hidden(name, prompt)[1][-1], dim=-1)
+                torch.testing.assert_close(torch.tensor(output.outputs.embedding), wanted, atol=1e-4, rtol=1e-3)
 
 
 def test_a_model_that_takes_no_adapters_says_how_it_does(place):

@@ -181,16 +181,47 @@ def test_adapters_over_http(server, base, adapters, truth):
     assert comparison.equal == comparison.total, comparison.wrong[:3]
 
 
-def test_strength_over_http(server, truth):
+WRONG = [
+    ({"reft_strength": "half"}, "reft_strength='half' is not a strength"),
+    ({"reft_strength": "0.5"}, "reft_strength='0.5' is not a strength"),
+    ({"reft_strength": [0.5, 1.0]}, "reft_strength=[0.5, 1.0] is not a strength"),
+    ({"reft_strength": 1e999}, "reft_strength=inf is not a strength"),
+    ({"reft_strength": None}, "vllm_xargs"),  # by vLLM itself
+    ({"reft_strenght": 0.5}, "'reft_strenght' is no argument of a ReFT adapter"),
+    ({"reft_prompt_length": 3}, "is more than the 2 tokens that are given"),
+    ({"reft_prompt_length": 0}, "reft_prompt_length=0 is not a number of tokens"),
+]
+
+
+def test_strength_over_http(server, base, truth):
     for prompt in prompts(3):
         found = server.complete("formal", prompt, vllm_xargs={"reft_strength": 0.5})
         assert found == truth.answer("formal", prompt, strength=0.5).tokens
-    status, text = server.post("/v1/completions", model="formal", prompt=[5, 6], vllm_xargs={"reft_strength": "half"})
-    assert status == 400 and "reft_strength='half' is not a strength" in text
+    for extra, said in WRONG:
+        status, text = server.post("/v1/completions", model="formal", prompt=[5, 6], vllm_xargs=extra)
+        assert status == 400 and said in text, (extra, text)
+    status, text = server.post("/v1/completions", model=str(base), prompt=[5, 6], vllm_xargs={"reft_strength": 0.5})
+    assert status == 400 and "is not for a ReFT adapter" in text
     status, text = server.post(
         "/v1/completions", model="formal", prompt=[5, 6], use_beam_search=True, vllm_xargs={"reft_strength": 0.5}
     )
     assert status == 400 and "beam search takes no vllm_xargs" in text
+
+
+def test_a_chat_over_http(server, base, truth):
+    """Each turn's prompt begins with the one before, whose blocks are in the cache."""
+    texts = [" ".join(f"w{min(token, 499)}" for token in prompt) for prompt in prompts(7, longest=70, seed=4)[2:]]
+    messages, prompt = [], []
+    for number, text in enumerate(texts):
+        messages.append({"role": "user" if number % 2 == 0 else "assistant", "content": text})
+        prompt += [int(word[1:]) for word in [*text.split(), "w3"]]
+        if number % 2:
+            continue
+        for name in ("formal", "brief", None):
+            asked = {"max_tokens": 8, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+            status, answer = server.post("/v1/chat/completions", model=name or str(base), messages=messages, **asked)
+            assert status == 200, answer
+            assert json.loads(answer)["choices"][0]["token_ids"] == truth.answer(name, prompt).tokens
 
 
 def test_beams_over_http(server, truth):
@@ -211,3 +242,36 @@ def test_an_adapter_that_cannot_be_served_over_http(server, base, place, truth):
     status, text = server.post("/v1/completions", model="brief", prompt=[5, 6])
     assert status == 404
     assert server.complete("formal", prompts(3)[2]) == truth.answer("formal", prompts(3)[2]).tokens
+
+
+def test_a_killed_worker_ends_the_server_and_no_request_gets_the_base_models_answer(server, truth):
+    """The last test with this server. Requests that run meanwhile are answered rightly, or with an error."""
+    import psutil
+
+    def ask(prompt):
+        body = {"max_tokens": 150, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+        try:
+            status, text = server.post("/v1/completions", model="formal", prompt=prompt, **body)
+        except OSError:  # the connection was closed
+            return None
+        return json.loads(text)["choices"][0]["token_ids"] if status == 200 else None
+
+    asked = prompts(6)
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    (worker,) = [
+        child for child in children if child.is_running() and not child.children() and "VLLM::" in name_of(child)
+    ]
+    with ThreadPoolExecutor(len(asked)) as clients:
+        answers = [clients.submit(ask, prompt) for prompt in asked]
+        time.sleep(0.5)
+        worker.kill()
+        found = [answer.result() for answer in answers]
+    assert None in found
+    for prompt, tokens in zip(asked, found):
+        assert tokens in (None, truth.answer("formal", prompt, 150).tokens)
+    server.process.wait(60)
+    assert server.process.returncode is not None and "EngineDeadError" in server.log.read_text()
+
+
+def name_of(process):
+    return " ".join(process.cmdline())

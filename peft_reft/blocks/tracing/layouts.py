@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from peft_reft.blocks.layout import OWN, PLAIN, Layout, layout_from
+from peft_reft.blocks.layout import NOT_TOKENS, PLAIN, Layout, layout_from
 from peft_reft.blocks.structure import can_pad, modules_around
 from peft_reft.blocks.tracing.trace import trace
 from peft_reft.blocks.tracing.traced_model import TOKENS, TracedModel
@@ -38,7 +38,7 @@ def _layout(model: TracedModel, name: str) -> Layout | None:
     rows = [one.rows for one in model.traces]
     columns = model.columns(name)
     if model.traces[0].is_image and columns[0] == model.traces[0].columns:  # not a decoder of text
-        return Layout(pool=OWN) if len(shapes[0]) == 3 and [shape[0] for shape in shapes] == rows else None
+        return Layout(pool=NOT_TOKENS) if len(shapes[0]) == 3 and [shape[0] for shape in shapes] == rows else None
     layout = layout_from(shapes, rows, columns)
     if layout is not None and (layout.before or layout.padded):
         start = _first_token(model, name, layout)
@@ -57,7 +57,7 @@ def _pooled_layout(model: TracedModel, name: str) -> Layout | None:
     if can_generate or any(len(s) != 3 or s[0] != n for s, n in zip(shapes, rows)) or shapes[0][2] != shapes[1][2]:
         return None
     if shapes[0][1] == shapes[1][1]:
-        return Layout(pool=OWN)
+        return Layout(pool=NOT_TOKENS)
     output = trace(model.model, model.entry, rows[0], MANY).calls_by_name()[name][0].output
     return None if output is None else Layout(pool=round(MANY / output.shape[1]))
 

@@ -6,6 +6,7 @@ Each function stands around one of vLLM's, which it gets first; patches.py says 
 from __future__ import annotations
 
 import weakref
+from importlib.metadata import version
 from typing import Any
 
 from peft_reft.integrations.vllm.adapter_of import reft_adapter
@@ -45,6 +46,5 @@ def compute_hash(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         return found
     from vllm.utils.hashing import safe_hash
 
-    from peft_reft import __version__
-
-    return safe_hash(f"{found} peft_reft {__version__}".encode(), usedforsecurity=False).hexdigest()[: len(found)]
+    own = f"{found} peft_reft {version('peft-reft')}"
+    return safe_hash(own.encode(), usedforsecurity=False).hexdigest()[: len(found)]

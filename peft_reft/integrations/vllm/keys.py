@@ -13,8 +13,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from peft_reft.integrations.vllm.rule import UNEDITED, RequestEdits
 
 Keys = tuple[tuple[str, Any], ...]
@@ -32,6 +30,5 @@ def block_keys(keys: Keys | None, edits: RequestEdits, version: object, start: i
     if edits.may_edit(start):
         interventions = edits.interventions(start, stop)
         if (interventions != UNEDITED).any():
-            which = interventions.astype(np.int16).tobytes()
-            return (*(keys or ()), ("reft", (which, edits.strength, version)))
+            return (*(keys or ()), ("reft", (interventions.tobytes(), edits.strength, version)))
     return tuple(key for key in keys or () if key[0] != "lora") or None

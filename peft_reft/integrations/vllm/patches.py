@@ -5,7 +5,7 @@ place                                              process      why
 InputProcessor.process_inputs                      front end    what a request asks for is checked before it is queued
 LLMEngine, AsyncLLM: add_request                   front end    an adapter that cannot be served is an error of its
                                                                 request; in a worker's step it would end the engine
-LLMEngine, AsyncLLM: add_lora, remove_lora         front end    notes which adapters were accepted
+LLMEngine, AsyncLLM: add_lora, remove_lora         front end    notes which adapter an id stands for
 BeamSearchSequence.get_prompt                      front end    a beam is a new request, with a longer prompt
 ChatCompletionRequest, CompletionRequest:          front end    vLLM drops `vllm_xargs` there, and the strength in them
   to_beam_search_params
@@ -13,10 +13,13 @@ generate_block_hash_extra_keys                     engine core  cached blocks de
 VllmConfig.compute_hash                            all          compiled graphs hold the operation or do not
 LoRAModelRunnerMixin.load_lora_model               worker       hooks on blocks, before anything is compiled
 LoRAModelRunnerMixin.reset_lora_state              worker       adapters leave their slots when weights are replaced
+LoRAModelRunnerMixin.remove_lora                   worker       other files may be loaded under the id afterwards
 WorkerLoRAManager._load_adapter                    worker       vLLM reads LoRA's settings and weights only
 LoRAModelManager._create_merged_loras_inplace      worker       fails for an adapter without LoRA weights
 LoRAModelManager.activate_adapter                  worker       an adapter takes a slot
 GPUModelRunner._prepare_inputs (V1; CPU too)       worker       which tokens the step holds
+InputBatch.make_lora_inputs (V1),                  worker       vLLM tells adapters apart by their names, and loads one
+  LoraState.make_lora_inputs (V2)                               of two; a name can be loaded anew while requests run
 GPUModelRunner.prepare_inputs, _set_active_loras   worker       the same for the V2 runner
   (V2)
 
@@ -183,6 +186,7 @@ PLACES = (
     Place("config.vllm", "VllmConfig.compute_hash", "self", engine_core.compute_hash),
     Place(_LORA, "LoRAModelRunnerMixin.load_lora_model", "self model vllm_config device", runner.load_lora_model),
     Place(_LORA, "LoRAModelRunnerMixin.reset_lora_state", "self", runner.reset_lora_state),
+    Place(_LORA, "LoRAModelRunnerMixin.remove_lora", "self lora_id", runner.remove_lora),
     Place("lora.worker_manager", "WorkerLoRAManager._load_adapter", "self lora_request", runner.load_adapter),
     Place(
         "lora.model_manager",
@@ -196,6 +200,18 @@ PLACES = (
         "GPUModelRunner._prepare_inputs",
         "self scheduler_output num_scheduled_tokens",
         runner.prepare_inputs_v1,
+    ),
+    Place(
+        "v1.worker.gpu_input_batch",
+        "InputBatch.make_lora_inputs",
+        "self num_scheduled_tokens num_sampled_tokens",
+        runner.make_lora_inputs_v1,
+    ),
+    Place(
+        "v1.worker.gpu.lora_utils",
+        "LoraState.make_lora_inputs",
+        "self req_ids idx_mapping num_scheduled_tokens",
+        runner.make_lora_inputs_v2,
     ),
     Place(
         "v1.worker.gpu.model_runner", "GPUModelRunner.prepare_inputs", "self scheduler_output", runner.prepare_inputs_v2

@@ -6,6 +6,8 @@ an engine does that runs a prompt in pieces and has cached parts of it.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,6 +50,18 @@ class Rule:
             order: [n], the token's number in its request, from 0; tokens of any number of requests.
             length: [n], how many tokens the prompt of its request has.
         """
+        generated = order - length
+        if (generated >= 0).all():  # most steps hold nothing else
+            return self.of_answers[generated % len(self.of_answers)]
+        return self._of_tokens(order, length)
+
+    @functools.cached_property
+    def of_answers(self) -> NDArray[np.int64]:
+        """[period], the numbers for the first generated tokens of any request; those after them repeat these."""
+        order = np.arange(math.lcm(*(term.count for term in self.spec.terms if term.generated)))
+        return self._of_tokens(1 + order, np.ones_like(order))
+
+    def _of_tokens(self, order: NDArray[np.int64], length: NDArray[np.int64]) -> NDArray[np.int64]:
         number, size = torch.from_numpy(order)[None], torch.from_numpy(length)[None]
         inside = number < size
         return self._numbers(Prompts(inside, number, size, answer=~inside, answer_order=number - size))
@@ -77,24 +91,33 @@ class RequestEdits:
 
     def __init__(self, rule: Rule, prompt_length: int, strength: float = 1.0, tokens: Sequence[int] | None = None):
         self.rule, self.prompt_length, self.strength = rule, prompt_length, strength
-        self.in_prompt: NDArray[np.int64] | None = None
-        if rule.reads_tokens:
-            if tokens is None:
-                raise ValueError(
-                    f"The adapter edits turns={rule.spec.turns!r}, which are found in the prompt's tokens; this prompt "
-                    "is given as embeddings. Pass tokens, or use an adapter without `turns`."
-                )
-            self.in_prompt = rule.interventions_in_prompt(tokens[:prompt_length])
+        self._tokens = tokens if rule.reads_tokens else None  # a long prompt need not be kept
+        if rule.reads_tokens and tokens is None:
+            raise ValueError(
+                f"The adapter edits turns={rule.spec.turns!r}, which are found in the prompt's tokens; this prompt "
+                "is given as embeddings. Pass tokens, or use an adapter without `turns`."
+            )
+
+    @functools.cached_property
+    def in_prompt(self) -> NDArray[np.int16]:
+        """[prompt_length], the number of the intervention that edits each token of the prompt, or `UNEDITED`."""
+        if self._tokens is not None:
+            numbers = self.rule.interventions_in_prompt(self._tokens[: self.prompt_length])
+            self._tokens = None
+        else:
+            order = np.arange(self.prompt_length)
+            numbers = self.rule.interventions(order, np.full_like(order, self.prompt_length))
+        return numbers.astype(np.int16)
 
     def may_edit(self, start: int) -> bool:
         """Whether tokens from number `start` on can be edited at all."""
         return start < self.prompt_length or self.rule.edits_answers
 
-    def interventions(self, start: int, stop: int) -> NDArray[np.int64]:
+    def interventions(self, start: int, stop: int) -> NDArray[np.int16]:
         """The numbers of the interventions that edit the tokens `start ... stop - 1`, or `UNEDITED`."""
-        order = np.arange(start, stop)
-        numbers = self.rule.interventions(order, np.full_like(order, self.prompt_length))
-        if self.in_prompt is not None and start < self.prompt_length:
-            inside = self.in_prompt[start:stop]
-            numbers[: len(inside)] = inside
-        return numbers
+        inside = self.in_prompt[start:stop]
+        generated = np.arange(max(start, self.prompt_length), stop) - self.prompt_length
+        if not len(generated):
+            return inside
+        answers = self.rule.of_answers[generated % len(self.rule.of_answers)]
+        return np.concatenate([inside, answers], dtype=np.int16)

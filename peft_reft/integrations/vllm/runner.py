@@ -44,8 +44,7 @@ def load_lora_model(original: Any, self: Any, model: Any, vllm_config: Any, devi
     from vllm.forward_context import set_forward_context
 
     # Before vLLM wraps linear layers, which then expect to be told of a step's adapters. Without metadata attention
-    # has no
-    # cache to read, and the model runs as it is written, not compiled.
+    # has no cache to read, and the model runs as it is written, not compiled.
     with set_forward_context(None, vllm_config, num_tokens=TRIAL, skip_compiled=True):
         worker.attach(
             lambda: _blocks_of(model, model_config),
@@ -67,6 +66,13 @@ def reset_lora_state(original: Any, self: Any) -> Any:
     if worker is not None:
         worker.reset()
     return result
+
+
+def remove_lora(original: Any, self: Any, lora_id: int) -> Any:
+    worker = _worker_of(self)
+    if worker is not None:
+        worker.versions.pop(lora_id, None)
+    return original(self, lora_id)
 
 
 def _obstacles(model: Any, vllm_config: Any) -> Iterable[str]:
@@ -138,7 +144,7 @@ def load_adapter(original: Any, self: Any, lora_request: Any) -> Any:
     from vllm.lora.lora_model import LoRAModel
 
     lora = LoRAModel(lora_request.lora_int_id, 1, {})
-    lora.reft = _workers[self._adapter_manager].load(served)
+    lora.reft = _workers[self._adapter_manager].load(served, lora_request.lora_int_id, lora_request.load_inplace)
     return lora
 
 
@@ -181,9 +187,18 @@ def prepare_inputs_v1(original: Any, self: Any, scheduler_output: Any, num_sched
     return result
 
 
-_prepared: weakref.WeakKeyDictionary[Any, Any] = (
-    weakref.WeakKeyDictionary()
-)  # by runner: the batch of the coming forward
+def make_lora_inputs_v1(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    *mappings, _ = original(self, *args, **kwargs)
+    return (*mappings, list(self.lora_id_to_lora_request.values()))
+
+
+def make_lora_inputs_v2(original: Any, self: Any, req_ids: Any, *args: Any, **kwargs: Any) -> Any:
+    *mappings, _ = original(self, req_ids, *args, **kwargs)
+    found = [self.lora_requests[request] for request in req_ids if request in self.lora_requests]
+    return (*mappings, list({request.lora_int_id: request for request in found}.values()))
+
+
+_prepared: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # the coming forward's batch, by runner
 
 
 def prepare_inputs_v2(original: Any, self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:

@@ -55,6 +55,7 @@ class Pass(NamedTuple):
         act: activation, or None.
         subtracts: whether `up h` is subtracted.
         blocks: the blocks that are edited.
+        known: the factors of blocks that were asked for; steps with the same interventions share them.
     """
 
     tokens: Tensor
@@ -63,6 +64,7 @@ class Pass(NamedTuple):
     act: Callable[[Tensor], Tensor] | None
     subtracts: bool
     blocks: frozenset[int]
+    known: dict[int, Factors]
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ class SlotTable:
         )
         self.strength = torch.zeros(max_tokens, device=device)
         self.passes: list[Pass] = []
+        self._known: dict[tuple[tuple[int, int], ...], dict[int, Factors]] = {}  # of the passes by their interventions
         self._edits_nothing = True
         self.number = len(TABLES)
         TABLES.append(self)
@@ -129,7 +132,7 @@ class SlotTable:
         rows = slice(slot * self.columns, (slot + 1) * self.columns)
         for table in (*self.down, *self.up, *self.bias):
             table[rows].zero_()
-        self.residents[slot] = None
+        self.residents[slot], self._known = None, {}
         if adapter is None:
             return
         self.check(adapter)
@@ -153,7 +156,7 @@ class SlotTable:
             table.zero_()
         self.first.fill_(-1)
         self.residents = [None] * self.slots
-        self.passes, self._edits_nothing = [], True
+        self.passes, self._known, self._edits_nothing = [], {}, True
 
     def check(self, adapter: AdapterFactors) -> None:
         """Refuse an adapter that no slot has room for, or whose activation the device's kernel does not have.
@@ -193,8 +196,11 @@ class SlotTable:
 
     def factors(self, one: Pass, block: int) -> Factors:
         """The factors of a pass in a block."""
-        down, up, bias = self.down[block][one.columns], self.up[block][one.columns], self.bias[block][one.columns]
-        return Factors(down.mT, bias, up, up.mT if one.subtracts else None, one.act)
+        found = one.known.get(block)
+        if found is None:
+            down, up, bias = self.down[block][one.columns], self.up[block][one.columns], self.bias[block][one.columns]
+            found = one.known[block] = Factors(down.mT, bias, up, up.mT if one.subtracts else None, one.act)
+        return found
 
     def fill_buffers(self, edited: EditedTokens, slot_of: NDArray[np.int64], strength_of: NDArray[np.float32]) -> None:
         """Write the step into the buffers that kernels read."""
@@ -233,6 +239,7 @@ class SlotTable:
             resident = self._resident(key[0])
             by_kind.setdefault((resident.act_fn, resident.subtracts), []).append(key)
         passes: list[Pass] = []
+        known: dict[tuple[tuple[int, int], ...], dict[int, Factors]] = {}
         for (act_fn, subtracts), keys in by_kind.items():
             act = None if act_fn is None else ACT2FN[act_fn]
             largest = max(len(by_entry[key]) for key in keys)
@@ -241,7 +248,9 @@ class SlotTable:
                 parts = [by_entry[key] for key in group]
                 tokens, factor = _filled(edited.token, strength, parts)
                 blocks = frozenset[int]().union(*(self._resident(key[0]).blocks for key in group))
-                passes.append(Pass(tokens, factor, self._columns(group), act, subtracts, blocks))
+                known[tuple(group)] = own = self._known.get(tuple(group), {})
+                passes.append(Pass(tokens, factor, self._columns(group), act, subtracts, blocks, own))
+        self._known = known  # of this step only: gathered factors take as much memory as the slots
         return passes
 
     def _columns(self, group: list[tuple[int, int]]) -> slice | Tensor:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from peft_reft.integrations.vllm.adapters import AdapterFactors, ServedAdapter, read_factors
+from peft_reft.integrations.vllm.adapters import AdapterFactors, ServedAdapter, Version, read_factors
 from peft_reft.integrations.vllm.operation import EditHook
 from peft_reft.integrations.vllm.probe import UnknownConvention, find_conventions
 from peft_reft.integrations.vllm.requests import wishes_of
@@ -119,6 +119,7 @@ class Worker:
         self.sizes: Sizes | None = None
         self.table: SlotTable | None = None
         self.blocks = Blocks()
+        self.versions: dict[int, Version] = {}  # of the files that were read for each id
         self.in_slot: dict[int, tuple[int, ServedAdapter | None]] = {}  # resident adapters by id; None if LoRA
         self.requests: dict[str, Running] = {}  # those with an adapter, by id
 
@@ -152,12 +153,23 @@ class Worker:
         for index, (block, convention) in enumerate(zip(self.blocks.values(), conventions)):
             block.register_forward_hook(EditHook(self.table.number, index, convention))
 
-    def load(self, served: ServedAdapter) -> AdapterFactors:
+    def load(self, served: ServedAdapter, adapter_id: int, anew: bool = False) -> AdapterFactors:
         """Read an adapter's weights.
+
+        Args:
+            anew: other files than those that were read for the id before may lie there now.
 
         Raises:
             ValueError: if it cannot be served, with the reason and a way out.
+            RuntimeError: if its files are not those that its requests were accepted with. They wait or run, so that
+                there is no request left to refuse.
         """
+        if not anew and self.versions.get(adapter_id, served.version) != served.version:
+            raise RuntimeError(
+                f"The files of the ReFT adapter in {str(served.directory)!r} changed while requests with it were "
+                "waiting, and it has to be read again (--max-cpu-loras keeps more adapters in memory). Put a new "
+                "version into a new folder, or unload the adapter before."
+            )
         if self.problem is not None or self.table is None or self.sizes is None:
             raise ValueError(
                 f"The ReFT adapter in {str(served.directory)!r} cannot be served by this engine: {self.problem}. The "
@@ -172,6 +184,7 @@ class Worker:
             )
         adapter = read_factors(served, self.blocks.names, self.sizes.width, self.rename)
         self.table.check(adapter)
+        self.versions[adapter_id] = served.version
         own = {number: index for index, number in enumerate(self.blocks)}  # other stages hold the other blocks
         blocks = {own[number]: groups for number, groups in adapter.blocks.items() if number in own}
         return AdapterFactors(served, blocks, adapter.groups, adapter.rank)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 from collections.abc import Callable
 from typing import NoReturn
@@ -13,10 +14,13 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line on stderr: which argument is wrong, and what it may be."""
+    """An argument parser whose errors are one line on stderr: which argument is wrong, and what was probably meant."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}. See {self.prog} --help.\n")
+        unknown = message.partition("unrecognized arguments: ")[2].split()
+        close = difflib.get_close_matches(unknown[0], self._option_string_actions, 1) if unknown else []
+        meant = f" Did you mean {close[0]}?" if close else ""
+        self.exit(2, f"{self.prog}: {message}.{meant} See {self.prog} --help.\n")
 
 
 def device(text: str) -> str:

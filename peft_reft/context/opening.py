@@ -1,0 +1,312 @@
+"""From the arguments of a call to its context: where the prompts are, and which of their columns this forward runs.
+
+Shape letters: B rows, S columns, G position groups, P positions per group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_reft.context import notices
+from peft_reft.context.arguments import (
+    aligned_labels,
+    check_locations,
+    documents,
+    has_state,
+    past_length,
+    repeats,
+    token_device,
+    token_shape,
+    valid_columns,
+    window_of,
+)
+from peft_reft.context.forward import ForwardContext, Given
+from peft_reft.context.generate import STEP, Step
+from peft_reft.context.sources import run_sources
+from peft_reft.context.state import ModelState
+from peft_reft.positions import PositionSpec, Prompts, Tokens, generated
+
+Shape = tuple[int, int] | None  # rows and columns of a call's tokens; None if it has none
+
+
+@dataclass(frozen=True, eq=False)
+class Entered:
+    """A module that calls enter, and its place in the model.
+
+    Attributes:
+        module: it.
+        state: shared by all modules of a model.
+        role: "encoder" or "decoder" in an encoder-decoder model, "router" for the module above both, else "".
+        depth: how many modules it lies in: a call of a module at the same or a smaller depth is another call.
+        causal: it is a causal language model by itself, or within one, whatever the whole model is.
+        layers: the layers next to the blocks below it.
+    """
+
+    module: nn.Module
+    state: ModelState
+    role: str
+    depth: int
+    causal: bool
+    layers: Sequence[Any]
+
+
+def open_context(
+    entered: Entered, outer: ForwardContext | None, arguments: Mapping[str, Any], own: Mapping[str, Any]
+) -> ForwardContext:
+    """The context of a call.
+
+    Args:
+        entered: what the call enters.
+        outer: the context that is open.
+        arguments: of the module's forward, by name.
+        own: those that are ours, which the module does not know.
+
+    Returns:
+        `outer` for the same tokens one level further in, where labels and masks may be gone or have changed.
+    """
+    if outer is not None and outer.depth >= entered.depth:
+        outer = None  # another call, made while one runs
+    shape = token_shape(arguments, entered.state.ids_per_row)
+    given = _given(entered, arguments, own, shape) if outer is None else outer.given
+    is_new = outer is None or outer.role != entered.role or shape not in (None, (outer.rows, outer.columns))
+    if outer is not None and not is_new:
+        is_new, is_another = _brings_others(outer, arguments)
+        if is_another:  # a sequence of its own, and so are its labels, if it has any
+            given = replace(given, labels_show_prompts=False, labels=None, shift_labels=None)
+    if _predicts(entered, given, arguments, shape, is_outermost=outer is None):
+        labels, shift_labels = arguments.get("labels"), arguments.get("shift_labels")
+        given = replace(given, labels_show_prompts=True, labels=labels, shift_labels=shift_labels)
+        is_new = is_new or labels is not None or shift_labels is not None
+    if not is_new:
+        assert outer is not None
+        return outer
+    state, role = entered.state, entered.role
+    context = ForwardContext(state, entered.layers, given, role, entered.depth, training=entered.module.training)
+    if role == "router" or shape is None:
+        context.locations = given.locations
+        return context
+    context.rows, context.columns = shape
+    context.passed = [ids for ids in arguments.values() if isinstance(ids, Tensor) and ids.dtype == torch.long]
+    if _is_paged(state, arguments):
+        return _paged(context, arguments)
+    if given.step is not None and role != "encoder":
+        return _step(context, given.step, *shape, arguments)
+    return _plain(entered, context, *shape, arguments)
+
+
+def _brings_others(outer: ForwardContext, arguments: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Whether a call within another has tokens of its own, as where a model runs one part twice.
+
+    Returns:
+        Whether it brings ids, and a mask [B, S], labels or tokens that differ from the outer call's; and whether it is
+        surely another sequence, not the outer one in a changed form: it has labels of its own, or the outer call was
+        passed these ids beside its own, or has run its own ids already.
+    """
+    ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
+    if outer.tokens is None or outer.tokens.ids is None or not isinstance(ids, Tensor):
+        return False, False
+    if ids is outer.tokens.ids:
+        outer.has_run = True
+        return False, False
+    has_mask = isinstance(mask, Tensor) and mask.dim() == 2 and mask is not outer.mask
+    labels = [(arguments.get(name), getattr(outer.given, name)) for name in ("labels", "shift_labels")]
+    if any(own is not None and own is not given for own, given in labels):
+        return True, True
+    is_another = (outer.has_run or any(ids is one for one in outer.passed)) and _differ(ids, outer.tokens.ids)
+    return has_mask or is_another, is_another
+
+
+def _differ(ids: Tensor, others: Tensor) -> bool:
+    """Whether ids of the same shape are others; False where that cannot be known. Waits for the device."""
+    if torch.compiler.is_compiling() or ids.device != others.device or torch.func.debug_unwrap(ids) is not ids:
+        return False
+    return not torch.equal(ids, others)
+
+
+def _given(entered: Entered, arguments: Mapping[str, Any], own: Mapping[str, Any], shape: Shape) -> Given:
+    """What the outermost call was given: by its caller, or by that of the `generate` that makes it."""
+    state, running = entered.state, entered.state.running
+    generation = running.generation
+    collecting, running.collecting = running.collecting, None
+    step: Step | None = own.get(STEP)
+    # `generate` runs an encoder without making a step of it, and other forwards of the model as calls of their own.
+    of_generation = generation if step is not None or entered.role == "encoder" else None
+    locations = own.get("intervention_locations")
+    if locations is not None:
+        past = past_length(arguments, shape[1] if shape else 0, 0)
+        locations = check_locations(locations, shape, past, may_repeat=collecting is not None)
+    elif generation is not None and entered.role == "encoder":
+        locations = generation.locations
+    elif step is not None and entered.role == "router":
+        locations = step.generation.locations
+    names = own.get("adapter_names")
+    if names is not None:
+        names = state.check_adapter_names(names)
+    elif generation is not None and generation.adapter_names is not None:
+        names = generation.adapter_names
+    else:
+        names = running.adapter_names
+    subspaces = own.get("subspaces")
+    if subspaces is not None:
+        subspaces = state.check_subspaces(subspaces, shape[0] if shape else None, names)
+    elif of_generation is not None:
+        subspaces = of_generation.subspaces
+    sources = own.get("source_inputs")
+    if sources is not None:
+        sources = run_sources(entered.module, state, sources, names, shape[0] if shape else None)
+    elif of_generation is not None:
+        sources = of_generation.sources
+    labels, shift_labels = arguments.get("labels"), arguments.get("shift_labels")
+    in_generate = generation is not None
+    return Given(labels, shift_labels, False, locations, names, subspaces, sources, collecting, step, in_generate)
+
+
+def _predicts(entered: Entered, given: Given, arguments: Mapping[str, Any], shape: Shape, is_outermost: bool) -> bool:
+    """Whether this is the module whose labels show where prompts end; says so if it gets none that can be used.
+
+    Raises:
+        ValueError: in training, for labels that were given and cannot be used.
+    """
+    state, module = entered.state, entered.module
+    if given.labels_show_prompts or not (entered.causal or (is_outermost and state.causal)):
+        return False
+    if shape is None:
+        return False  # a module whose tokens, and labels if any, are in arguments of its own making
+    state.unlabelled = False
+    if given.step is not None or given.locations is not None or _is_paged(state, arguments):
+        return True
+    labels, shift_labels = arguments.get("labels"), arguments.get("shift_labels")
+    found, unaligned = aligned_labels(labels, shift_labels, *shape)
+    state.unlabelled = found is None and not state.running.generation
+    has_markers = all(spec.prompt_end for spec in state.active_specs())
+    if unaligned:
+        some = labels if labels is not None else shift_labels
+        what = list(some.shape) if isinstance(some, Tensor) else type(some).__name__
+        message = notices.UNALIGNED_LABELS.format(labels=what, rows=shape[0], columns=shape[1])
+        if not has_markers:
+            notices.object_to(state, module, message, "unaligned labels")
+    elif found is None and not is_outermost and aligned_labels(given.labels, given.shift_labels, *shape)[0] is not None:
+        outer, inner = (type(one).__name__ for one in (state.entries[0].module, module))
+        instead = notices.NAME_TOKENS if state.causal else notices.DECLARE_LABELS
+        message = notices.LABELS_AROUND.format(outer=outer, inner=inner, instead=instead)
+        if not has_markers:
+            notices.object_to(state, module, message, "labels around")
+    elif state.unlabelled and not _are_classes(given.labels):
+        notices.warn_of_unlabelled(state, module)
+    return True
+
+
+def _are_classes(labels: Any) -> bool:
+    """Whether the outermost module got labels of whole rows [B]: it classifies, and no prompt ends in its rows."""
+    return isinstance(labels, Tensor) and labels.dim() == 1
+
+
+# Continuous batching.
+
+
+def _is_paged(state: ModelState, arguments: Mapping[str, Any]) -> bool:
+    """Whether a forward is one of continuous batching, which packs pieces of requests into one row."""
+    return state.paged is not None and arguments.get("cache") is not None and "logits_indices" in arguments
+
+
+def _paged(context: ForwardContext, arguments: Mapping[str, Any]) -> ForwardContext:
+    assert context.state.paged is not None and context.columns is not None
+    prompts, context.answers_only = context.state.paged(context.columns, token_device(arguments))
+    context.idle = context.answers_only and not context.state.edits_answers()
+    context.prompts_of = lambda spec: prompts
+    return context
+
+
+# Steps of `generate`.
+
+
+def _step(context: ForwardContext, step: Step, rows: int, columns: int, arguments: Mapping[str, Any]) -> ForwardContext:
+    generation, past = step
+    assert generation.tokens is not None
+    given, total = generation.tokens.valid.shape
+    locations = None if context.role == "decoder" else generation.locations
+    if past >= total:
+        device = token_device(arguments)
+        context.idle = not generation.edits_answers or locations is not None
+        context.answers_only = True
+        context.prompts_of = lambda spec: generated(rows, columns, past - total, device)
+        return context
+    if locations is not None:
+        times = _repeats(locations.shape[0], rows)
+        context.locations = window_of(locations.repeat_interleave(times, 0), past, columns)
+        return context
+    times = _repeats(given, rows)
+    context.prompts_of = lambda spec: generation.prompts(spec).repeat(times).window(past, columns)
+    return context
+
+
+def _repeats(given: int, rows: int) -> int:
+    times = repeats(given, rows)
+    if times is None:
+        raise ValueError(
+            f"generate was given {given} prompts but runs a batch of {rows} rows, which is no multiple of it; "
+            "it is unknown which prompt each row has."
+        )
+    return times
+
+
+# Forwards that are no step of `generate`.
+
+
+def _plain(
+    entered: Entered, context: ForwardContext, rows: int, columns: int, arguments: Mapping[str, Any]
+) -> ForwardContext:
+    past: int | Tensor = 0 if entered.role == "encoder" else past_length(arguments, columns, 0)
+    locations = None if entered.role == "decoder" else context.given.locations
+    if locations is not None:
+        context.locations, context.past = window_of(locations, past, columns), past
+        return context
+    labels = _labels(entered.role, context.given, rows, columns)
+    continues = entered.role != "encoder" and (has_state(arguments) or (not isinstance(past, Tensor) and past > 0))
+    if labels is None and continues:
+        context.idle = True
+        return context
+    device, mask = token_device(arguments), arguments.get("attention_mask")
+    read = valid_columns(mask, rows, columns, past, device)
+    if read is None:
+        message = notices.UNREADABLE_MASK.format(mask=notices.describe(mask), rows=rows, columns=columns)
+        notices.object_to(entered.state, entered.module, message, "unreadable mask")
+        read = torch.ones(rows, columns, dtype=torch.bool, device=device), None
+    valid, shown = read
+    if labels is None and isinstance(past, Tensor):  # a cache's length that one would have to wait for
+        valid = valid & (past == 0)
+    starts, num_documents = documents(arguments, valid, shown) if entered.role == "" else (None, None)
+    ids = arguments.get("input_ids") if arguments.get("inputs_embeds") is None else None
+    tokens = Tokens(valid, labels, starts, num_documents, ids)
+    found: dict[Any, Prompts] = {}
+
+    def prompts_of(spec: PositionSpec) -> Prompts:
+        key = (spec.turns, spec.prompt_end, spec.edits_answers)
+        if key not in found:
+            found[key] = prompts_in(tokens, spec, entered.role, entered.state)
+        return found[key]
+
+    context.prompts_of, context.tokens, context.mask = prompts_of, tokens, mask
+    return context
+
+
+def _labels(role: str, given: Given, rows: int, columns: int) -> Tensor | None:
+    """The labels, aligned with the tokens, where they show the ends of prompts."""
+    if role == "encoder" or (role != "decoder" and not given.labels_show_prompts):
+        return None
+    return aligned_labels(given.labels, given.shift_labels, rows, columns, is_decoder=role == "decoder")[0]
+
+
+def prompts_in(tokens: Tokens, spec: PositionSpec, role: str, state: ModelState) -> Prompts:
+    """Where the prompts lie by a spec; says so where its marker is missing."""
+    if spec.prompt_end and tokens.labels is None:
+        marked = None if tokens.ids is None else tokens.marked(spec.prompt_end)
+        notices.warn_of_missing_marker(state, spec, marked)
+    if role == "decoder" and tokens.labels is not None:  # which never cover more than the start token
+        return tokens.prompts(spec.turns, answers=spec.edits_answers)
+    return tokens.prompts(spec.turns, spec.prompt_end, spec.edits_answers)
