@@ -34,7 +34,8 @@ def greedy_answer(
         run: the backbone, as a function.
         prompt: token ids.
         adapter: its tensors for this backbone; None where one is baked in.
-        positions, share_weights: of the adapter.
+        positions: of the adapter.
+        share_weights: of the adapter.
         past: the cache of a new row (`empty_past` of a backbone or its description); None for a backbone without one.
         new_tokens: how many.
         strength: 0 for the backbone alone.

@@ -103,17 +103,21 @@ class EditableBackbone(Backbone):
         Args:
             input_ids: [B, S].
             attention_mask: [B, past + S], of the whole row.
-            edit_mask: [B, S, G], see `edit_mask`.
-            down, bias, up: [L, G, r, d], [L, G, r] and [L, G, r, d], see `adapter_tensors`.
+            edit_mask: [B, S, G], see `edit_mask`. Where the adapter has one group, the mask may have several.
+            down: [L, G, r, d], see `adapter_tensors`.
+            bias: [L, G, r].
+            up: [L, G, r, d].
             past: with a cache, key and value of each layer in turn, [B, heads, past, width].
 
         Returns:
             Logits [B, S, vocabulary]; with a cache, then the next forward's `past`.
+
+        Raises:
+            ValueError: for a mask of other rows or columns than the token ids, which torch would stretch over them.
         """
-        if (
-            down.shape[1] == 1 and edit_mask.shape[-1] != 1
-        ):  # one intervention for all groups, which have no token twice
-            edit_mask = edit_mask.sum(-1, keepdim=True)
+        check_mask(edit_mask, input_ids)
+        if down.shape[1] == 1 and edit_mask.shape[-1] != 1:
+            edit_mask = edit_mask.sum(-1, keepdim=True)  # one intervention for all groups, which have no token twice
 
         # All groups' directions one under the other, [L, G * r, d], so that an edit is two products of matrices.
         keep = edit_mask.unsqueeze(-1).expand(*edit_mask.shape, down.shape[2]).flatten(2)
@@ -152,6 +156,7 @@ class BakedBackbone(Backbone):
         self, input_ids: Tensor, attention_mask: Tensor, edit_mask: Tensor, *past: Tensor
     ) -> tuple[Tensor, ...]:
         """As `EditableBackbone.forward`, without the adapter's tensors."""
+        check_mask(edit_mask, input_ids)
 
         def edit(number: int, h: Tensor) -> Tensor:
             groups = self.edits.get(number, [])
@@ -164,6 +169,15 @@ class BakedBackbone(Backbone):
             return torch.stack(edits).sum(0) if edits else torch.zeros_like(h)
 
         return self.run(input_ids, attention_mask, edit, past)
+
+
+def check_mask(edit_mask: Tensor, input_ids: Tensor) -> None:
+    """Refuse a mask that is not one of the token ids of this forward."""
+    if edit_mask.dim() != 3 or edit_mask.shape[:2] != input_ids.shape:
+        raise ValueError(
+            f"edit_mask has the shape {tuple(edit_mask.shape)} for token ids {tuple(input_ids.shape)}; it must be "
+            "[rows, columns, groups] of the columns of this forward, in a decode step the last one."
+        )
 
 
 def _constant(intervention: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -201,7 +201,8 @@ def save_adapter_tensors(
         model_or_directory: a model with ReFT adapters, or the directory of a saved one.
         path: of the file, such as "pirate.safetensors".
         dtype: of the stored numbers.
-        adapter_name, blocks: as for `adapter_tensors`.
+        adapter_name: of a model's adapters; None for the active one.
+        blocks: as for `adapter_tensors`.
         base_model: name of the base model, if it is not to be the one that the adapter says; folders are left out.
 
     Raises:

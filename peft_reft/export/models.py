@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import GenerationConfig
 
-from peft_reft.blocks import ModelBlocks, own_name
+from peft_reft.blocks import Layout, ModelBlocks, own_name
 from peft_reft.tuner.files import one_line
 
 
@@ -102,11 +102,28 @@ def blocks_of_model(model: nn.Module) -> tuple[list[str], int]:
     shapes = [found.shape_of(name) for name in stacks[0]]
     found.forget_trace()
     widths = sorted({width for width, _ in shapes})
-    odd = next((layout for _, layout in shapes if (layout.rows, layout.columns, layout.streams) != (0, 1, 1)), None)
-    if len(widths) > 1 or odd is not None or any(layout.pool or layout.before or layout.padded for _, layout in shapes):
-        what = f"widths {widths}" if len(widths) > 1 else f"a layout of their own ({odd or shapes[0][1]})"
+    odd = [words for _, layout in shapes for words in _odd_words(layout)]
+    if len(widths) > 1:
+        odd.append(f"of several widths, {widths}")
+    if odd:
         raise ValueError(
-            f"The blocks of {type(model).__name__} return hidden states of {what}, where an exported graph edits "
+            f"The blocks of {type(model).__name__} return hidden states {odd[0]}, where an exported graph edits "
             "[rows, columns, width] of one width. Export the model with its adapter by torch.export instead."
         )
     return [own_name(name) for name in stacks[0]], widths[0]
+
+
+def _odd_words(layout: Layout) -> list[str]:
+    """What is unusual in where a block's output has its vectors."""
+    odd = []
+    if layout.streams > 1:
+        odd.append(f"of {layout.streams} streams for each token")
+    if layout.padded:
+        odd.append("of rows that it pads to a length of its own")
+    if layout.before:
+        odd.append(f"with {layout.before} other vectors in front of the tokens'")
+    if layout.pool:
+        odd.append("of fewer vectors than there are tokens")
+    if (layout.rows, layout.columns) != (0, 1):
+        odd.append("with rows and columns in another order")
+    return odd

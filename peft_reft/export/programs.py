@@ -158,8 +158,9 @@ def export_backbone(
         folder: gets `backbone.onnx`, `.pt2` or `.pte`, and `backbone.json`.
         format: "onnx", "pt2" or "pte".
         quantised: "int8" or "int4" rounds the weights of a float32 model, in ONNX; None leaves them.
-        max_rank, max_groups, max_columns: see `BackboneDescription`; None leaves them open, which ExecuTorch cannot: it
-            takes 8, 2 and 512.
+        max_rank: the largest r of an adapter; None leaves it open, but for ExecuTorch, which takes 8.
+        max_groups: the most position groups; None leaves them open, but for ExecuTorch, which takes 2.
+        max_columns: the longest row; None leaves it open, but for ExecuTorch, which takes 512.
         base_model: name of the model; None for what its config says.
 
     Raises:

@@ -7,7 +7,14 @@ import torch
 from conftest import DECODERS, batch, logits, randomize, reft_model, tiny_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import MusicgenDecoderConfig, MusicgenForCausalLM, XLMConfig, XLMWithLMHeadModel
+from transformers import (
+    MusicgenDecoderConfig,
+    MusicgenForCausalLM,
+    ProphetNetConfig,
+    ProphetNetForCausalLM,
+    XLMConfig,
+    XLMWithLMHeadModel,
+)
 
 from peft_reft import ReftConfig, register_intervention, set_strength, set_subspaces
 from peft_reft.export import EditableBackbone, adapter_tensors, edit_mask, exportable, greedy_answer
@@ -105,6 +112,16 @@ def test_shared_weights_take_a_mask_of_one_group_or_of_one_per_term():
     torch.testing.assert_close(one, logits(model, inputs), rtol=1e-4, atol=1e-4)
 
 
+def test_a_mask_of_other_columns_is_refused():
+    model = reft_model(tiny_model("llama"), positions="all", **CAUSAL)
+    inputs, tensors = batch(6), adapter_tensors(model)
+    for mask in (torch.ones(1, 1, 1), torch.ones(1, 6), torch.ones(2, 6, 1)):
+        with pytest.raises(ValueError, match=r"edit_mask has the shape .* for token ids \(1, 6\)"):
+            exportable(model, cache=False)(*inputs.values(), mask, *tensors.values())
+        with pytest.raises(ValueError, match="edit_mask has the shape"):
+            exportable(model, cache=False, baked="default")(*inputs.values(), mask)
+
+
 def test_the_model_stays_what_it_was():
     model = reft_model(tiny_model("llama"), positions="f1+l1", task_type="CAUSAL_LM")
     before, hooks = answer(model), [len(module._forward_hooks) for module in model.modules()]
@@ -177,6 +194,11 @@ def xlm():
     return XLMWithLMHeadModel(XLMConfig(n_words=40, emb_dim=16, n_layers=1, n_heads=2, mask_token_id=3))
 
 
+def prophetnet():
+    sizes = {"num_decoder_layers": 1, "num_decoder_attention_heads": 2, "decoder_ffn_dim": 16, "ngram": 2}
+    return ProphetNetForCausalLM(ProphetNetConfig(vocab_size=40, hidden_size=16, is_decoder=True, **sizes))
+
+
 @pytest.mark.parametrize(
     ("model", "cache", "why"),
     [
@@ -184,6 +206,7 @@ def xlm():
         (lambda: tiny_model("bert"), True, "no decoder-only causal language model"),
         (lambda: nn.Linear(3, 3), True, "no decoder-only causal language model"),
         (xlm, False, "XLMWithLMHeadModel.generate passes other tokens"),
+        (prophetnet, False, "ProphetNetForCausalLM return hidden states of 3 streams for each token, where"),
     ],
 )
 def test_models_that_cannot_be_exported_are_refused_with_the_reason(model, cache, why):
