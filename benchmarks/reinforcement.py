@@ -254,7 +254,9 @@ def main() -> None:
     record = common.environment() | {"command": " ".join(["python benchmarks/reinforcement.py", *sys.argv[1:]])}
     record |= {"base": {}, "gaps": {}, "trainings": {}}
     if path.exists() and not given.quick:
-        record["trainings"] = json.loads(path.read_text())["trainings"]
+        earlier = json.loads(path.read_text())
+        record |= {"base": earlier["base"], "trainings": earlier["trainings"]}
+        record["command"] = f"{earlier['command']}, then {record['command']}"
     with tempfile.TemporaryDirectory() as folder:
         run(given, names, record, None if given.quick else path, folder)
 
@@ -274,9 +276,9 @@ def run(given: argparse.Namespace, names: list[str], record: dict[str, Any], pat
         print(f"{name}: sampling and scoring differ by {gap:.1e} nats, the adapter makes {effect:.2f}", flush=True)
         if gap > 1e-3 * effect:
             raise RuntimeError(f"{name}: what is scored is not the policy that was sampled from")
-    record["base"] = {task: mean_reward(base, task) for task in given.tasks.split(",")}
+    record["base"] |= {task: mean_reward(base, task) for task in given.tasks.split(",")}
     print(record["base"], flush=True)
-    for task in record["base"]:
+    for task in given.tasks.split(","):
         for lr in RATES[:1] if given.quick else map(float, given.rates.split(",")):
             for name in names:
                 key = f"{task} | {name} | {lr:g}"

@@ -69,28 +69,25 @@ PLAN = (  # the most telling first: a run that is cut has these
     ("robot", "LoReFT f7+l7", 1e-3),
     ("robot", "LoRA r8 q,v", 1e-3),
     ("robot", "LoReFT f1+l1", 4e-3),
-    ("robot", "LoReFT all", 4e-3),
-    ("robot", "LoReFT f7+l7", 1.6e-2),
-    ("robot", "LoRA r8 q,v", 1.6e-2),
-    ("robot", "LoReFT f7+l7, random start", 4e-3),
-    ("robot", "LoReFT f7+l7, one block", 4e-3),
-    ("robot", "LoReFT f7+l7, every fourth block", 4e-3),
-    ("long", "base model", None),
-    ("long", "LoReFT f7+l7", 4e-3),
-    ("long", "LoReFT f7+l7+d", 4e-3),
     ("robot", "LoReFT all", 1e-3),
-    ("robot", "LoReFT f1+l1", 1.6e-2),
-    ("robot", "LoReFT all", 1.6e-2),
-    ("robot", "LoReFT l1", 4e-3),
-    ("long", "LoRA r8 q,v", 4e-3),
-    ("long", "LoReFT f7+l7+d8", 4e-3),
-    ("robot", "LoReFT f7+l7, upper half", 4e-3),
-    ("robot", "LoReFT f7+l7, lower half", 4e-3),
-    ("robot", "NoReFT f7+l7", 4e-3),
-    ("robot", "DoRA r8 q,v", 4e-3),
+    ("robot", "LoReFT f7+l7, every fourth block", 1e-3),
+    ("robot", "LoReFT all", 4e-3),
     ("robot", "LoReFT f7+l7, random start", 1e-3),
-    ("robot", "DoRA r8 q,v", 1e-3),
+    ("robot", "LoReFT f7+l7, one block", 1e-3),
+    ("robot", "LoReFT l1", 1e-3),
+    ("long", "base model", None),
+    ("long", "LoReFT f7+l7", 1e-3),
+    ("long", "LoReFT f7+l7+d", 1e-3),
+    ("robot", "LoReFT f7+l7, upper half", 1e-3),
+    ("robot", "LoReFT f7+l7, lower half", 1e-3),
     ("robot", "NoReFT f7+l7", 1e-3),
+    ("robot", "DoRA r8 q,v", 1e-3),
+    ("long", "LoRA r8 q,v", 1e-3),
+    ("long", "LoReFT f7+l7+d8", 1e-3),
+    ("robot", "LoReFT f7+l7", 3e-4),
+    ("robot", "LoRA r8 q,v", 3e-4),
+    ("robot", "LoReFT f1+l1", 3e-4),
+    ("robot", "LoReFT all", 3e-4),
 )
 
 
@@ -228,25 +225,24 @@ def report(cells: record.Cells) -> str:
 
 
 def draw(cells: record.Cells, path: Path) -> None:
-    """Held-out loss by learning rate, of the methods that have more than one."""
+    """Held-out loss and whole answers of each training, as bars."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.6, 3.4), layout="constrained", dpi=100)
-    axis = figure.subplots()
     robot = [cell for cell in cells if cell["task"] == "robot"]
-    for name in METHODS:
-        found = sorted((cell["lr"], cell["loss"], cell["whole"]) for cell in robot if cell["name"] == name)
-        if len(found) > 1:
-            rates, losses, whole = zip(*found)
-            axis.plot(rates, losses, marker="o", markersize=4, label=name)
-            for place, number in zip(zip(rates, losses), whole):
-                axis.annotate(str(number), place, xytext=(3, 4), textcoords="offset points", fontsize=7)
-    axis.axhline(next(cell["loss"] for cell in robot if cell["name"] == "base model"), color="grey", linestyle=":")
-    axis.set(xscale="log", xlabel="learning rate", ylabel="loss of held-out answers, nats per token")
-    axis.set_title(f"five examples, {STEPS} steps; the numbers: whole answers of {len(HELD_OUT)}", fontsize=9)
-    axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
+    base = next(cell["loss"] for cell in robot if cell["name"] == "base model")
+    trained = sorted((cell for cell in robot if cell["lr"]), key=lambda cell: -cell["loss"])
+    names = [f"{cell['name']}, {cell['lr']:g}" for cell in trained]
+    colors = ["C0" if "ReFT" in cell["name"] else "C1" for cell in trained]
+    figure = Figure(figsize=(7.6, 1 + 0.27 * len(trained)), layout="constrained", dpi=100)
+    left, right = figure.subplots(1, 2, sharey=True)
+    left.barh(names, [cell["loss"] for cell in trained], color=colors)
+    left.axvline(base, color="grey", linestyle=":")
+    left.set_xlabel("loss of held-out answers, nats per token\n(dotted: base model)")
+    right.barh(names, [cell["whole"] for cell in trained], color=colors)
+    right.set(xlabel=f"whole answers of {len(HELD_OUT)}", xlim=(0, len(HELD_OUT)))
+    for axis in (left, right):
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
     figure.savefig(path)
 
 

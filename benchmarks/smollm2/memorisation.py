@@ -185,30 +185,32 @@ def report(cells: list[dict[str, Any]]) -> str:
 
 
 def draw(cells: list[dict[str, Any]], path: Path) -> None:
-    """Recited against asked for, for text and random tokens; and how many prompts' strings are recited, by rank."""
+    """Tokens recited against those asked for, and against the string's bits; and several prompts, where measured."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.4, 3.2), layout="constrained", dpi=100)
-    axes = figure.subplots(1, 3, width_ratios=[1, 1, 0.8])
-    colors = {name: f"C{number}" for number, name in enumerate(METHODS)}
-    for axis, kind in zip(axes, ("text", "random")):
-        axis.plot(LENGTHS, LENGTHS, color="grey", linestyle=":", linewidth=1)
-        for cell in (cell for cell in cells if cell["kind"] == kind):
-            lengths, recited = zip(*((row["length"], row["recited"]) for row in cell["rows"]))
-            axis.plot(lengths, recited, marker="o", markersize=4, color=colors[cell["name"]], label=cell["name"])
-        axis.set(
-            xscale="log", yscale="log", xlabel="tokens asked for", title=kind if kind == "text" else "random tokens"
-        )
-        axis.set(xticks=LENGTHS, xticklabels=LENGTHS, yticks=LENGTHS, yticklabels=LENGTHS)
-        axis.minorticks_off()
-        axis.legend(fontsize=7, frameon=False)
-    axes[0].set_ylabel("tokens recited")
     several = [(cell["name"], row) for cell in cells if cell["kind"] == "prompts" for row in cell["rows"]]
+    figure = Figure(figsize=(9.6 if several else 7, 3.2), layout="constrained", dpi=100)
+    axes = figure.subplots(1, 3 if several else 2)
+    colors = {name: f"C{number}" for number, name in enumerate(METHODS)}
+    axes[0].plot(LENGTHS[:-1], LENGTHS[:-1], color="grey", linestyle=":", linewidth=1)
+    for cell in (cell for cell in cells if cell["kind"] != "prompts"):
+        style = {"marker": "o", "markersize": 4, "color": colors[cell["name"]]}
+        style |= {"linestyle": "-" if cell["kind"] == "text" else "--", "label": f"{cell['kind']}: {cell['name']}"}
+        recited = [row["recited"] for row in cell["rows"]]
+        axes[0].plot([row["length"] for row in cell["rows"]], recited, **style)
+        shares = [100 * row["recited"] / row["of"] for row in cell["rows"]]
+        axes[1].plot([row["bits"] for row in cell["rows"]], shares, **style)
+    axes[0].set(xscale="log", yscale="log", xlabel="tokens asked for", ylabel="tokens recited")
+    axes[0].set(xticks=LENGTHS[:-1], xticklabels=LENGTHS[:-1], yticks=LENGTHS[:-1], yticklabels=LENGTHS[:-1])
+    axes[0].minorticks_off()
+    axes[0].legend(fontsize=7, frameon=False)
+    axes[1].set(xlabel="bits of the string for the base model", ylabel="recited, %", ylim=(0, 105))
     for name, row in several:
         label = f"{name},\n{row['prompts']} prompts"
         axes[2].bar(label, 100 * row["recited"] / row["of"], width=0.6, color=colors[name])
-    axes[2].set(ylim=(0, 105), title=f"{SHORT} random tokens each", ylabel="tokens recited, %")
-    axes[2].tick_params(axis="x", labelsize=7)
+    if several:
+        axes[2].set(ylim=(0, 105), title=f"{SHORT} random tokens each", ylabel="recited, %")
+        axes[2].tick_params(axis="x", labelsize=7)
     for axis in axes:
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
