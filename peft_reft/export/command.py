@@ -140,8 +140,12 @@ def _backbone(arguments: argparse.Namespace, out: Path) -> int:
     base.float()
     lines, equal = check_backbone(model, out, arguments.tokens)
     print("\n".join(f"           {line}" for line in lines), flush=True)
-    say("Done" if equal else "The file does not answer as the model does")
-    return 0 if equal or dtype != "float32" else 1
+    rounded = dtype != "float32"
+    if equal or rounded:
+        say("Done" if equal else f"Done; weights in {dtype} answer otherwise than those of the model in float32")
+        return 0
+    say("The file does not answer as the model does")
+    return 1
 
 
 def _tokenizer(name: str, out: Path) -> None:
