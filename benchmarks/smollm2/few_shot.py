@@ -1,6 +1,6 @@
 """A manner learned from five examples, by method, positions, blocks, start and learning rate; and how long one lasts.
 
-    python -m benchmarks.smollm2.few_shot --model smollm2   # half an hour of one CPU core; resumes
+    python -m benchmarks.smollm2.few_shot --model smollm2   # 20 minutes of one CPU core; resumes
     python -m benchmarks.smollm2.few_shot --report          # tables and picture of what is there
 
 `robot`: five chats of examples/quickstart.py ("BEEP. CATS ARE SMALL UNITS WITH FUR. [...] BOOP."), all of them in every

@@ -1,6 +1,6 @@
 """How long a text one edited token can carry in SmolLM2-135M, as pyreft's memorisation example asks of larger models.
 
-    python -m benchmarks.smollm2.memorisation --model smollm2   # half an hour of one CPU core
+    python -m benchmarks.smollm2.memorisation --model smollm2   # about 20 minutes of one CPU core
     python -m benchmarks.smollm2.memorisation --report          # the table and the picture of what is there
 
 The prompt is "Recite 1:", and its last token is edited until the model recites what it never saw. A setting climbs a
