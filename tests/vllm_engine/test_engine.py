@@ -303,7 +303,7 @@ def test_two_adapters_of_one_name(asked, base, adapters, truth):
     others = {name: request for name, request in asked.requests.items() if name not in alike}
     both = Asked(asked.llm, {})
     both.requests = others | alike
-    assert_right(both.compare(every_pair(["last", "noreft", None, "loreft"], prompts(5)), truth))
+    assert_right(both.compare(every_pair(["last", "noreft", None, "loreft", "activated"], prompts(5)), truth))
 
 
 def test_an_adapter_that_is_loaded_in_place(asked, base, place):
