@@ -28,7 +28,6 @@ class Edit(NamedTuple):
         called: whether they are.
         dropout: probability with which an entry of the edit is dropped.
         autocast: whether autocast has to be kept out of the products.
-        whole: `keep` is known to hold nothing but ones, so that no block need multiply with it.
     """
 
     places: Tensor | None
@@ -37,7 +36,6 @@ class Edit(NamedTuple):
     called: bool = False
     dropout: float = 0.0
     autocast: bool = False
-    whole: bool = False
 
     def add(self, out: Tensor, h: Tensor, factors: Any) -> Tensor:
         """`out` with the edit of `h`, both [B, S, d]; every other vector is returned bit for bit.
@@ -45,7 +43,7 @@ class Edit(NamedTuple):
         Args:
             factors: of the block, one of `blocks`.
         """
-        places, keep, _, called, dropout, autocast, whole = self
+        places, keep, _, called, dropout, autocast = self
         if called and keep.device != h.device:  # where such a module runs is known only now
             keep, places = keep.to(h.device), None if places is None else places.to(h.device)
         flat = h.flatten(0, 1)
@@ -56,9 +54,9 @@ class Edit(NamedTuple):
             delta = _call(factors, selected) * keep if keep.shape[-1] == 1 else _call(factors, selected, keep)
         elif autocast:
             with torch.autocast(h.device.type, enabled=False):
-                delta = low_rank_edit(selected, factors, None if whole else keep)
+                delta = low_rank_edit(selected, factors, keep)
         else:
-            delta = low_rank_edit(selected, factors, None if whole else keep)
+            delta = low_rank_edit(selected, factors, keep)
         if dropout:
             delta = F.dropout(delta, dropout)
         if delta.dtype != h.dtype:

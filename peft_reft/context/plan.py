@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peft_reft.context.arguments import values_can_be_read
 from peft_reft.context.edit import Edit
 from peft_reft.context.subspaces import BASE, Choice, Choices, by_direction, strengths
 from peft_reft.interventions import FactorMemo, Factors, Kind, kind_of, stack_factors
@@ -265,14 +264,11 @@ def _edit(
         places = places.to(device)
     index, keep = _flat(family, places, shape, chosen, adapters)
     blocks = family.blocks(adapters, keep.dim() == 3)
-    # On a GPU one would have to wait for the values.
-    whole = family.kind.has_source and not family.kind.parts and keep.dtype == torch.bool  # no strengths
-    whole = whole and values_can_be_read(keep) and bool(keep.all())
     keep = keep.to(torch.promote_types(family.kind.dtype, torch.float32))
     if family.kind.parts:
         keep = _parted(family, keep, shape, chosen, adapters, choices)
     dropout = family.kind.dropout if training else 0.0
-    return Edit(index, keep, blocks, False, dropout, torch.is_autocast_enabled(device.type), whole)
+    return Edit(index, keep, blocks, False, dropout, torch.is_autocast_enabled(device.type))
 
 
 def _numbers(numbers: Sequence[int], device: torch.device) -> Tensor:
