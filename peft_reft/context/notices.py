@@ -46,8 +46,8 @@ DISPLACED = (
     "ReFT then, or let ReFT edit whole blocks (leave target_modules out)."
 )
 LABELS_COVER_PROMPTS = (
-    "The labels of row(s) {rows} begin with their second token, so that the prompt is one token long: the ReFT adapter "
-    "is trained to edit that token, while `generate` will edit {positions} of the real prompt. Keep the prompt out of "
+    "The labels of row(s) {rows} begin with their second token, so that the prompt is one token long: the adapter is "
+    "trained to edit that token, while `generate` will edit {positions} of the real prompt. Keep the prompt out of "
     "the labels: give the trainer `prompt` and `completion` columns; or set completion_only_loss=True or "
     "assistant_only_loss=True (where the chat template marks answers); or name the marker that ends every prompt, "
     "ReftConfig(prompt_end=chat_prompt_end(tokenizer)). Packing that cuts documents (TRL's packing_strategy `wrapped` "
