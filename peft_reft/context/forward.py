@@ -69,7 +69,7 @@ class ForwardContext:
         tokens: what is known of the tokens, where `prompts_of` takes it from them.
         mask: their attention mask as it was passed.
         passed: the tensors of whole numbers that the call was passed.
-        has_run: a module further in has run the call's own ids.
+        own_ids_ran_at: how deep the modules lie that have run the call's own ids, at most; -1 if none has.
         training: whether the model is in training mode.
         device: of the hidden states, where no tokens tell it.
     """
@@ -89,7 +89,7 @@ class ForwardContext:
     tokens: Tokens | None = None
     mask: Any = None
     passed: Sequence[Tensor] = ()
-    has_run: bool = False
+    own_ids_ran_at: int = -1
     training: bool = False
     device: torch.device | None = None
     _edits: list[Edit] | None = None

@@ -74,10 +74,12 @@ def open_context(
     shape = token_shape(arguments, entered.state.ids_per_row)
     given = _given(entered, arguments, own, shape) if outer is None else outer.given
     is_new = outer is None or outer.role != entered.role or shape not in (None, (outer.rows, outer.columns))
-    if outer is not None and not is_new:
-        is_new, is_another = _brings_others(outer, arguments)
-        if is_another:  # a sequence of its own, and so are its labels, if it has any
-            given = replace(given, labels_show_prompts=False, labels=None, shift_labels=None)
+    if outer is not None and not is_new and outer.tokens is not None:
+        if _runs_other_rows(outer, outer.tokens.ids, entered.depth, arguments):
+            given = replace(given, labels_show_prompts=False, labels=None, shift_labels=None)  # those have their own
+            is_new = True
+        else:
+            is_new = _has_another_mask(outer, arguments)
     if _predicts(entered, given, arguments, shape, is_outermost=outer is None):
         labels, shift_labels = arguments.get("labels"), arguments.get("shift_labels")
         given = replace(given, labels_show_prompts=True, labels=labels, shift_labels=shift_labels)
@@ -99,33 +101,34 @@ def open_context(
     return _plain(entered, context, *shape, arguments)
 
 
-def _brings_others(outer: ForwardContext, arguments: Mapping[str, Any]) -> tuple[bool, bool]:
-    """Whether a call within another has tokens of its own, as where a model runs one part twice.
+def _runs_other_rows(outer: ForwardContext, own: Tensor | None, depth: int, arguments: Mapping[str, Any]) -> bool:
+    """Whether a call surely runs other rows than the call around it, not those in another form.
 
-    Returns:
-        Whether it brings ids, and a mask [B, S], labels or tokens that differ from the outer call's; and whether it is
-        surely another sequence, not the outer one in a changed form: it has labels of its own, or the outer call was
-        passed these ids beside its own, or has run its own ids already.
+    Their ids have labels of their own, were passed to the outer call beside its own ids, or come after those: at a
+    depth at which own ids ran, another call is none within that one.
+
+    Args:
+        own: the ids of the outer call.
     """
-    ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
-    if outer.tokens is None or outer.tokens.ids is None or not isinstance(ids, Tensor):
-        return False, False
-    if ids is outer.tokens.ids:
-        outer.has_run = True
-        return False, False
-    has_mask = isinstance(mask, Tensor) and mask.dim() == 2 and mask is not outer.mask
-    labels = [(arguments.get(name), getattr(outer.given, name)) for name in ("labels", "shift_labels")]
-    if any(own is not None and own is not given for own, given in labels):
-        return True, True
-    is_another = (outer.has_run or any(ids is one for one in outer.passed)) and _differ(ids, outer.tokens.ids)
-    return has_mask or is_another, is_another
-
-
-def _differ(ids: Tensor, others: Tensor) -> bool:
-    """Whether ids of the same shape are others; False where that cannot be known. Waits for the device."""
-    if torch.compiler.is_compiling() or ids.device != others.device or torch.func.debug_unwrap(ids) is not ids:
+    ids = arguments.get("input_ids")
+    if own is None or not isinstance(ids, Tensor):
         return False
-    return not torch.equal(ids, others)
+    if ids is own:
+        outer.own_ids_ran_at = max(depth, outer.own_ids_ran_at)
+        return False
+    labels = ((arguments.get(name), getattr(outer.given, name)) for name in ("labels", "shift_labels"))
+    if any(found is not None and found is not given for found, given in labels):
+        return True
+    return depth <= outer.own_ids_ran_at or any(ids is one for one in outer.passed)
+
+
+def _has_another_mask(outer: ForwardContext, arguments: Mapping[str, Any]) -> bool:
+    """Whether a call within another has a mask [B, S] of its own, with ids in another form: moved in their rows, say."""
+    ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
+    assert outer.tokens is not None
+    if not isinstance(ids, Tensor) or outer.tokens.ids is None or ids is outer.tokens.ids:
+        return False
+    return isinstance(mask, Tensor) and mask.dim() == 2 and mask is not outer.mask
 
 
 def _given(entered: Entered, arguments: Mapping[str, Any], own: Mapping[str, Any], shape: Shape) -> Given:
