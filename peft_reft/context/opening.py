@@ -29,6 +29,7 @@ from peft_reft.context.forward import ForwardContext, Given
 from peft_reft.context.generate import STEP, Step
 from peft_reft.context.sources import run_sources
 from peft_reft.context.state import ModelState
+from peft_reft.context.within import has_another_mask, runs_other_rows, runs_own_rows_late, whole_numbers
 from peft_reft.positions import PositionSpec, Prompts, Tokens, generated
 
 Shape = tuple[int, int] | None  # rows and columns of a call's tokens; None if it has none
@@ -75,11 +76,13 @@ def open_context(
     given = _given(entered, arguments, own, shape) if outer is None else outer.given
     is_new = outer is None or outer.role != entered.role or shape not in (None, (outer.rows, outer.columns))
     if outer is not None and not is_new and outer.tokens is not None:
-        if _runs_other_rows(outer, outer.tokens.ids, entered.depth, arguments):
+        if runs_other_rows(outer, entered.depth, arguments):
             given = replace(given, labels_show_prompts=False, labels=None, shift_labels=None)  # those have their own
             is_new = True
         else:
-            is_new = _has_another_mask(outer, arguments)
+            is_new = has_another_mask(outer, arguments)
+            if runs_own_rows_late(outer, entered.depth, arguments):
+                notices.object_to(entered.state, entered.module, notices.OTHERS_FIRST, "others first")
     if _predicts(entered, given, arguments, shape, is_outermost=outer is None):
         labels, shift_labels = arguments.get("labels"), arguments.get("shift_labels")
         given = replace(given, labels_show_prompts=True, labels=labels, shift_labels=shift_labels)
@@ -93,42 +96,12 @@ def open_context(
         context.locations = given.locations
         return context
     context.rows, context.columns = shape
-    context.passed = [ids for ids in arguments.values() if isinstance(ids, Tensor) and ids.dtype == torch.long]
+    context.passed = list(whole_numbers(arguments.values()))
     if _is_paged(state, arguments):
         return _paged(context, arguments)
     if given.step is not None and role != "encoder":
         return _step(context, given.step, *shape, arguments)
     return _plain(entered, context, *shape, arguments)
-
-
-def _runs_other_rows(outer: ForwardContext, own: Tensor | None, depth: int, arguments: Mapping[str, Any]) -> bool:
-    """Whether a call surely runs other rows than the call around it, not those in another form.
-
-    Their ids have labels of their own, were passed to the outer call beside its own ids, or come after those: at a
-    depth at which own ids ran, another call is none within that one.
-
-    Args:
-        own: the ids of the outer call.
-    """
-    ids = arguments.get("input_ids")
-    if own is None or not isinstance(ids, Tensor):
-        return False
-    if ids is own:
-        outer.own_ids_ran_at = max(depth, outer.own_ids_ran_at)
-        return False
-    labels = ((arguments.get(name), getattr(outer.given, name)) for name in ("labels", "shift_labels"))
-    if any(found is not None and found is not given for found, given in labels):
-        return True
-    return depth <= outer.own_ids_ran_at or any(ids is one for one in outer.passed)
-
-
-def _has_another_mask(outer: ForwardContext, arguments: Mapping[str, Any]) -> bool:
-    """Whether a call within another has a mask [B, S] of its own, with ids in another form: moved in their rows, say."""
-    ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
-    assert outer.tokens is not None
-    if not isinstance(ids, Tensor) or outer.tokens.ids is None or ids is outer.tokens.ids:
-        return False
-    return isinstance(mask, Tensor) and mask.dim() == 2 and mask is not outer.mask
 
 
 def _given(entered: Entered, arguments: Mapping[str, Any], own: Mapping[str, Any], shape: Shape) -> Given:
