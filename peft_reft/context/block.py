@@ -24,8 +24,8 @@ CHILD = "reft"  # the layer's name below its block; must not hold the prefix "re
 
 
 OUTSIDE = (
-    "A block of a ReFT adapter ran outside of its model's forward, where neither padding nor the prompt's end is known, "
-    "so that positions='all' edits every vector. In the backward pass of a torch.utils.checkpoint of your own, this "
+    "A block of a ReFT adapter ran outside of its model's forward, where neither padding nor the prompt is known, so "
+    "that positions='all' edits every vector. In the backward pass of a torch.utils.checkpoint of your own, this "
     "gives the gradients of another edit: call model.gradient_checkpointing_enable(), or wrap the blocks with torch's "
     "apply_activation_checkpointing, whose second runs know the call. To run a block by itself, put it in evaluation "
     "mode."
