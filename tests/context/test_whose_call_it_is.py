@@ -224,7 +224,7 @@ def test_locations_behind_a_cache_are_columns_of_the_whole_row():
     assert calls == [[[0, 3], [2]]]
 
 
-def test_padding_of_a_prompt_counts_as_none_where_a_model_takes_no_mask():
+def test_padding_of_a_prompt_counts_as_none_where_a_model_does_not_look_at_the_mask():
     """RWKV runs it as tokens; the row's prompt begins behind it all the same."""
     model = recurrent("rwkv", positions="f1+l1+d2")
     ids = torch.cat([torch.zeros(1, 2, dtype=torch.long), batch(5)["input_ids"]], dim=1)
@@ -239,6 +239,16 @@ class TakesNoMask(transformers.LlamaForCausalLM):
     def forward(self, input_ids=None, past_key_values=None, inputs_embeds=None, position_ids=None, **kwargs):
         own = {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
         return super().forward(input_ids, **own, **kwargs)
+
+
+def test_padding_of_a_prompt_counts_as_none_where_a_model_takes_no_mask():
+    base = tiny_model("llama", eos_token_id=None)
+    base.__class__ = TakesNoMask
+    model = reft_model(base, positions="f1+l1", task_type="CAUSAL_LM")
+    ids = torch.cat([torch.zeros(1, 2, dtype=torch.long), batch(5)["input_ids"]], dim=1)
+    with spied(model, tiny_model("llama", eos_token_id=None)) as calls:
+        generated(model, {"input_ids": ids})
+    assert calls == [[[2, 6]], *[[[]]] * (NEW - 1)]
 
 
 def test_new_tokens_behind_a_cache_end_the_whole_row_where_a_model_takes_no_mask():
