@@ -61,7 +61,8 @@ LABELS_COVER_PROMPTS = (
     "the labels: give the trainer `prompt` and `completion` columns; or set completion_only_loss=True or "
     "assistant_only_loss=True (where the chat template marks answers); or name the marker that ends every prompt, "
     "ReftConfig(prompt_end=chat_prompt_end(tokenizer)). Packing that cuts documents (TRL's packing_strategy `wrapped` "
-    "and `bfd_split`) leaves pieces without a prompt: use packing_strategy='bfd'."
+    "and `bfd_split`) leaves pieces without a prompt: use packing_strategy='bfd'. A ReFT adapter works only at the "
+    "places that it was trained for."
 )
 NOTHING_EDITED = (
     "In the first {forwards} training forwards a ReFT model edited no token at all, so that it trains "
