@@ -115,29 +115,27 @@ def test_a_mask_that_only_the_inner_call_has_is_read(task_type):
 
 
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
-@pytest.mark.parametrize("form", ["ids", "ids cast", "embeddings"])
+@pytest.mark.parametrize("form", ["ids", "ids without a mask", "embeddings"])
 @pytest.mark.parametrize("order", ["own", "other"])
 def test_rows_in_a_list_and_masks_beside_the_own_one_are_of_others(order, form, task_type):
     one, other = batch(8, 6), batch(8, 5, seed=3)
 
     def run(lm, ids, mask, labels, others, other_mask):
         def tokens(ids):
-            if form == "embeddings":
-                return {"inputs_embeds": lm.get_input_embeddings()(ids)}
-            return {"input_ids": ids.int() if form == "ids cast" else ids}
+            return {"inputs_embeds": lm.get_input_embeddings()(ids)} if form == "embeddings" else {"input_ids": ids}
 
         def own():
             lm(**tokens(ids), attention_mask=mask, labels=labels)
 
         if order == "own":
             own()
-        lm(**tokens(others[0]["ids"]), attention_mask=other_mask)
+        lm(**tokens(others[0]["ids"]), attention_mask=None if form == "ids without a mask" else other_mask)
         if order == "other":
             own()
 
-    given = {"others": [{"ids": other["input_ids"]}], "other_mask": other["attention_mask"]}
+    given = {"others": [{"ids": other["input_ids"].int()}], "other_mask": other["attention_mask"]}
     calls, told = run_within(run, task_type, **one, labels=labels_from(one["input_ids"], 3), **given)
-    expected = [[[0, 2], [0, 2]], [[0, 7], [0, 4]]]
+    expected = [[[0, 2], [0, 2]], [[0, 7], [0, 7 if form == "ids without a mask" else 4]]]
     assert calls == (expected if order == "own" else expected[::-1])
     assert told == []
 

@@ -107,9 +107,23 @@ def test_generate_takes_parts_by_row_and_repeats_them_for_beams():
             set_subspaces(model, part)
             assert torch.equal(model.generate(**inputs, num_beams=beams)[row], together[row])
             set_subspaces(model, None)
+        assert torch.equal(model.generate(**inputs, subspaces=torch.eye(2), num_beams=beams), together)
     assert not torch.equal(
         model.generate(**inputs, subspaces=[[], []]), model.generate(**inputs, subspaces=["german"] * 2)
     )
+
+
+def test_parts_by_row_of_adapters_by_row_act_in_every_group():
+    model, inputs = parted(share_weights=False), batch(6, 6, 6)
+    model.add_adapter("other", ReftConfig(**CONFIG, share_weights=False))
+    randomize(model, "other", seed=7, scale=0.5)
+    names, parts = ["default", "other", "default"], ["german", "formal", {"formal": -2.0}]
+    together = logits(model, inputs, adapter_names=names, subspaces=parts)
+    for row in range(3):
+        one = {name: value[row : row + 1] for name, value in inputs.items()}
+        alone = logits(model, one, adapter_names=names[row : row + 1], subspaces=parts[row : row + 1])
+        torch.testing.assert_close(together[row], alone[0], atol=1e-5, rtol=1e-4)
+    assert (together[0] - logits(model, inputs, adapter_names=names)[0]).abs().max() > 1e-2
 
 
 def test_a_model_s_choice_holds_until_it_is_set_again_and_a_row_s_own_wins():
