@@ -282,6 +282,11 @@ def test_embeddings_have_one_row_for_each_of_the_batch_where_ids_have_several():
     for given, rows in (({"inputs_embeds": torch.zeros(4, 5, 32)}, 4), ({"input_ids": torch.zeros(4, 5).long()}, 2)):
         with pytest.raises(ValueError, match=f"has 3 entries, but the batch has {rows} rows"):
             model.generate(**given, subspaces=["a"] * 3)
+    ids = torch.tensor(
+        [[9, 9, 5], [9, 9, 5], [4, 5, 6], [4, 5, 6]]
+    )  # two rows of two codebooks, of which one is padded
+    valid = base.generate._valid_columns({"input_ids": ids, "pad_token_id": 9})
+    assert valid.tolist() == [[False, False, True], [True, True, True]]
 
 
 def whole_forwards(model, ids, places):
