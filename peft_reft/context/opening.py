@@ -183,18 +183,17 @@ def _predicts(entered: Entered, given: Given, arguments: Mapping[str, Any], shap
     labels, shift_labels = arguments.get("labels"), arguments.get("shift_labels")
     found, unaligned = aligned_labels(labels, shift_labels, *shape)
     state.unlabelled = found is None and not state.running.generation
-    has_markers = all(spec.prompt_end for spec in state.active_specs())
     if unaligned:
         some = labels if labels is not None else shift_labels
         what = list(some.shape) if isinstance(some, Tensor) else type(some).__name__
         message = notices.UNALIGNED_LABELS.format(labels=what, rows=shape[0], columns=shape[1])
-        if not has_markers:
+        if not state.has_markers():
             notices.object_to(state, module, message, "unaligned labels")
     elif found is None and not is_outermost and aligned_labels(given.labels, given.shift_labels, *shape)[0] is not None:
         outer, inner = (type(one).__name__ for one in (state.entries[0].module, module))
         instead = notices.NAME_TOKENS if state.causal else notices.DECLARE_LABELS
         message = notices.LABELS_AROUND.format(outer=outer, inner=inner, instead=instead)
-        if not has_markers:
+        if not state.has_markers():
             notices.object_to(state, module, message, "labels around")
     elif state.unlabelled and not _are_classes(given.labels):
         notices.warn_of_unlabelled(state, module)

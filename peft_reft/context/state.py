@@ -119,6 +119,10 @@ class ModelState:
             if name in layer.position_specs
         }
 
+    def has_markers(self) -> bool:
+        """Whether all active adapters find the prompt's end by a marker in the ids."""
+        return all(spec.prompt_end for spec in self.active_specs())
+
     def takes_ids(self) -> bool:
         """Whether the model runs on tokens, among which there may be padding."""
         return any("input_ids" in entry.names for entry in self.entries)
