@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_reft.blocks import NOT_TOKENS, edit_hidden_state
+from peft_reft.context import notices
 from peft_reft.context.forward import ForwardContext, Given
 from peft_reft.context.method import MethodEntry
 from peft_reft.context.state import ModelState
@@ -24,10 +25,11 @@ CHILD = "reft"  # the layer's name below its block; must not hold the prefix "re
 
 
 OUTSIDE = (
-    "A block of a ReFT adapter ran outside of its model's forward, where padding is unknown, so that positions='all' "
-    "edited every vector. In the backward pass of a torch.utils.checkpoint of your own this gives the gradients of "
-    "another edit if there is padding: call model.gradient_checkpointing_enable(), or wrap the blocks with torch's "
-    "apply_activation_checkpointing, whose second runs know the call."
+    "A block of a ReFT adapter ran outside of its model's forward, where neither padding nor the prompt is known, so "
+    "that positions='all' edits every vector. In the backward pass of a torch.utils.checkpoint of your own, this "
+    "gives the gradients of another edit: call model.gradient_checkpointing_enable(), or wrap the blocks with torch's "
+    "apply_activation_checkpointing, whose second runs know the call. To run a block by itself, put it in evaluation "
+    "mode."
 )
 
 
@@ -77,7 +79,7 @@ class BlockEntry(MethodEntry):
                     "forward, where there are none. Call the model as a whole, or use positions='all'."
                 )
             if not specs and torch.is_grad_enabled() and self.state.takes_ids():
-                self.state.warn_once(OUTSIDE)
+                notices.object_to(self.state, self.module, OUTSIDE, "outside")
             return layer.edit(h, ForwardContext(self.state, [layer], Given()))
 
         return edit_hidden_state(output, lambda h: layer.layout.edit(h, None, edit))

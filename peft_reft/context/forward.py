@@ -68,8 +68,10 @@ class ForwardContext:
         answers_only: there are generated tokens only.
         tokens: what is known of the tokens, where `prompts_of` takes it from them.
         mask: their attention mask as it was passed.
-        passed: the tensors of whole numbers that the call was passed.
-        has_run: a module further in has run the call's own ids.
+        passed: the tensors of whole numbers that the call was passed, in lists and dicts too.
+        own_ids_ran_at: how deep the modules lie that have run the call's own ids, at most; -1 if none has.
+        changed_ids: others that counted as those in another form, each with how deep they ran; -1 if labels and a mask
+            came with them.
         training: whether the model is in training mode.
         device: of the hidden states, where no tokens tell it.
     """
@@ -89,7 +91,8 @@ class ForwardContext:
     tokens: Tokens | None = None
     mask: Any = None
     passed: Sequence[Tensor] = ()
-    has_run: bool = False
+    own_ids_ran_at: int = -1
+    changed_ids: list[tuple[Tensor, int]] = field(default_factory=list)
     training: bool = False
     device: torch.device | None = None
     _edits: list[Edit] | None = None
