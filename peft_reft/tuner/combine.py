@@ -127,18 +127,19 @@ def check_sum(configs: Mapping[str, Any], adapters: Sequence[str], weights: Sequ
 
 
 def config_of_sum(
-    configs: Mapping[str, ReftConfig], adapters: Sequence[str], layers: Mapping[str, ReftLayer]
+    configs: Mapping[str, ReftConfig], adapters: Sequence[str], layers: Sequence[Mapping[str, ReftLayer]]
 ) -> ReftConfig:
-    """The config of the DiReFT adapter that a sum of adapters is: its rank is the sum of theirs."""
+    """The config of the DiReFT adapter that a sum of adapters is: its rank is the sum of theirs.
+
+    Args:
+        layers: of each of the adapters, by the names of their blocks.
+    """
     ranks = [max([configs[name].r, *(configs[name].rank_pattern or {}).values()]) for name in adapters]
-    first = configs[adapters[0]]
-    blocks = [{name for name, layer in layers.items() if adapter in layer.reft_interventions} for adapter in adapters]
     targets: dict[str, Any] = {}
-    if any(found != blocks[0] for found in blocks):
-        union = set().union(*blocks)
-        targets = {"target_modules": union, "layers_to_transform": None, "exclude_modules": None}
+    if any(found.keys() != layers[0].keys() for found in layers):
+        targets = {"target_modules": set().union(*layers), "layers_to_transform": None, "exclude_modules": None}
     return replace(
-        first,
+        configs[adapters[0]],
         r=sum(ranks),
         intervention="direft",
         rank_pattern={},

@@ -24,10 +24,13 @@ from peft_reft.tuner.neighbours import METHODS
 TOKENS = {"input_ids", "inputs_embeds", "decoder_input_ids"}  # parameters by which a module takes tokens
 
 
-def reft_layers(model: nn.Module) -> dict[str, ReftLayer]:
-    """The ReFT layers of a model, by the names of their blocks."""
-    suffix = f".{CHILD}"
-    return {name.removesuffix(suffix): layer for name, layer in model.named_modules() if isinstance(layer, ReftLayer)}
+def reft_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, ReftLayer]:
+    """The ReFT layers of a model, by the names of their blocks; with a name, those that have this adapter."""
+    return {
+        name.removesuffix(f".{CHILD}"): layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, ReftLayer) and (adapter_name is None or adapter_name in layer.reft_interventions)
+    }
 
 
 def state_of(model: nn.Module) -> ModelState | None:
@@ -139,9 +142,8 @@ def tidy_up(model: nn.Module) -> None:
 
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:
     """Take what was created for an adapter off a model, whose tuner does not know of it (any more)."""
-    for layer in reft_layers(model).values():
-        if adapter_name in layer.reft_interventions:
-            layer.delete_adapter(adapter_name)
+    for layer in reft_layers(model, adapter_name).values():
+        layer.delete_adapter(adapter_name)
     tidy_up(model)
 
 

@@ -137,9 +137,8 @@ class ReftModel(BaseTuner):
             peft_config, None, getattr(getattr(model, "config", None), "_name_or_path", None)
         )
         self._is_checked = True
-        for layer in reft_layers(model).values():  # `get_peft_model` a second time on the same model
-            if self._adapter_name in layer.reft_interventions:
-                layer.delete_adapter(self._adapter_name)
+        for layer in reft_layers(model, self._adapter_name).values():  # `get_peft_model` a second time on this model
+            layer.delete_adapter(self._adapter_name)
         self._shared: list[ReftLayer] = []  # the layer whose interventions the others share; in a list, so that it is
         # no submodule of the tuner, whose parameters would be saved once more
 
@@ -186,7 +185,7 @@ class ReftModel(BaseTuner):
             ValueError: if there is no such adapter, it has no subspaces, or one of that name.
         """
         config = self.peft_config.get(adapter_name)
-        layers = [layer for layer in reft_layers(self.model).values() if adapter_name in layer.reft_interventions]
+        layers = list(reft_layers(self.model, adapter_name).values())
         if not isinstance(config, ReftConfig) or not layers:
             raise ValueError(f"Adapter {adapter_name} does not exist; the adapters are {sorted(self.peft_config)}.")
         larger = grown(config, name, r)
@@ -212,15 +211,13 @@ class ReftModel(BaseTuner):
         """
         check_adapter_name(adapter_name)
         check_sum(self.peft_config, adapters, weights, adapter_name)
-        layers = reft_layers(self.model)
-        for name in adapters:  # before anything is changed
-            of_blocks = (own.reft_interventions for own in layers.values() if name in own.reft_interventions)
-            linear_parts(next(of_blocks)[name][0], name)  # type: ignore[index]
+        layers = [reft_layers(self.model, name) for name in adapters]
+        for name, own in zip(adapters, layers):  # before anything is changed
+            linear_parts(next(iter(own.values())).reft_interventions[name][0], name)  # type: ignore[index]
         self.peft_config[adapter_name] = config_of_sum(self.peft_config, adapters, layers)
         self.inject_adapter(self.model, adapter_name)
-        for layer in reft_layers(self.model).values():
-            if adapter_name in layer.reft_interventions:
-                fill_sum(layer, adapters, weights, adapter_name)
+        for layer in reft_layers(self.model, adapter_name).values():
+            fill_sum(layer, adapters, weights, adapter_name)
 
     def _forget_plans(self) -> None:
         state = state_of(self.model)
@@ -231,9 +228,8 @@ class ReftModel(BaseTuner):
         """Adapters are created in float32 and stay so; without autocast they take the dtype of their block."""
         if autocast_adapter_dtype:
             return super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for layer in reft_layers(self.model).values():
-            if adapter_name in layer.reft_interventions:
-                layer.reft_interventions[adapter_name].to(device_and_dtype(layer.block)[1])
+        for layer in reft_layers(self.model, adapter_name).values():
+            layer.reft_interventions[adapter_name].to(device_and_dtype(layer.block)[1])
 
     # Checkpoints.
 
