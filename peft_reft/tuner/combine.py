@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_reft.interventions import Intervention, build_intervention
+from peft_reft.interventions import Intervention
 from peft_reft.tuner.config import ReftConfig
-from peft_reft.tuner.layer import ReftLayer
+from peft_reft.tuner.layer import ReftLayer, intervention_of
 
 SAME = ("positions", "share_weights", "share_layers", "turns", "prompt_end")  # which edits that are summed must share
 APART = ("modules_to_save", "trainable_token_indices")  # which cannot be summed
@@ -57,16 +57,7 @@ def grow(layers: Sequence[ReftLayer], adapter_name: str, config: ReftConfig) -> 
 
 
 def _grown_intervention(old: Any, width: int, config: ReftConfig) -> nn.Module:
-    new: Any = build_intervention(
-        config.intervention,
-        width,
-        config.r,
-        dropout=config.dropout,
-        act_fn=config.act_fn,
-        init_weights=config.init_weights,
-        train_bias=config.train_bias,
-        parts=config.parts,
-    )
+    new: Any = intervention_of(config, width, config.r, config.init_weights)
     new.to(device=old.basis.device, dtype=old.basis.dtype)
     names = [name for name, parameter in new.named_parameters()]
     before = {name: old.rows(name).detach() for name in names}

@@ -30,6 +30,20 @@ cached_spec = lru_cache(parse_positions)  # one object for all blocks and adapte
 SHOWN = ("active_adapters", "adapter_layer_names", "other_param_names", COLLECTION)
 
 
+def intervention_of(config: ReftConfig, width: int, r: int, init_weights: bool) -> nn.Module:
+    """A fresh intervention of an adapter, for hidden states of a width."""
+    return build_intervention(
+        config.intervention,
+        width,
+        r,
+        dropout=config.dropout,
+        act_fn=config.act_fn,
+        init_weights=init_weights,
+        train_bias=config.train_bias,
+        parts=config.parts,
+    )
+
+
 class ReftLayer(nn.Module, BaseTunerLayer):
     """The interventions next to one block.
 
@@ -104,16 +118,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def _fresh(self, config: ReftConfig, r: int, count: int) -> Iterable[nn.Module]:
         for _ in range(count):
-            intervention = build_intervention(
-                config.intervention,
-                self.width,
-                r,
-                dropout=config.dropout,
-                act_fn=config.act_fn,
-                init_weights=config.init_weights or config.inference_mode,
-                train_bias=config.train_bias,
-                parts=config.parts,
-            )
+            intervention = intervention_of(config, self.width, r, config.init_weights or config.inference_mode)
             if config.frozen_subspaces and isinstance(intervention, PartedRows):
                 intervention.frozen = sum(config.parts[: len(config.frozen_subspaces)])
                 if not config.inference_mode:
