@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from peft import PeftModel
@@ -12,6 +11,7 @@ from torch import nn
 from peft_reft.blocks import own_name
 from peft_reft.context.subspaces import choice_of
 from peft_reft.tuner.injection import reft_layers
+from peft_reft.tuner.sizes import is_finite
 
 
 def get_interventions(model: nn.Module, adapter_name: str | None = None) -> dict[str, nn.ModuleList]:
@@ -63,7 +63,7 @@ def set_strength(model: nn.Module, strength: float, adapter_name: str | None = N
     Raises:
         ValueError: if there is no such adapter, or the strength is no finite number.
     """
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
+    if not is_finite(strength):
         raise ValueError(
             f"strength={strength!r} is not a finite number; 0 is the base model, 1 the adapter as trained."
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from peft_reft.interventions import Intervention
 from peft_reft.tuner.config import ReftConfig
 from peft_reft.tuner.layer import ReftLayer, intervention_of
+from peft_reft.tuner.sizes import check_rank, is_finite
 
 SAME = ("positions", "share_weights", "share_layers", "turns", "prompt_end")  # which edits that are summed must share
 APART = ("modules_to_save", "trainable_token_indices")  # which cannot be summed
@@ -31,8 +31,7 @@ def grown(config: ReftConfig, name: str, r: int) -> ReftConfig:
         )
     if name in config.subspaces:
         raise ValueError(f"The adapter has a subspace {name!r} already; it has {list(config.subspaces)}.")
-    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-        raise ValueError(f"r={r!r} is not a rank; it must be an integer of at least 1.")
+    check_rank("r", r)
     parts = {**config.subspaces, name: r}
     return replace(config, r=config.r + r, subspaces=parts, frozen_subspaces=list(config.subspaces))
 
@@ -92,7 +91,7 @@ def check_sum(configs: Mapping[str, Any], adapters: Sequence[str], weights: Sequ
     if name in configs:
         raise ValueError(f"adapter_name={name!r} is the name of an adapter already. Choose another one.")
     for weight in weights:
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        if not is_finite(weight):
             raise ValueError(f"weights={list(weights)!r} holds {weight!r}, which is not a finite number.")
     first = configs[adapters[0]]
     for adapter in adapters:
