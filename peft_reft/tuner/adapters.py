@@ -48,7 +48,7 @@ def _names(model: nn.Module) -> list[str]:
     return sorted({name for layer in reft_layers(model).values() for name in layer.reft_interventions})
 
 
-def _no_adapter(name: str, known: list[str]) -> ValueError:
+def _no_adapter(name: str | None, known: list[str]) -> ValueError:
     return ValueError(f"The model has no ReFT adapter {name!r}; its ReFT adapters are {known}.")
 
 
