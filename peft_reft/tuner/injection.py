@@ -39,12 +39,21 @@ def state_of(model: nn.Module) -> ModelState | None:
 
 
 def attach_entries(model: nn.Module, state: ModelState) -> None:
-    """Put an entry into every module around the blocks that takes tokens; entries that are there are made anew."""
+    """Put an entry into every module around the blocks that takes tokens; entries that are there are made anew.
+
+    Without layers nothing is left: neither entries nor what stands in for methods.
+    """
     detach_entries(state, model)
     unwrap_checkpoints(model)
     state.plans.clear()
     layers = reft_layers(model)
     state.layers[:] = layers.values()
+    if not layers:
+        for module in model.modules():
+            for entry in list(module.__dict__.values()):
+                if isinstance(entry, MethodEntry):
+                    entry.detach()
+        return
     for number, (name, layer) in enumerate(layers.items()):
         layer.number = number
         if any(isinstance(model.get_submodule(path), nn.TransformerEncoderLayer) for path in around([name])):
@@ -133,11 +142,10 @@ def tidy_up(model: nn.Module) -> None:
     state = state_of(model)
     if state is None:
         return
-    remove_empty_layers(model)
-    if reft_layers(model):
-        attach_entries(model, state)
-    else:
-        _remove(model, state)
+    for name, layer in reft_layers(model).items():
+        if not layer.reft_interventions:
+            detach_layer(model.get_submodule(name))
+    attach_entries(model, state)
 
 
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -147,28 +155,8 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
     tidy_up(model)
 
 
-def remove_empty_layers(model: nn.Module) -> None:
-    """Take layers without any adapter off a model."""
-    for name, layer in reft_layers(model).items():
-        if not layer.reft_interventions:
-            detach_layer(model.get_submodule(name))
-
-
 def remove_reft(model: nn.Module) -> None:
-    """Take all layers and entries off a model."""
-    state = state_of(model)
-    for name in reft_layers(model):
-        detach_layer(model.get_submodule(name))
-    if state is not None:
-        _remove(model, state)
-
-
-def _remove(model: nn.Module, state: ModelState) -> None:
-    detach_entries(state, model)
-    unwrap_checkpoints(model)
-    state.plans.clear()
-    state.layers.clear()
-    for module in model.modules():
-        for entry in list(module.__dict__.values()):
-            if isinstance(entry, MethodEntry):
-                entry.detach()
+    """Take all adapters, layers and entries off a model."""
+    for layer in reft_layers(model).values():
+        layer.reft_interventions.clear()
+    tidy_up(model)

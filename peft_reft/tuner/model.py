@@ -26,13 +26,12 @@ from peft_reft.tuner.checkpoint import (
 from peft_reft.tuner.combine import check_sum, config_of_sum, fill_sum, grow, grown, linear_parts
 from peft_reft.tuner.config import ReftConfig, prompt_end_ids
 from peft_reft.tuner.injection import (
-    attach_entries,
     is_causal_lm,
     reft_layers,
     remove_adapter,
-    remove_empty_layers,
     remove_reft,
     state_of,
+    tidy_up,
 )
 from peft_reft.tuner.keys import INTERVENTIONS, PREFIX, blocks_of, is_intervention, without_adapter, without_child
 from peft_reft.tuner.layer import ReftLayer, attach_layer
@@ -44,7 +43,6 @@ from peft_reft.tuner.targets import (
     check_shapes,
     check_trained_tokens,
     choose_targets,
-    linear_layers_within_blocks,
     rank_of,
     warn_of_settings_without_effect,
 )
@@ -105,10 +103,9 @@ class ReftModel(BaseTuner):
             if self._is_checked:  # layers may have been made
                 remove_adapter(model, adapter_name)
             raise
-        remove_empty_layers(model)
         state.causal = state.causal or is_causal_lm(model, self.peft_config[adapter_name])
         state.ids_per_row = state.blocks.ids_per_row
-        attach_entries(model, state)
+        tidy_up(model)
         for tell in ON_INJECTION:
             tell(model)
 
@@ -131,8 +128,7 @@ class ReftModel(BaseTuner):
         check_shapes(peft_config, self._targets)  # before anything is changed
         check_sizes(peft_config, model, self._targets)
         check_trained_tokens(peft_config, model, {*self._targets, *reft_layers(model)})
-        linear = linear_layers_within_blocks(model, targets)
-        warn_of_settings_without_effect(peft_config, model, targets, linear)
+        warn_of_settings_without_effect(peft_config, model, targets)
         self._prompt_end = prompt_end_ids(
             peft_config, None, getattr(getattr(model, "config", None), "_name_or_path", None)
         )
