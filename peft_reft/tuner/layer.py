@@ -80,7 +80,6 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self._block = (block,)  # in a tuple, so that it is no submodule
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
-        self.merged_adapters: list[str] = []
 
     @property
     def block(self) -> nn.Module:
@@ -89,7 +88,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     def add_adapter(
         self, name: str, config: ReftConfig, r: int, prompt_end: Sequence[int] = (), shared: ReftLayer | None = None
     ) -> None:
-        """Create the interventions of an adapter; an existing one of that name is replaced.
+        """Create the interventions of an adapter, of which there is none of that name.
 
         Args:
             r: rank in this block.
@@ -109,8 +108,6 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.position_specs[name] = spec
         self.share_weights[name] = config.share_weights
         self.scaling[name] = 1.0
-        self.chosen_subspaces.pop(name, None)
-        self.subspaces.pop(name, None)
         if config.subspaces:
             self.subspaces[name] = dict(config.subspaces)
         if shared is None:
