@@ -59,8 +59,11 @@ def attach_entries(model: nn.Module, state: ModelState) -> None:
         if any(isinstance(model.get_submodule(path), nn.TransformerEncoderLayer) for path in around([name])):
             keep_called(layer.block)
     roles = roles_of(model)
+    causal = {"": False}  # by path: whether a module predicts tokens, or one around it; of the whole, the state knows
     for path in sorted(around(layers)):
         module = model.get_submodule(path)
+        if path:
+            causal[path] = causal[path.rpartition(".")[0]] or predicts_tokens(module)
         if isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # never called
             continue
         # An encoder of images takes no tokens, but `generate` runs it by itself.
@@ -75,21 +78,12 @@ def attach_entries(model: nn.Module, state: ModelState) -> None:
             state,
             role,
             depth=len(path.split(".")) if path else 0,
-            causal=role == "" and any(predicts_tokens(model.get_submodule(part)) for part in _prefixes(path)),
+            causal=role == "" and causal[path],
             layers=list(below.values()),
         )
         attach_entry(ForwardEntry(entered, [name[len(path) + 1 :] if path else name for name in below]))
         if takes_tokens or not path:
             _stand_in_for_methods(module, state)
-
-
-def _prefixes(path: str) -> list[str]:
-    """
-    >>> _prefixes("lm.model.layers")
-    ['lm', 'lm.model', 'lm.model.layers']
-    """
-    parts = path.split(".") if path else []
-    return [".".join(parts[: depth + 1]) for depth in range(len(parts))]
 
 
 def _stand_in_for_methods(module: nn.Module, state: ModelState) -> None:
