@@ -20,15 +20,6 @@ if TYPE_CHECKING:  # the room for tracing is entered when it is needed: most mod
     from peft_reft.blocks.tracing.traced_model import TracedModel
 
 
-def find_blocks(model: nn.Module) -> list[list[str]]:
-    """Names of the blocks of each of the model's stacks, in their order.
-
-    Raises:
-        ValueError: if there are none, or an adapter cannot work on them, with the reason.
-    """
-    return ModelBlocks(model).stacks()
-
-
 class ModelBlocks:
     """The blocks of one model; answers are remembered, since every further adapter asks the same questions.
 
