@@ -52,7 +52,6 @@ class DeclaredStack:
 def declared_stacks(model: nn.Module) -> list[DeclaredStack]:
     """The stacks of a model's blocks, encoder first; none where its classes do not declare enough."""
     whole: Any = uncompiled(model)
-    modules = own_modules(model)
     if not isinstance(whole, PreTrainedModel) or not _takes_tokens_alone(whole):
         return []
     if whole.config.is_encoder_decoder:
@@ -61,7 +60,9 @@ def declared_stacks(model: nn.Module) -> list[DeclaredStack]:
             "decoder": uncompiled(whole.get_decoder()),
         }
     else:
-        sides = {"alone": _owner(modules, path_of(whole, input_embedding(whole)))}
+        # The smallest model around the embedding that declares what it records.
+        around = reversed(modules_around(whole, path_of(whole, input_embedding(whole))))
+        sides = {"alone": next((module for module in around if _recorded_classes(module)), None)}
     lists = list(named_block_lists(whole))
     if len(lists) != len(sides) or any(not isinstance(side, PreTrainedModel) for side in sides.values()):
         return []
@@ -77,15 +78,6 @@ def _takes_tokens_alone(model: PreTrainedModel) -> bool:
         and not any(name.startswith(NO_TEXT) for name in arguments)
         and getattr(model.config, "num_codebooks", 1) == 1
     )
-
-
-def _owner(modules: dict[str, nn.Module], path: str) -> nn.Module | None:
-    """The smallest model around the module at `path` that declares what it records as hidden states."""
-    while path:
-        path = path.rpartition(".")[0]
-        if _recorded_classes(modules[path]):
-            return modules[path]
-    return None
 
 
 def _recorded_classes(module: Any) -> tuple[type[nn.Module], ...]:

@@ -13,20 +13,11 @@ from torch import nn
 from peft_reft.blocks.compiled import own_modules, own_name, present_names
 from peft_reft.blocks.declared import DeclaredStack, declared_stacks
 from peft_reft.blocks.layout import PLAIN, Layout
-from peft_reft.blocks.limits import no_blocks, refuse_unsound
+from peft_reft.blocks.limits import refuse_unsound
 from peft_reft.blocks.structure import structural_shape, structural_stacks
 
 if TYPE_CHECKING:  # the room for tracing is entered when it is needed: most models need none
     from peft_reft.blocks.tracing.traced_model import TracedModel
-
-
-def find_blocks(model: nn.Module) -> list[list[str]]:
-    """Names of the blocks of each of the model's stacks, in their order.
-
-    Raises:
-        ValueError: if there are none, or an adapter cannot work on them, with the reason.
-    """
-    return ModelBlocks(model).stacks()
 
 
 class ModelBlocks:
@@ -90,8 +81,13 @@ class ModelBlocks:
         stacks = traced_stacks(self._trace()) or structural_stacks(self.model)
         if not stacks:
             modules = own_modules(self.model)
-            candidates = [name for name, module in modules.items() if name and any(True for _ in module.parameters())]
-            raise ValueError(no_blocks(modules[""], candidates))
+            names = [name for name, module in modules.items() if name and any(True for _ in module.parameters())]
+            shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+            raise ValueError(
+                f"No list of blocks was found in {type(modules['']).__name__}. Name the modules whose output is to be "
+                "edited in ReftConfig(target_modules=[...]); candidates: "
+                f"{shown or 'none, the model has no parameters'}."
+            )
         return stacks
 
     def _find_shape(self, name: str) -> tuple[int, Layout]:

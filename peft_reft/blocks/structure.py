@@ -126,17 +126,14 @@ def block_width(model: nn.Module, name: str) -> int:
     Raises:
         ValueError: if it cannot be told from the module or from a config above it.
     """
-    modules = own_modules(model)
-    module = modules[name]
+    module = own_modules(model)[name]
     for attribute in ("out_features", "embedding_dim", "nf"):
         if isinstance(getattr(module, attribute, None), int):
             return int(getattr(module, attribute))
     if isinstance(module, nn.LayerNorm):
         return int(module.normalized_shape[-1])
-    path = name
-    while path:
-        path = path.rpartition(".")[0]
-        config: Any = getattr(modules[path], "config", None)
+    for outer in reversed(modules_around(model, name)):
+        config: Any = getattr(outer, "config", None)
         if hasattr(config, "get_text_config"):
             config = config.get_text_config()
         if isinstance(getattr(config, "hidden_size", None), int):

@@ -66,24 +66,16 @@ def stack_factors(interventions: Sequence[Intervention]) -> Factors:
     """The factors [N, ...] of interventions of one kind."""
     first = interventions[0]
     with without_autocast(first.basis.device):
-        return _combine(first, _stack(interventions))
+        return first.combine_operands(_stack(interventions))
 
 
 def _stack(interventions: Sequence[Intervention]) -> list[Tensor]:
     """The parameters of interventions of one kind, stacked: basis, weight, and bias if they have one."""
     own = [intervention._parameters for intervention in interventions]
-    names = ["basis", "weight"] if interventions[0].bias is None else ["basis", "weight", "bias"]
+    names = interventions[0].operands
     if interventions[0].frozen and interventions[0].is_split:
         return [torch.stack([intervention.rows(name) for intervention in interventions]) for name in names]
     return [torch.stack([parameters[name] for parameters in own]) for name in names]  # type: ignore[misc]
-
-
-def _combine(first: Intervention, stacks: list[Tensor]) -> Factors:
-    if len(stacks) == 2:
-        basis, constant = stacks
-        return first.combine(basis, None, constant)
-    basis, weight, bias = stacks
-    return first.combine(basis, weight, bias)
 
 
 class FactorMemo:
@@ -102,10 +94,10 @@ class FactorMemo:
         with without_autocast(first.basis.device):
             stacks = _stack(interventions)
             if not self._may_keep(stacks):
-                return _combine(first, stacks)
+                return first.combine_operands(stacks)
             known = self._known
             if known is None or not all(map(_same, stacks, known[0])):
-                self._known = known = stacks, _combine(first, stacks)
+                self._known = known = stacks, first.combine_operands(stacks)
             return known[1]
 
     def holds(self, factors: Factors) -> bool:

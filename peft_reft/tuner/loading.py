@@ -81,12 +81,8 @@ def _wait_for_writers(model_id: Any, subfolder: str | None) -> None:
 
 def _is_waiting(model: nn.Module, adapter_name: str) -> bool:
     """Whether an adapter was created to be loaded and has no weights yet."""
-    found = [
-        layer.reft_interventions[adapter_name]
-        for layer in reft_layers(model).values()
-        if adapter_name in layer.reft_interventions
-    ]
-    parameters = [parameter for groups in found for parameter in groups.parameters()]
+    layers = reft_layers(model, adapter_name).values()
+    parameters = [parameter for layer in layers for parameter in layer.reft_interventions[adapter_name].parameters()]
     return bool(parameters) and not any(not p.is_meta and bool(p.detach().any()) for p in parameters)
 
 
@@ -103,9 +99,8 @@ def _transformers_load_adapter(
 ) -> Any:
     _wait_for_writers(peft_model_id, (kwargs.get("adapter_kwargs") or {}).get("subfolder"))
     name = "default" if adapter_name is None else adapter_name
-    layers = reft_layers(model).values()
-    existed = any(name in layer.reft_interventions for layer in layers)
-    active: list[str] = next((layer.active_adapters for layer in layers), [])
+    existed = bool(reft_layers(model, name))
+    active: list[str] = next((layer.active_adapters for layer in reft_layers(model).values()), [])
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     try:
         info = original(model, peft_model_id, adapter_name, *args, **kwargs)
@@ -117,7 +112,7 @@ def _transformers_load_adapter(
             check_tensors({key: p for key, p in model.named_parameters() if is_intervention(key, name)})
         return info
     except BaseException:
-        if not existed and any(name in layer.reft_interventions for layer in reft_layers(model).values()):
+        if not existed and reft_layers(model, name):
             model.delete_adapter(name)
             tidy_up(model)
             if active:

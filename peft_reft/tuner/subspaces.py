@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from peft_reft.interventions import check_parts
-from peft_reft.tuner.sizes import shown
+from peft_reft.tuner.sizes import check_rank, shown
 
 LONGEST_NAME = 100
 
@@ -50,8 +50,7 @@ def check_subspaces(config: Any) -> None:
                 f"subspaces={shown(parts)} has the name {shown(name)}; a name is printable text of at most "
                 f"{LONGEST_NAME} characters."
             )
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-            raise ValueError(f"subspaces[{name!r}]={shown(rank)} is not a rank; it must be an integer of at least 1.")
+        check_rank(f"subspaces[{name!r}]", rank)
     if sum(parts.values()) != config.r:
         raise ValueError(
             f"subspaces={shown(parts)} have {sum(parts.values())} directions together, but r={config.r}. The ranks of "

@@ -21,7 +21,6 @@ class BlockList:
     """A list of modules in the model that ran in the traces.
 
     Attributes:
-        path: the list's name.
         names: the modules that return the hidden state of each entry: the entry, or its last part.
         ran: those of them that ran, in the order of the list.
         size: how many parameters the list has.
@@ -29,7 +28,6 @@ class BlockList:
         leaves: whether an entry has no parts, and so is no block.
     """
 
-    path: str
     names: list[str]
     ran: list[str]
     size: int
@@ -108,7 +106,7 @@ class TracedModel:
                 yield from self._lists_in(inner)
                 continue
             leaves = not all(any(True for _ in self.modules[entry].children()) for entry in entries)
-            yield BlockList(inner, names, ran, size_of(self.modules[inner]), type(self.modules[entries[0]]), leaves)
+            yield BlockList(names, ran, size_of(self.modules[inner]), type(self.modules[entries[0]]), leaves)
 
     def _entries(self, path: str) -> list[str]:
         """Names of a list's modules; of all of them in their order if it is a list of lists."""
