@@ -18,7 +18,7 @@ from peft_reft.context.edit import Edit
 from peft_reft.context.generate import Step
 from peft_reft.context.plan import Family, Plan, plan_for
 from peft_reft.context.sources import Collected, Listed, Sources, exchanges, listed
-from peft_reft.context.state import ModelState
+from peft_reft.context.state import ModelState, names_of_rows
 from peft_reft.context.subspaces import Choices, repeated
 from peft_reft.positions import Places, PositionSpec, Prompts, Tokens, find_prompts, places_at, places_of
 
@@ -227,10 +227,7 @@ class ForwardContext:
             return names
         times = repeats(len(names), rows)
         if times is None or not self.given.in_generate:
-            raise ValueError(
-                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and "
-                f"{rows} respectively. Pass one name per row of the batch."
-            )
+            raise ValueError(names_of_rows(len(names), rows))
         return [name for name in names for _ in range(times)]
 
     def edits_something(self) -> bool:

@@ -211,7 +211,7 @@ def _families(members: Sequence[Member], by_row: bool, once: bool) -> list[Famil
     together: dict[Any, list[Member]] = {}
     for member in members:
         name, alike, layers, _ = member
-        fits = by_row and alike.kinds is not None and not alike.kinds[0].dropout  # which is drawn per adapter
+        fits = by_row and alike.kinds is not None
         key = alike._replace(scale=1.0, parts=(), chosen=None) if fits else (name, alike)
         together.setdefault((key, tuple(layers)), []).append(member)
     families = []

@@ -139,3 +139,11 @@ class ModelState:
             yield
         finally:
             self.running.adapter_names = outer
+
+
+def names_of_rows(names: int, rows: int | None) -> str:
+    """The message of the error for adapter names that are not one per row; it begins as PEFT's own does."""
+    return (
+        f"Length of `adapter_names` should be the same as the number of inputs, but got {names} and {rows} "
+        "respectively. Pass one name per row of the batch."
+    )

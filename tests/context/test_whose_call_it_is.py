@@ -14,6 +14,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from peft_reft import ReftConfig
 from peft_reft.context.arguments import has_state, past_length
+from peft_reft.context.generate import Generation
+from peft_reft.positions import Tokens
 
 NEW = 4
 
@@ -222,7 +224,7 @@ def test_locations_behind_a_cache_are_columns_of_the_whole_row():
     assert calls == [[[0, 3], [2]]]
 
 
-def test_padding_of_a_prompt_counts_as_none_where_a_model_takes_no_mask():
+def test_padding_of_a_prompt_counts_as_none_where_a_model_does_not_look_at_the_mask():
     """RWKV runs it as tokens; the row's prompt begins behind it all the same."""
     model = recurrent("rwkv", positions="f1+l1+d2")
     ids = torch.cat([torch.zeros(1, 2, dtype=torch.long), batch(5)["input_ids"]], dim=1)
@@ -231,6 +233,55 @@ def test_padding_of_a_prompt_counts_as_none_where_a_model_takes_no_mask():
     assert torch.equal(got, expected)
     _, others = whole_forwards(model, ids, lambda columns: [0, 6, *range(8, columns, 2)])
     assert not torch.equal(others[0], steps[0])
+
+
+class TakesNoMask(transformers.LlamaForCausalLM):
+    def forward(self, input_ids=None, past_key_values=None, inputs_embeds=None, position_ids=None, **kwargs):
+        own = {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
+        return super().forward(input_ids, **own, **kwargs)
+
+
+def test_padding_of_a_prompt_counts_as_none_where_a_model_takes_no_mask():
+    base = tiny_model("llama", eos_token_id=None)
+    base.__class__ = TakesNoMask
+    model = reft_model(base, positions="f1+l1", task_type="CAUSAL_LM")
+    ids = torch.cat([torch.zeros(1, 2, dtype=torch.long), batch(5)["input_ids"]], dim=1)
+    with spied(model, tiny_model("llama", eos_token_id=None)) as calls:
+        generated(model, {"input_ids": ids})
+    assert calls == [[[2, 6]], *[[[]]] * (NEW - 1)]
+
+
+def test_new_tokens_behind_a_cache_end_the_whole_row_where_a_model_takes_no_mask():
+    base = tiny_model("llama", eos_token_id=None)
+    base.__class__ = TakesNoMask
+    model, ids = reft_model(base, positions="f1+l1", task_type="CAUSAL_LM"), batch(7)["input_ids"]
+    with torch.no_grad():
+        cache = model(input_ids=ids[:, :4], use_cache=True).past_key_values
+    with spied(model, tiny_model("llama", eos_token_id=None)) as calls:
+        generated(model, {"input_ids": ids[:, 4:], "past_key_values": cache})
+    assert calls == [[[2]], *[[[]]] * (NEW - 1)]
+
+
+def test_a_cache_that_counts_on_another_device_is_asked_once(monkeypatch):
+    """In its first step; ids that are only those of generated tokens do not tell how many columns there were."""
+    state = family(positions="f1+l1").get_base_model().forward.state
+    generation = Generation(state, Tokens(torch.ones(1, 7, dtype=torch.bool), given=True))
+    generation.guesses = True
+    monkeypatch.setattr("peft_reft.context.generate.past_length", lambda *_: torch.tensor(4))
+    none, embeds = torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, 3, 8)
+    step = generation.step(False, none, {"is_first_iteration": True}, {"inputs_embeds": embeds})
+    assert step.past == 4
+
+
+def test_embeddings_have_one_row_for_each_of_the_batch_where_ids_have_several():
+    config = transformers.MusicgenDecoderConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, num_codebooks=2
+    )
+    base = transformers.MusicgenForCausalLM(config)
+    model = get_peft_model(base, ReftConfig(task_type="CAUSAL_LM", r=2, subspaces={"a": 1, "b": 1}))
+    for given, rows in (({"inputs_embeds": torch.zeros(4, 5, 32)}, 4), ({"input_ids": torch.zeros(4, 5).long()}, 2)):
+        with pytest.raises(ValueError, match=f"has 3 entries, but the batch has {rows} rows"):
+            model.generate(**given, subspaces=["a"] * 3)
 
 
 def whole_forwards(model, ids, places):

@@ -482,7 +482,12 @@ def test_a_subclass_that_changes_nothing_has_parts(monkeypatch):
         (["german"], "has 1 entries, but the batch has 2 rows"),
         ("german", "is not one entry per row"),
         ([3, 4], "subspaces holds 3, which is not a name, a list of names"),
-        ([{"german": float("nan")}, None], "subspaces holds"),
+        ([{"german": float("nan")}, None], r"subspaces holds \{'german': nan\}.*finite number"),
+        ([None, {"german": float("-inf")}], r"subspaces holds \{'german': -inf\}"),
+        ([{"german": True}, None], r"subspaces holds \{'german': True\}"),
+        (torch.tensor([[1.0, 0.5], [1.0, float("nan")]]), "subspaces holds nan for 'formal' in row 1.*finite number"),
+        (torch.tensor([[float("inf"), 0.5], [1.0, 1.0]]), "subspaces holds inf for 'german' in row 0"),
+        (torch.ones(2, 2, dtype=torch.bool), "subspaces is a tensor of torch.bool.*finite number"),
         (torch.ones(2, 3), "there are 2 subspaces"),
     ],
 )
@@ -491,6 +496,15 @@ def test_a_call_with_impossible_parts_is_refused(given, message, call):
     model, inputs = parted(), batch(6, 4, side="left")
     with pytest.raises(ValueError, match=message):
         model(**inputs, subspaces=given) if call == "forward" else model.generate(**inputs, subspaces=given)
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.bfloat16])
+def test_strengths_are_numbers_of_any_type(dtype):
+    model, inputs = parted(), batch(6, 4)
+    found = logits(model, inputs, subspaces=torch.tensor([[1, 0], [-1, 2]], dtype=dtype))
+    expected = logits(model, inputs, subspaces=[{"german": 1}, {"german": -1, "formal": 2.0}])
+    torch.testing.assert_close(found, expected)
+    assert (expected[0] - logits(model, inputs, subspaces=[None, None])[0]).abs().max() > 1e-2
 
 
 def test_parts_are_not_swallowed_where_there_are_none():
