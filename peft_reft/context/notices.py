@@ -34,6 +34,11 @@ LABELS_AROUND = (
 )
 DECLARE_LABELS = 'say that they do with ReftConfig(task_type="CAUSAL_LM")'
 NAME_TOKENS = "give the tokens the name input_ids in its forward, so that the labels can be aligned with them"
+OTHERS_FIRST = (
+    "A module around a ReFT model ran the ids that it was passed after others of its own making. Those counted as the "
+    "same rows in another form, with the labels and the padding of the call. If they are other rows, run the ids that "
+    "were passed first; if they are the same rows, pass labels and attention_mask on with them."
+)
 UNREADABLE_MASK = (
     "attention_mask ({mask}) does not show which of {rows} rows and {columns} columns are padding, so that positions "
     "cannot be counted over the tokens. Pass a mask [B, S] of the whole row, or [B, 1, S, columns of the cache]. "
@@ -103,7 +108,7 @@ def warn_of_unlabelled(state: ModelState, module: nn.Module) -> None:
     """Say so if nothing shows the prompts of a training forward of a language model."""
     if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
         return
-    if UNLABELLED_TRAINING not in state.warned and not all(spec.prompt_end for spec in state.active_specs()):
+    if UNLABELLED_TRAINING not in state.warned and not state.has_markers():
         state.warn_once(UNLABELLED_TRAINING)
 
 

@@ -113,6 +113,10 @@ class ModelState:
         """The position specs of the active adapters."""
         return {spec for layer in self.layers if not layer.disable_adapters for spec in layer.active_specs()}
 
+    def has_markers(self) -> bool:
+        """Whether all active adapters find the prompt's end by a marker in the ids."""
+        return all(spec.prompt_end for spec in self.active_specs())
+
     def takes_ids(self) -> bool:
         """Whether the model runs on tokens, among which there may be padding."""
         return any("input_ids" in entry.names for entry in self.entries)

@@ -136,11 +136,6 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         for edit in context.edits_of(self, h):
             factors = edit.blocks.get(number)
             if factors is not None:
-                if h.shape[-1] != self.width:
-                    raise ValueError(
-                        f"A block returned vectors of width {h.shape[-1]}, but its ReFT adapter was made for width "
-                        f"{self.width}. Exclude that block with exclude_modules, or target other modules."
-                    )
                 out = edit.add(out, h, factors)
         return out
 
@@ -167,11 +162,12 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def train(self, mode: bool = True) -> ReftLayer:
         """As `nn.Module.train`, which trainers call before every step; it passes over what is in that mode already."""
-        adapters: list[Any] = list(self.reft_interventions._modules.values())
-        for module in (self, self.reft_interventions, *adapters):
-            if module.training is not mode:
-                module.training = mode
-        for groups in adapters:
+        adapters: Any = self.reft_interventions
+        if self.training is not mode or adapters.training is not mode:
+            self.training = adapters.training = mode
+        for groups in adapters._modules.values():
+            if groups.training is not mode:
+                groups.training = mode
             for intervention in groups._modules.values():
                 if intervention.training is not mode or intervention._modules:  # which may be in another mode
                     intervention.train(mode)

@@ -8,9 +8,8 @@ import torch
 import transformers
 from conftest import batch, randomize, reft_model, tiny_model
 from edit_spy import EditSpy, spied
-from peft import get_peft_model, inject_adapter_in_model
+from peft import get_peft_model
 from slow_places import places_in_generate
-from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from peft_reft import ReftConfig
@@ -89,73 +88,6 @@ def test_a_forward_in_a_step_of_generate_is_a_forward_of_its_own(positions, sett
             torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-4)
         with model.disable_adapter():
             assert (by_forward(inner, **OTHER[other]) - expected).abs().max() > 1e-3
-
-
-class AsksTwice(nn.Module):
-    """Runs one language model on two batches of the same shape."""
-
-    def __init__(self, lm):
-        super().__init__()
-        self.lm, self.config = lm, lm.config
-
-    def forward(self, input_ids, attention_mask, other_ids, other_mask):
-        other = self.lm(input_ids=other_ids, attention_mask=other_mask)
-        return self.lm(input_ids=input_ids, attention_mask=attention_mask).logits, other.logits
-
-
-def test_a_part_that_runs_twice_within_a_model_edits_each_batch_at_its_own_places():
-    lm = tiny_model("llama")
-    model = reft_model(AsksTwice(lm), positions="f1+l1", target_modules=r"lm\.model\.layers\.\d+")
-    one, other = batch(7, 5), batch(3, 7, side="left", seed=1)
-    with torch.no_grad():
-        found = model(**one, other_ids=other["input_ids"], other_mask=other["attention_mask"])
-    for inputs, logits in zip((one, other), found):
-        kept = inputs["attention_mask"].bool()
-        torch.testing.assert_close(logits[kept], by_forward(lm, **inputs)[kept])
-
-
-class AsksForPairs(nn.Module):
-    """Runs one language model on rows and on others, as contrastive losses do."""
-
-    def __init__(self, order):
-        super().__init__()
-        self.lm, self.order = tiny_model("llama"), order
-
-    def forward(self, input_ids, attention_mask, labels=None, other_ids=None, other_mask=None, other_labels=None):
-        calls = {
-            "own": {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels},
-            "other": {"input_ids": other_ids, "attention_mask": other_mask, "labels": other_labels},
-        }
-        return {name: self.lm(**calls[name]).logits for name in self.order}
-
-
-@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
-@pytest.mark.parametrize("given", ["mask", "labels", "labels of both", "mask and labels of both", "nothing"])
-@pytest.mark.parametrize("order", [("own", "other"), ("other", "own")], ids=" then ".join)
-def test_other_rows_that_a_model_runs_have_their_own_mask_and_labels_or_none(order, given, task_type, training):
-    module = AsksForPairs(order)
-    config = {"positions": "f1+l1", "r": 2}
-    if task_type is None:
-        model = reft_model(module, **config)
-    else:
-        model = randomize(inject_adapter_in_model(ReftConfig(task_type=task_type, **config), module))
-    one, other = batch(8, 6), batch(8, 5, seed=3)
-    inputs = {**one, "other_ids": other["input_ids"]}
-    expected = {"own": [[0, 7], [0, 5]], "other": [[0, 7], [0, 7]]}
-    if "mask" in given:
-        inputs["other_mask"] = other["attention_mask"]
-        expected["other"] = [[0, 7], [0, 4]]
-    if "labels" in given:
-        inputs["labels"] = one["input_ids"].masked_fill(torch.arange(8) < 3, -100)
-        expected["own"] = [[0, 2], [0, 2]]
-    if "both" in given:
-        inputs["other_labels"] = other["input_ids"].masked_fill(torch.arange(8) < 4, -100)
-        expected["other"] = [[0, 3], [0, 3]]
-    model.train(training)
-    with spied(model, AsksForPairs(order), "lm.model.layers.0") as calls, torch.set_grad_enabled(training):
-        model(**inputs)
-    assert calls == [expected[name] for name in order]
 
 
 def test_a_forward_with_labels_in_a_step_of_generate_uses_them():
