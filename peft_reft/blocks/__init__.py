@@ -9,7 +9,7 @@ from peft_reft.blocks.find import ModelBlocks
 from peft_reft.blocks.layout import NOT_TOKENS, PLAIN, Layout, edit_hidden_state
 from peft_reft.blocks.limits import refuse_unsound
 from peft_reft.blocks.numbering import block_number, group_by_stack, pick_layers
-from peft_reft.blocks.structure import block_width, input_embedding
+from peft_reft.blocks.structure import block_width, input_embedding, paths_around
 
 __all__ = [
     "NOT_TOKENS",
@@ -24,6 +24,7 @@ __all__ = [
     "input_embedding",
     "own_modules",
     "own_name",
+    "paths_around",
     "pick_layers",
     "present_names",
     "refuse_unsound",

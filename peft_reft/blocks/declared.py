@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
 from peft_reft.blocks.compiled import named_children, own_modules, uncompiled
@@ -112,15 +112,10 @@ def _stack_in(whole: nn.Module, side: Any, kind: str, lists: dict[str, nn.Module
     width = side.config.get_text_config(decoder=kind == "decoder").hidden_size
     is_stack = (
         {id(block) for block in children} == {id(module) for module in recorded}
-        and len(children) in _counts(side.config, kind)
+        and len(children) in {getattr(side.config, name, None) for name in COUNTS[kind]}
         and all(is_own_code(block) and _is_plain_block(block, width) for block in children)
     )
     return DeclaredStack([f"{name}.{entry}" for entry, _ in blocks.named_children()], width) if is_stack else None
-
-
-def _counts(config: PretrainedConfig, kind: str) -> set[Any]:
-    """The numbers of blocks that a config asks for."""
-    return {getattr(config, name, None) for name in COUNTS[kind]}
 
 
 def _is_plain_block(block: nn.Module, width: int) -> bool:

@@ -6,6 +6,7 @@ the model can be traced; its lists of modules (`structure`). The tokens' columns
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -35,7 +36,6 @@ class ModelBlocks:
         self.was_traced = False
         self._stacks: list[list[str]] | None = None
         self._shapes: dict[str, tuple[int, Layout]] = {}
-        self._declared: list[DeclaredStack] | None = None
         self._traced: TracedModel | None = None
 
     def stacks(self) -> list[list[str]]:
@@ -71,8 +71,8 @@ class ModelBlocks:
         self._traced = None
 
     def _find_stacks(self) -> list[list[str]]:
-        if declared := self._declaration():
-            stacks = [stack.names for stack in declared]
+        if self._declared:
+            stacks = [stack.names for stack in self._declared]
             for stack in stacks:
                 refuse_unsound(self.model, stack)
             return stacks
@@ -91,7 +91,7 @@ class ModelBlocks:
         return stacks
 
     def _find_shape(self, name: str) -> tuple[int, Layout]:
-        for stack in self._declaration():
+        for stack in self._declared:
             if name in stack.names:
                 return stack.width, PLAIN
         from peft_reft.blocks.tracing.layouts import traced_layout
@@ -102,10 +102,9 @@ class ModelBlocks:
             return structural_shape(self.model, name)
         return traced.shapes(name)[0][layout.vector], layout
 
-    def _declaration(self) -> list[DeclaredStack]:
-        if self._declared is None:
-            self._declared = declared_stacks(self.model)
-        return self._declared
+    @cached_property
+    def _declared(self) -> list[DeclaredStack]:
+        return declared_stacks(self.model)
 
     def _trace(self) -> TracedModel:
         if self._traced is None:

@@ -21,7 +21,7 @@ from peft_reft.export.check import check_backbone
 from peft_reft.export.files import FLOATS, save_adapter_tensors
 from peft_reft.export.programs import FORMATS, export_backbone
 from peft_reft.export.quantise import INTEGERS
-from peft_reft.tuner.files import printable, read_config
+from peft_reft.info.files import printable, read_config
 
 FAULTS = (ValueError, OSError, ImportError)
 

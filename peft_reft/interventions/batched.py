@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peft_reft.interventions.equations import METHODS, Factors, Intervention
+from peft_reft.interventions.equations import Factors, Intervention
 from peft_reft.interventions.orthonormal import without_autocast
 
 
@@ -43,10 +43,7 @@ def kind_of(intervention: nn.Module) -> Kind | None:
         parameters of its own (PReLU), or one whose parameters cannot be read before its module runs (sharded,
         offloaded), or are none (a replica of nn.DataParallel).
     """
-    if not isinstance(intervention, Intervention):
-        return None
-    cls = type(intervention)
-    if any(getattr(cls, name) is not getattr(Intervention, name) for name in METHODS):
+    if not isinstance(intervention, Intervention) or intervention.changed_methods():
         return None
     if any(True for child in intervention.children() for _ in child.parameters()):  # an activation that is trained
         return None
@@ -55,7 +52,7 @@ def kind_of(intervention: nn.Module) -> Kind | None:
         p is not None and (type(p) not in (nn.Parameter, Tensor) or p.is_meta or not p.numel()) for p in parameters
     ):
         return None
-    own, basis = intervention, intervention.basis
+    own, cls, basis = intervention, type(intervention), intervention.basis
     frozen = own.frozen if own.is_split else 0
     choices = (cls.has_source, cls.replaces, cls.orthonormal, own.act_fn, own.train_bias, own.parts, frozen)
     r, d = basis.shape

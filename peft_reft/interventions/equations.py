@@ -27,8 +27,6 @@ from transformers.activations import ACT2FN
 from peft_reft.interventions.orthonormal import without_autocast
 from peft_reft.interventions.parts import PartedRows
 
-METHODS = ("forward", "edit", "combine", "directions")  # of Intervention; who changes one is called as a module
-
 
 class Factors(NamedTuple):
     """What an edit multiplies with: edit(h) = (act(h down + bias) - h projection) up.
@@ -145,6 +143,12 @@ class Intervention(PartedRows):
             self.train_bias = False
             self.hold()
         self.reset_parameters(init_weights)
+
+    @classmethod
+    def changed_methods(cls) -> list[str]:
+        """The methods of the edit that a subclass has changed: it is then called as a module, not worked out."""
+        names = ("forward", "edit", "combine", "directions")
+        return [name for name in names if getattr(cls, name) is not getattr(Intervention, name)]
 
     @property
     def constant(self) -> nn.Parameter:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
 from typing import Any
 
 from peft.config import PeftConfig
 from peft.utils.peft_types import TaskType
 from torch import nn
 
+from peft_reft.blocks import paths_around
 from peft_reft.context.block import CHILD, keep_called
 from peft_reft.context.entry import ForwardEntry
 from peft_reft.context.generate import GenerateEntry, PrepareEntry
@@ -56,11 +56,11 @@ def attach_entries(model: nn.Module, state: ModelState) -> None:
         return
     for number, (name, layer) in enumerate(layers.items()):
         layer.number = number
-        if any(isinstance(model.get_submodule(path), nn.TransformerEncoderLayer) for path in around([name])):
+        if any(isinstance(model.get_submodule(path), nn.TransformerEncoderLayer) for path in paths_around(name)):
             keep_called(layer.block)
     roles = roles_of(model)
     causal = {"": False}  # by path: whether a module predicts tokens, or one around it; of the whole, the state knows
-    for path in sorted(around(layers)):
+    for path in sorted({path for name in layers for path in paths_around(name)}):
         module = model.get_submodule(path)
         if path:
             causal[path] = causal[path.rpartition(".")[0]] or predicts_tokens(module)
@@ -93,12 +93,6 @@ def _stand_in_for_methods(module: nn.Module, state: ModelState) -> None:
     for entry in entries:
         if hasattr(type(module), entry.name) and not isinstance(module.__dict__.get(entry.name), entry):
             entry(module, state).attach()
-
-
-def around(blocks: Iterable[str]) -> set[str]:
-    """Names of the modules that blocks lie in, the model's own ("") among them."""
-    parts = [name.split(".") for name in blocks]
-    return {".".join(path[:depth]) for path in parts for depth in range(len(path))} | {""}
 
 
 def roles_of(model: Any) -> dict[nn.Module, str]:

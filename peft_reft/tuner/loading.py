@@ -32,8 +32,6 @@ from peft_reft.tuner.injection import reft_layers, tidy_up
 from peft_reft.tuner.keys import is_intervention, without_adapter
 from peft_reft.tuner.staging import wait_until_whole
 
-HUB = ("subfolder", "revision", "cache_dir", "token", "force_download", "local_files_only", "proxies", "use_auth_token")
-
 
 def wrap_loading() -> None:
     """Wrap the `load_adapter` of PEFT's and of transformers' models."""
@@ -58,7 +56,7 @@ def _peft_load_adapter(original: Any, model: Any, model_id: Any, adapter_name: s
     try:
         _wait_for_writers(model_id, kwargs.get("subfolder"))
         if isinstance(current, ReftConfig) and not is_new:
-            saved = PeftConfig.from_pretrained(model_id, **{key: kwargs[key] for key in HUB if key in kwargs})
+            saved = PeftConfig.from_pretrained(model_id, **kwargs)  # which takes what is for it
             reason = other_meaning(saved, current) if saved.peft_type == current.peft_type else "it is of another type"
             if reason is not None:
                 raise ValueError(cannot_replace(adapter_name, reason))

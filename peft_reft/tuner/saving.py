@@ -4,7 +4,7 @@ PEFT 0.21 opens README.md, adapter_model.bin and adapter_config.json in their pl
 A process that is killed meanwhile leaves empty or half files over an adapter that was good, and a server that reloads
 its adapters reads them. (adapter_model.safetensors is written beside and renamed by safetensors 0.8 itself.) PEFT calls
 no tuner between, so its public method is wrapped here: it saves into a temporary directory inside the one that was
-asked for, and the files are renamed into their places (files.py).
+asked for, and the files are renamed into their places (staging.py).
 
 What would make this file unnecessary: PEFT writing each of its files beside its place and renaming it (`os.replace`).
 """
@@ -17,10 +17,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.constants import REPOCARD_NAME
 from peft import PeftModel
 
 from peft_reft.tuner.config import ReftConfig
-from peft_reft.tuner.files import CARD_NAME
 from peft_reft.tuner.loading import wrap_function
 from peft_reft.tuner.staging import staged
 
@@ -43,8 +43,8 @@ def _save_pretrained(
         # A card that is there already is kept, with sections that are written anew.
         names = passed.get("selected_adapters") or list(model.peft_config)
         for folder in ("", *(name for name in names if name != "default")):
-            card = Path(save_directory, folder, CARD_NAME)
+            card = Path(save_directory, folder, REPOCARD_NAME)
             if card.is_file():
                 (stage / folder).mkdir(exist_ok=True)
-                shutil.copy(card, stage / folder / CARD_NAME)
+                shutil.copy(card, stage / folder / REPOCARD_NAME)
         pefts(model, str(stage), *args, **kwargs)

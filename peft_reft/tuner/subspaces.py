@@ -1,6 +1,7 @@
-"""Named parts of an adapter's R: what a config says of them, which are on, and growing an adapter by one.
+"""Named parts of an adapter's R: what a config says of them.
 
-What a call says of its rows is read in context/subspaces.py, the equation of parts stands in interventions/parts.py.
+What a call says of its rows is read in context/subspaces.py, the equation of parts stands in interventions/parts.py,
+growing an adapter by a part in combine.py.
 """
 
 from __future__ import annotations
