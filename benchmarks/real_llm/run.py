@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument(
         "--cpu", action="store_true", help="the small part: one task, short rows, few steps and methods"
     )
+    parser.add_argument("--tasks", default=None, help="files of the data, by commas; default openbookqa,ARC-Easy")
     parser.add_argument("--steps", type=int, default=None, help="of a training; default 300, or 60 with --cpu")
     parser.add_argument("--test", type=int, default=None, help="test rows of a task at most; default 1000, or 200")
     parser.add_argument("--methods", default=None, help="names of grid.py, separated by semicolons; default all")
@@ -186,7 +187,8 @@ def main() -> None:
     from benchmarks.study.store import Store
 
     setup = cells.Setup(options.model, options.data, **({"device": "cpu", **CPU} if options.cpu else {}))
-    changed = {"steps": options.steps, "test": options.test}
+    tasks = tuple(options.tasks.split(",")) if options.tasks else None
+    changed = {"tasks": tasks, "steps": options.steps, "test": options.test}
     setup = dataclasses.replace(setup, **{name: value for name, value in changed.items() if value is not None})
     names = options.methods.split(";") if options.methods else list(CPU_METHODS if options.cpu else grid.EVERYTHING)
     if unknown := set(names) - set(grid.EVERYTHING):
