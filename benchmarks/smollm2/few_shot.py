@@ -62,32 +62,24 @@ BASE = "base model"
 PLAN = (  # method, learning rate, seed; the most telling first: a run that is cut has these
     (BASE, None, 0),
     *((name, lr, 0) for lr in (1e-3, 4e-3) for name in ("LoReFT f7+l7", "LoRA r8 q,v", "LoReFT f1+l1", "LoReFT all")),
-    ("LoRA r8 q,v", 1.6e-2, 0),
-    *(
-        (name, lr, seed)
-        for seed in (1, 2)
-        for name, lr in (("LoReFT f7+l7", 1e-3), ("LoRA r8 q,v", 4e-3), ("LoReFT f1+l1", 1e-3), ("LoReFT all", 1e-3))
-    ),
+    *((name, 4e-3, seed) for seed in (1, 2) for name in ("LoReFT f7+l7", "LoRA r8 q,v", "LoReFT f1+l1")),
     ("DoRA r8 q,v", 4e-3, 0),
-    ("NoReFT f7+l7", 1e-3, 0),
+    ("NoReFT f7+l7", 4e-3, 0),
     ("LoReFT f7+l7, one block", 4e-3, 0),
     ("LoReFT f7+l7, random start", 1e-3, 0),
     ("LoReFT f7+l7, every fourth block", 4e-3, 0),
-    ("LoReFT f7+l7, upper half", 1e-3, 0),
-    ("LoReFT f7+l7, lower half", 1e-3, 0),
-    ("LoReFT l1", 1e-3, 0),
-    ("LoReFT f7+l7+d", 1e-3, 0),
-    ("NoReFT f7+l7", 4e-3, 0),
+    ("LoRA r8 q,v", 1.6e-2, 0),
+    ("LoReFT f7+l7", 1.6e-2, 0),
+    ("LoReFT f7+l7, upper half", 4e-3, 0),
+    ("LoReFT f7+l7, lower half", 4e-3, 0),
     ("LoReFT f7+l7, one block", 1.6e-2, 0),
-    ("LoReFT f7+l7, random start", 3e-4, 0),
-    ("LoReFT f7+l7", 3e-4, 0),
-    ("LoReFT all", 3e-4, 0),
-    ("DoRA r8 q,v", 1e-3, 0),
-    *(
-        (name, lr, seed)
-        for seed in (1, 2)
-        for name, lr in (("DoRA r8 q,v", 4e-3), ("NoReFT f7+l7", 1e-3), ("LoReFT f7+l7, random start", 1e-3))
-    ),
+    ("LoReFT f7+l7+d", 4e-3, 0),
+    ("LoReFT l1", 4e-3, 0),
+    ("LoReFT f7+l7, random start", 4e-3, 0),
+    ("NoReFT f7+l7", 1e-3, 0),
+    ("DoRA r8 q,v", 1.6e-2, 0),
+    *(("LoReFT all", 4e-3, seed) for seed in (1, 2)),
+    *(("LoReFT f7+l7", 1e-3, seed) for seed in (1, 2)),
 )
 
 
