@@ -165,10 +165,11 @@ def draw(cells: record.Cells, path: Path) -> None:
             for cell in same:
                 axis.plot(middles, [100 * value for value in cell["quarters"]], ".", color=colors[name], alpha=0.6)
         axis.axvline(OPENING, color="grey", linestyle=":", linewidth=1)
-        axis.set(title=manner, xlabel="token of the answer (dotted: end of what was trained)", xlim=(0, LONG))
+        axis.set(title=manner, xlim=(0, LONG))
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
     panels[0].set(ylabel="words in the manner, %", ylim=(0, 105))
+    figure.supxlabel("token of the answer (dotted: end of what was trained)", fontsize="medium")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=7, frameon=False)
     figure.savefig(path)
 
