@@ -32,6 +32,11 @@ LABELS_AROUND = (
     "`labels` were passed to {outer}, a module around {inner} that does not pass them on: it is unknown whether they "
     f"show where prompts end. Pass them on to the language model, or {{instead}}. {WAYS_OUT}"
 )
+LABELS_OF_OTHER_COLUMNS = (
+    "`labels` of {given} columns were passed to {outer}, a ReFT model that runs {inner} on {run} columns of tokens: it "
+    "is unknown where the prompts end among those. Pass labels of the same columns on to the language model, -100 "
+    "where nothing is predicted; or use positions that do not depend on a prompt's end, such as f1."
+)
 DECLARE_LABELS = 'say that they do with ReftConfig(task_type="CAUSAL_LM")'
 NAME_TOKENS = "give the tokens the name input_ids in its forward, so that the labels can be aligned with them"
 OTHERS_FIRST = (

@@ -27,9 +27,16 @@ from peft_reft.context.arguments import (
 )
 from peft_reft.context.forward import ForwardContext, Given
 from peft_reft.context.generate import STEP, Step
+from peft_reft.context.labels import look_at_labels
 from peft_reft.context.sources import run_sources
 from peft_reft.context.state import ModelState
-from peft_reft.context.within import has_another_mask, runs_other_rows, runs_own_rows_late, whole_numbers
+from peft_reft.context.within import (
+    has_another_mask,
+    runs_more_or_fewer_tokens,
+    runs_other_rows,
+    runs_own_rows_late,
+    whole_numbers,
+)
 from peft_reft.positions import PositionSpec, Prompts, Tokens, generated
 
 Shape = tuple[int, int] | None  # rows and columns of a call's tokens; None if it has none
@@ -74,16 +81,20 @@ def open_context(
         outer = None  # another call, made while one runs
     shape = token_shape(arguments, entered.state.ids_per_row)
     given = _given(entered, arguments, own, shape) if outer is None else outer.given
-    is_new = outer is None or outer.role != entered.role or shape not in (None, (outer.rows, outer.columns))
-    if outer is not None and not is_new and outer.tokens is not None:
+    same_shape = outer is not None and shape in (None, (outer.rows, outer.columns))
+    is_new = outer is None or outer.role != entered.role or not same_shape
+    if outer is not None and outer.role == entered.role and outer.tokens is not None:
         if runs_other_rows(outer, entered.depth, arguments):
             given = replace(given, labels_show_prompts=False, labels=None, shift_labels=None)  # those have their own
             is_new = True
+        elif not same_shape:
+            shows = given.labels_show_prompts and not runs_more_or_fewer_tokens(outer, shape, arguments)
+            given = replace(given, labels_show_prompts=shows)
         else:
             is_new = has_another_mask(outer, arguments)
             if runs_own_rows_late(outer, entered.depth, arguments):
                 notices.object_to(entered.state, entered.module, notices.OTHERS_FIRST, "others first")
-    if _predicts(entered, given, arguments, shape, is_outermost=outer is None):
+    if _predicts(entered, given, arguments, shape, outer):
         labels, shift_labels = arguments.get("labels"), arguments.get("shift_labels")
         given = replace(given, labels_show_prompts=True, labels=labels, shift_labels=shift_labels)
         is_new = is_new or labels is not None or shift_labels is not None
@@ -142,43 +153,27 @@ def _given(entered: Entered, arguments: Mapping[str, Any], own: Mapping[str, Any
     return Given(labels, shift_labels, False, locations, names, subspaces, sources, collecting, step, in_generate)
 
 
-def _predicts(entered: Entered, given: Given, arguments: Mapping[str, Any], shape: Shape, is_outermost: bool) -> bool:
+def _predicts(
+    entered: Entered, given: Given, arguments: Mapping[str, Any], shape: Shape, outer: ForwardContext | None
+) -> bool:
     """Whether this is the module whose labels show where prompts end; says so if it gets none that can be used.
 
     Raises:
         ValueError: in training, for labels that were given and cannot be used.
     """
-    state, module = entered.state, entered.module
-    if given.labels_show_prompts or not (entered.causal or (is_outermost and state.causal)):
+    state = entered.state
+    if given.labels_show_prompts:
+        return False
+    has_labels = given.labels is not None or given.shift_labels is not None
+    lengthened = outer is not None and outer.given.labels_show_prompts and has_labels  # by a causal model
+    if not (entered.causal or lengthened or (outer is None and state.causal)):
         return False
     if shape is None:
         return False  # a module whose tokens, and labels if any, are in arguments of its own making
     state.unlabelled = False
-    if given.step is not None or given.locations is not None or _is_paged(state, arguments):
-        return True
-    labels, shift_labels = arguments.get("labels"), arguments.get("shift_labels")
-    found, unaligned = aligned_labels(labels, shift_labels, *shape)
-    state.unlabelled = found is None and not state.running.generation
-    if unaligned:
-        some = labels if labels is not None else shift_labels
-        what = list(some.shape) if isinstance(some, Tensor) else type(some).__name__
-        message = notices.UNALIGNED_LABELS.format(labels=what, rows=shape[0], columns=shape[1])
-        if not state.has_markers():
-            notices.object_to(state, module, message, "unaligned labels")
-    elif found is None and not is_outermost and aligned_labels(given.labels, given.shift_labels, *shape)[0] is not None:
-        outer, inner = (type(one).__name__ for one in (state.entries[0].module, module))
-        instead = notices.NAME_TOKENS if state.causal else notices.DECLARE_LABELS
-        message = notices.LABELS_AROUND.format(outer=outer, inner=inner, instead=instead)
-        if not state.has_markers():
-            notices.object_to(state, module, message, "labels around")
-    elif state.unlabelled and not _are_classes(given.labels):
-        notices.warn_of_unlabelled(state, module)
+    if given.step is None and given.locations is None and not _is_paged(state, arguments):
+        look_at_labels(state, entered.module, given, arguments, shape, outer)
     return True
-
-
-def _are_classes(labels: Any) -> bool:
-    """Whether the outermost module got labels of whole rows [B]: it classifies, and no prompt ends in its rows."""
-    return isinstance(labels, Tensor) and labels.dim() == 1
 
 
 # Continuous batching.

@@ -46,6 +46,18 @@ def runs_other_rows(outer: ForwardContext, depth: int, arguments: Mapping[str, A
     return outer.mask is not None and mask is not outer.mask and any(mask is one for one in outer.passed)
 
 
+def runs_more_or_fewer_tokens(
+    outer: ForwardContext, shape: tuple[int, int] | None, arguments: Mapping[str, Any]
+) -> bool:
+    """Whether a call runs the outer one's rows with tokens added or left out, so that labels are aligned no longer.
+
+    Fewer embeddings than tokens may be patches, each of several tokens: a model of bytes runs those beside the tokens.
+    """
+    if shape is None or outer.columns is None or shape[0] != outer.rows:
+        return False
+    return shape[1] > outer.columns or (shape[1] < outer.columns and arguments.get("input_ids") is not None)
+
+
 def has_another_mask(outer: ForwardContext, arguments: Mapping[str, Any]) -> bool:
     """Whether a call within another has a mask [B, S] that the outer one has not, for these tokens."""
     mask = arguments.get("attention_mask")

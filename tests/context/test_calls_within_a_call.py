@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import batch, randomize, reft_model, tiny_model
-from edit_spy import spied, warnings_of
+from edit_spy import assert_right, assert_told, spied, warnings_of
 from peft import inject_adapter_in_model
 from torch import nn
+from transformers import LlamaForCausalLM
 
 from peft_reft import ReftConfig
 
@@ -226,3 +228,54 @@ def test_two_batches_computed_from_the_calls_own_cannot_be_told_from_its_rows_wi
     given = {**one, "labels": labels_from(one["input_ids"], 3)}
     for change in (with_noise, of_other_rows):
         assert run_within(run(change), "CAUSAL_LM", **given) == ([[[0, 2], [0, 2]]] * 2, [])
+
+
+# Tokens that a module adds, as soft prompts and images are.
+
+
+class LengthensRows(nn.Module):
+    """A user's own module that puts two tokens in front, as embeddings or as ids."""
+
+    def __init__(self, form, hands_labels_on):
+        super().__init__()
+        self.lm, self.form, self.hands_labels_on = tiny_model("llama"), form, hands_labels_on
+
+    def forward(self, input_ids, attention_mask, labels=None):
+        ids, mask = (F.pad(one, (2, 0), value=1) for one in (input_ids, attention_mask))
+        tokens = {"input_ids": ids}
+        if self.form == "embeddings":
+            tokens = {"inputs_embeds": self.lm.get_input_embeddings()(ids)}
+        labels = F.pad(labels, (2, 0), value=-100) if self.hands_labels_on else None
+        return self.lm(**tokens, attention_mask=mask, labels=labels)
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+@pytest.mark.parametrize("form", ["embeddings", "ids"])
+def test_labels_of_rows_that_became_longer_are_used_or_told(form, task_type):
+    given = batch(8, 6)
+    given["labels"] = labels_from(given["input_ids"], 3)
+    handed_on, kept = (adapted(LengthensRows(form, hands_labels_on), task_type) for hands_labels_on in (True, False))
+    clean = LengthensRows(form, True)
+    assert_right(handed_on, clean, [[0, 4], [0, 4]], "lm.model.layers.0", **given)
+    told = "`labels` of 8 columns were passed to LengthensRows.* runs LlamaForCausalLM on 10 columns"
+    assert_told(kept, clean, told, "lm.model.layers.0", **given)
+
+
+class LengthensItsOwnRows(LlamaForCausalLM):
+    """A language model with images in its text: what it hands on to its class is seen by no module."""
+
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        embeds = self.get_input_embeddings()(F.pad(input_ids, (2, 0), value=1))
+        return super().forward(inputs_embeds=embeds, labels=F.pad(labels, (2, 0), value=-100))
+
+
+@pytest.mark.parametrize("positions", ["f1+l1", "f1"])
+def test_labels_that_a_model_lengthens_for_itself_are_told_where_it_matters(positions):
+    base = tiny_model("llama")
+    base.__class__ = LengthensItsOwnRows
+    model, ids = reft_model(base, task_type="CAUSAL_LM", positions=positions), batch(8)["input_ids"]
+    given = {"input_ids": ids, "labels": labels_from(ids, 3)}
+    if positions == "f1":
+        assert_right(model, tiny_model("llama"), [[0]], **given)
+    else:
+        assert_told(model, tiny_model("llama"), "runs LlamaModel on 10 columns", **given)
