@@ -114,7 +114,7 @@ class Pt2(Format):
 
 
 class Pte(Format):
-    """ExecuTorch, for phones and small devices; what XNNPACK takes of the graph runs there.
+    """ExecuTorch, for phones and small devices: XNNPACK runs what it takes of the graph, plain kernels the rest.
 
     Its runtime reserves memory: rows, ranks, groups and columns are bounded.
     """
@@ -127,13 +127,18 @@ class Pte(Format):
     sizes = Sizes(rank=8, groups=2, columns=512, rows=1)
 
     def write(self, program: ExportedProgram, names: tuple[list[str], list[str]], path: Path, dtype: str) -> None:
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
         config = EdgeCompileConfig(_check_ir_validity=False)
-        lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], compile_config=config)
+        lowered = to_edge_transform_and_lower(program, partitioner=self.partitioners(), compile_config=config)
         with open(path, "wb") as file:
             lowered.to_executorch().write_to_file(file)
+
+    def partitioners(self) -> list[Any]:
+        """What takes parts of the graph to a library of its own."""
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+        return [XnnpackPartitioner()]
 
     def open(self, path: Path, description: BackboneDescription) -> Run:
         from executorch.runtime import Runtime
@@ -142,7 +147,14 @@ class Pte(Format):
         return lambda *arguments: method.execute([argument.contiguous() for argument in arguments])
 
 
-FORMATS: dict[str, Format] = {"onnx": Onnx(), "pt2": Pt2(), "pte": Pte()}
+class PortablePte(Pte):
+    """ExecuTorch with its plain kernels alone, which run wherever there is a C++ compiler."""
+
+    def partitioners(self) -> list[Any]:
+        return []
+
+
+FORMATS: dict[str, Format] = {"onnx": Onnx(), "pt2": Pt2(), "pte": Pte(), "pte-portable": PortablePte()}
 
 
 def refuse_missing_packages(format: str) -> None:
@@ -169,7 +181,7 @@ def export_backbone(
     Args:
         backbone: from `exportable`. Its weights are written in the precision that they have.
         folder: gets `backbone.onnx`, `.pt2` or `.pte`, and `backbone.json`.
-        format: "onnx", "pt2" or "pte".
+        format: "onnx", "pt2", "pte" or "pte-portable".
         quantised: "int8" or "int4" rounds the weights of a float32 model, in ONNX; None leaves them.
         max_rank: the largest r of an adapter; None leaves it open, but for ExecuTorch, which takes 8.
         max_groups: the most position groups; None leaves them open, but for ExecuTorch, which takes 2.
