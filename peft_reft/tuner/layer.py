@@ -180,10 +180,6 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 if isinstance(intervention, PartedRows):
                     intervention.hold()
 
-    def enable_adapters(self, enabled: bool) -> None:
-        super().enable_adapters(enabled)
-        self.hold()
-
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         super().set_requires_grad(adapter_names, requires_grad)
         self.hold()

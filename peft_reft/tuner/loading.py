@@ -122,10 +122,7 @@ def _transformers_load_adapter(
 
 def _missed(model: nn.Module, adapter_name: str, info: Any) -> str | None:
     """What keeps the loaded tensors from fitting, from transformers' report."""
-
-    def anonymous(key: str) -> str:
-        return without_adapter(key, adapter_name)
-
+    anonymous = functools.partial(without_adapter, adapter_name=adapter_name)
     parameters = {anonymous(n): p for n, p in model.named_parameters() if is_intervention(n, adapter_name)}
     wanted = intervention_shapes(parameters)
     saved = dict(wanted)

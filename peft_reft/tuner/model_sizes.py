@@ -64,17 +64,18 @@ def check_sizes(config: ReftConfig, model: nn.Module, targets: Mapping[str, tupl
 
 def most_tokens(model: nn.Module) -> tuple[int, str]:
     """The most tokens that a model takes in one sequence, and in words where that stands."""
-    configs = list(nested(getattr(model, "config", None)))
-    stated = [
-        {name: value for name in STATED if isinstance(value := getattr(config, name, None), int) and value > 0}
-        for config in configs
-    ]
-    # The images of a model with a text part are not bounded by what the text part says.
-    silent = any(not found and hasattr(config, "num_hidden_layers") for config, found in zip(configs, stated))
-    limits = [(value, f"{name} in its config") for found in stated for name, value in found.items()]
-    if silent or not limits:
-        return MOST_UNSTATED, "its config does not say how many"
-    return max(limits)
+    unstated = MOST_UNSTATED, "its config does not say how many"
+    limits: list[tuple[int, str]] = []
+    for config in nested(getattr(model, "config", None)):
+        stated = [
+            (value, f"{name} in its config")
+            for name in STATED
+            if isinstance(value := getattr(config, name, None), int) and value > 0
+        ]
+        if not stated and hasattr(config, "num_hidden_layers"):
+            return unstated  # the images of a model with a text part are not bounded by what the text part says
+        limits += stated
+    return max(limits, default=unstated)
 
 
 def nested(config: Any) -> Iterator[PretrainedConfig]:
