@@ -48,9 +48,10 @@ PLAN = (  # manner, method, learning rate, seed; the most telling first: a run t
     *(("capitals", *method, 1) for method in FOUR),
     ("lines", BASE, None, 0),
     *(("lines", *method, 0) for method in FOUR),
+    *(("capitals", name, 4e-3, seed) for seed in (0, 1) for name in ("LoReFT f7+l7", "LoReFT f7+l7+d")),
     *(("capitals", *method, 2) for method in FOUR),
     *((manner, name, 1e-3, 0) for manner in MANNERS for name in ("LoReFT f1+l1", "LoReFT all")),
-    *((manner, "LoReFT f7+l7", 4e-3, 0) for manner in MANNERS),
+    ("lines", "LoReFT f7+l7", 4e-3, 0),
 )
 
 
