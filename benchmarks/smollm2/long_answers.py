@@ -42,15 +42,22 @@ METHODS = {
     "LoRA r8 q,v": lora(8),
 }
 FOUR = (("LoReFT f7+l7", 1e-3), ("LoReFT f7+l7+d", 1e-3), ("LoRA r8 q,v", 4e-3), ("LoReFT f7+l7+d8", 1e-3))
+HIGHER = (("LoReFT f7+l7", 4e-3), ("LoReFT f7+l7+d", 4e-3))
 PLAN = (  # manner, method, learning rate, seed; the most telling first: a run that is cut has these
     ("capitals", BASE, None, 0),
-    *(("capitals", *method, 0) for method in FOUR),
-    *(("capitals", *method, 1) for method in FOUR),
+    *(("capitals", *method, seed) for seed in (0, 1) for method in FOUR),
     ("lines", BASE, None, 0),
     *(("lines", *method, 0) for method in FOUR),
-    *(("capitals", *method, 2) for method in FOUR),
-    *((manner, name, 1e-3, 0) for manner in MANNERS for name in ("LoReFT f1+l1", "LoReFT all")),
-    *((manner, "LoReFT f7+l7", 4e-3, 0) for manner in MANNERS),
+    *(("capitals", *method, seed) for seed in (0, 1) for method in HIGHER),
+    ("capitals", "LoReFT f7+l7", 4e-3, 2),
+    ("capitals", "LoRA r8 q,v", 4e-3, 2),
+    ("capitals", "LoReFT f7+l7+d", 4e-3, 2),
+    ("capitals", "LoReFT f7+l7", 1e-3, 2),
+    ("capitals", "LoReFT f7+l7+d", 1e-3, 2),
+    ("capitals", "LoReFT f1+l1", 4e-3, 0),
+    ("lines", "LoReFT f1+l1", 4e-3, 0),
+    ("capitals", "LoReFT all", 4e-3, 0),
+    ("lines", "LoReFT f7+l7", 4e-3, 0),
 )
 
 
