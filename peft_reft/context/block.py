@@ -9,6 +9,7 @@ It is no forward hook because one hook of any kind makes torch call a module on 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,17 +66,7 @@ class BlockEntry(MethodEntry):
             return self._outside(layer, output)
         if layer.is_plain and isinstance(output, Tensor) and output.dim() == 3:
             return layer.edit(output, context)
-        layout = layer.layout
-
-        def tokens(h: Tensor) -> Tensor:
-            return layer.edit(h, context)
-
-        def vectors(h: Tensor) -> Tensor:  # which are not those of the call's tokens
-            return layer.edit(h, context.of_vectors(layout.pool, h.shape[1]))
-
-        if layout.pool:
-            return edit_hidden_state(output, lambda h: layout.edit(h, None, vectors))
-        return edit_hidden_state(output, lambda h: layout.edit(h, context.columns, tokens))
+        return edit_hidden_state(output, partial(_edit_laid_out, layer, context))
 
     def _outside(self, layer: Any, output: Any) -> Any:
         """The output of a block that runs outside of a call of its model, where there are no tokens to count."""
@@ -92,6 +83,14 @@ class BlockEntry(MethodEntry):
             return layer.edit(h, ForwardContext(self.state, [layer], Given()))
 
         return edit_hidden_state(output, lambda h: layer.layout.edit(h, None, edit))
+
+
+def _edit_laid_out(layer: Any, context: ForwardContext, h: Tensor) -> Tensor:
+    """The edit of a hidden state whose axes lie as the layer's layout says."""
+    layout = layer.layout
+    if layout.pool:  # its vectors are not those of the call's tokens
+        return layout.edit(h, None, lambda rows: layer.edit(rows, context.of_vectors(layout.pool, rows.shape[1])))
+    return layout.edit(h, context.columns, lambda rows: layer.edit(rows, context))
 
 
 class KeepsCalled:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -103,7 +103,7 @@ class ForwardContext:
         """The edits of the call, among them those next to this layer, of the hidden state `h` [B, S, d].
 
         Raises:
-            ValueError: if `h` does not hold one vector for each of the call's tokens.
+            ValueError: if `h` does not hold one vector, as wide as the layer's, for each of the call's tokens.
         """
         if self.columns is None:
             return self._of_shape(h).edits_of(layer, h)
@@ -115,14 +115,23 @@ class ForwardContext:
                 edits = self._latest = self._plan([layer])
             else:
                 edits = self._edits = self._plan(self.layers)
-        if edits and (h.shape[0] != self.rows or h.shape[1] != self.columns):
-            names = sorted({str(spec) for spec in layer.position_specs.values()})
-            raise ValueError(
-                f"A block returned hidden states of shape {tuple(h.shape)} for a batch of {self.rows} rows and "
-                f"{self.columns} columns of tokens, so that positions={names[0]!r} cannot be placed in them. Exclude "
-                "that block (exclude_modules=...), or target modules that keep one vector per token."
-            )
+        if edits and h.shape != (self.rows, self.columns, layer.width):
+            self._refuse(layer, h)
         return edits
+
+    def _refuse(self, layer: Any, h: Tensor) -> NoReturn:
+        """Raise for a hidden state of another shape than the call's tokens and the layer's width give."""
+        if h.shape[:2] == (self.rows, self.columns):
+            raise ValueError(
+                f"A block returned vectors of width {h.shape[-1]}, but its ReFT adapter was made for width "
+                f"{layer.width}. Exclude that block with exclude_modules, or target other modules."
+            )
+        names = sorted({str(spec) for spec in layer.position_specs.values()})
+        raise ValueError(
+            f"A block returned hidden states of shape {tuple(h.shape)} for a batch of {self.rows} rows and "
+            f"{self.columns} columns of tokens, so that positions={names[0]!r} cannot be placed in them. Exclude "
+            "that block (exclude_modules=...), or target modules that keep one vector per token."
+        )
 
     def prepare(self) -> None:
         """Work out the edits of all layers, before a block runs: not within a checkpoint, which would do it again."""

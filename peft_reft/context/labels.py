@@ -36,15 +36,14 @@ def look_at_labels(
     labels, shift_labels = arguments.get("labels"), arguments.get("shift_labels")
     found, unaligned = aligned_labels(labels, shift_labels, *shape)
     state.unlabelled = found is None and not state.running.generation
-    has_markers = all(spec.prompt_end for spec in state.active_specs())
     if unaligned:
         some = labels if labels is not None else shift_labels
         what = list(some.shape) if isinstance(some, Tensor) else type(some).__name__
         message = notices.UNALIGNED_LABELS.format(labels=what, rows=shape[0], columns=shape[1])
-        if not has_markers:
+        if not state.has_markers():
             notices.object_to(state, module, message, "unaligned labels")
     elif found is None and outer is not None and _labels_around(outer, given, shape) is not None:
-        if not has_markers:
+        if not state.has_markers():
             _object_to_labels_around(state, module, shape, outer)
     elif state.unlabelled and not _are_classes(given.labels):
         notices.warn_of_unlabelled(state, module)

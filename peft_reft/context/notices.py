@@ -114,7 +114,7 @@ def warn_of_unlabelled(state: ModelState, module: nn.Module) -> None:
     """Say so if nothing shows the prompts of a training forward of a language model."""
     if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
         return
-    if UNLABELLED_TRAINING not in state.warned and not all(spec.prompt_end for spec in state.active_specs()):
+    if UNLABELLED_TRAINING not in state.warned and not state.has_markers():
         state.warn_once(UNLABELLED_TRAINING)
 
 
