@@ -228,6 +228,41 @@ def test_two_batches_computed_from_the_calls_own_cannot_be_told_from_its_rows_wi
         assert run_within(run(change), "CAUSAL_LM", **given) == ([[[0, 2], [0, 2]]] * 2, [])
 
 
+def test_a_backward_pass_within_a_call_leaves_the_call_open():
+    """Its checkpoints run blocks again, in the context of their own call, and give the outer one back."""
+
+    def run(lm, ids, mask, labels, *_):
+        lm(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
+        lm(input_ids=ids, attention_mask=mask, use_cache=False)  # without labels: they are the outer call's
+
+    model, one = adapted(Around(run), "CAUSAL_LM").train(), batch(8, 6)
+    model.lm.gradient_checkpointing_enable({"use_reentrant": False})
+    with spied(model, Around(run), "lm.model.layers.0") as calls:
+        model(**one, labels=labels_from(one["input_ids"], 3))
+    assert calls == [[[0, 2], [0, 2]]] * 2
+
+
+class ClonesIds(LlamaForCausalLM):
+    """Hands its ids on in another form, as models do that put special tokens in the place of others."""
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        return self.model(input_ids=input_ids.clone(), attention_mask=attention_mask)
+
+
+def test_what_a_module_makes_of_the_calls_own_ids_is_no_other_batch():
+    def run(lm, ids, mask, *_):
+        lm(input_ids=ids, attention_mask=mask)
+
+    module, one = Around(run), batch(8, 6)
+    module.lm.__class__ = ClonesIds
+    model = adapted(module, "CAUSAL_LM")
+    clean = Around(run)
+    clean.lm.__class__ = ClonesIds
+    with spied(model, clean, "lm.model.layers.0") as calls, torch.no_grad():
+        model(**one, labels=labels_from(one["input_ids"], 3))
+    assert calls == [[[0, 2], [0, 2]]]
+
+
 # Tokens that a module adds, as soft prompts and images are.
 
 
@@ -257,6 +292,19 @@ def test_labels_of_rows_that_became_longer_are_used_or_told(form, task_type):
     assert_right(handed_on, clean, [[0, 4], [0, 4]], "lm.model.layers.0", **given)
     told = "`labels` of 8 columns were passed to LengthensRows.* runs LlamaForCausalLM on 10 columns"
     assert_told(kept, clean, told, "lm.model.layers.0", **given)
+
+
+def test_labels_of_rows_that_became_shorter_are_told():
+    def run(lm, ids, mask, *_):
+        lm(input_ids=ids[:, :6], attention_mask=mask[:, :6])
+
+    one = batch(8, 6)
+    given = {**one, "labels": labels_from(one["input_ids"], 3)}
+    calls, (told,) = run_within(run, "CAUSAL_LM", **given)
+    assert calls == [[[0, 5], [0, 5]]]
+    assert "runs LlamaForCausalLM on 6 columns" in told
+    with pytest.raises(ValueError, match="Pass labels of the same columns"):
+        run_within(run, "CAUSAL_LM", training=True, **given)
 
 
 class LengthensItsOwnRows(LlamaForCausalLM):

@@ -107,7 +107,15 @@ def test_generate_takes_parts_by_row_and_repeats_them_for_beams():
             set_subspaces(model, part)
             assert torch.equal(model.generate(**inputs, num_beams=beams)[row], together[row])
             set_subspaces(model, None)
-        assert torch.equal(model.generate(**inputs, subspaces=torch.eye(2), num_beams=beams), together)
+        first = {"num_beams": beams, "return_dict_in_generate": True, "output_logits": True}
+        by_names, by_numbers = (
+            model.generate(**inputs, subspaces=given, **first).logits[0]
+            for given in (["german", "formal"], torch.eye(2))
+        )
+        torch.testing.assert_close(by_numbers, by_names)
+        assert (
+            by_names - model.generate(**inputs, subspaces=["formal", "german"], **first).logits[0]
+        ).abs().max() > 1e-2
     assert not torch.equal(
         model.generate(**inputs, subspaces=[[], []]), model.generate(**inputs, subspaces=["german"] * 2)
     )
