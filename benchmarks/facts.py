@@ -75,6 +75,45 @@ def accuracy(folder: Path) -> Fact:
     return Fact(words, f"{compared}, with 1/{times:.0f} of its numbers", "", "python -m benchmarks.study.run")
 
 
+def cells_of(folder: Path, name: str, **wanted: Any) -> list[dict[str, Any]]:
+    """The cells of one method that have these entries, of the setup that ran last.
+
+    Raises:
+        KeyError: if there is none.
+    """
+    cells = [json.loads(line) for line in (folder / "cells.jsonl").read_text().splitlines()]
+    wanted |= {"name": name, "setup": cells[-1]["setup"]}
+    found = [cell for cell in cells if all(cell[what] == value for what, value in wanted.items())]
+    if not found:
+        raise KeyError(f"{folder.name}/cells.jsonl has no cell with {wanted}.")
+    return found
+
+
+def five_examples(folder: Path) -> Fact:
+    """What five examples taught SmolLM2, each method at its best rate: whole answers, and the loss of held-out ones."""
+    shown_values, seeds = [], set()
+    for name in ("LoReFT f7+l7", "LoRA r8 q,v"):
+        cells = cells_of(folder / "smollm2-few-shot", name, lr=4e-3)
+        spreads = [(statistics.mean(v), statistics.stdev(v)) for v in zip(*((c["whole"], c["loss"]) for c in cells))]
+        (whole, whole_spread), (loss, loss_spread) = spreads
+        shown_values.append(f"{whole:.1f} ± {whole_spread:.1f} (loss {loss:.2f} ± {loss_spread:.2f})")
+        seeds.add(len(cells))
+    words = f"SmolLM2, `f7+l7`, five examples: whole answers of 8, {min(seeds)} seeds"
+    return Fact(words, *shown_values, "python -m benchmarks.smollm2.few_shot --model smollm2")
+
+
+def long_answers(folder: Path) -> Fact:
+    """Words in capitals at the end of long answers, where each answer could have left the manner long before."""
+
+    def of(name: str) -> tuple[str, int]:
+        cells = cells_of(folder / "smollm2-long-answers", name, manner="capitals", lr=4e-3)
+        return f"{100 * statistics.mean(cell['quarters'][-1] for cell in cells):.0f} %", len(cells)
+
+    (reft, seeds), (lora, others) = of("LoReFT f7+l7"), of("LoRA r8 q,v")
+    words = f"SmolLM2, `f7+l7`, taught 32 tokens in capitals: capitals in tokens 97 to 128, {min(seeds, others)} seeds"
+    return Fact(words, reft, lora, "python -m benchmarks.smollm2.long_answers --model smollm2")
+
+
 def of_overhead(folder: Path, figure: str, words: str, unit: str) -> Fact:
     """One figure of overhead.py."""
     for part, content in newest("overhead", folder)["parts"].items():
@@ -137,6 +176,8 @@ def facts(folder: Path = RESULTS) -> list[Fact]:
     return [
         trained_numbers(folder),
         accuracy(folder),
+        five_examples(folder),
+        long_answers(folder),
         *(of_overhead(folder, *row) for row in overhead),
         *(of_gpu(folder, *row) for row in gpu),
     ]

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import tempfile
 import time
@@ -226,7 +227,7 @@ def markdown(record: dict[str, Any]) -> str:
                 for key, row in record["trainings"].items()
                 if key.startswith(f"{task} | {name} | ")
             }
-            cells.append(", ".join(f"{rate}: {value:.2f}" for rate, value in found.items()) or "-")
+            cells.append(", ".join(f"{rate}: {found[rate]:.2f}" for rate in sorted(found, key=float)) or "-")
         lines.append([name, *cells])
     base = ["base model", *(f"{value:.2f}" for value in record["base"].values())]
     table = common.markdown_table(["reward by learning rate", *record["base"]], [base, *lines])
@@ -251,7 +252,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     path = given.output or common.result_path("reinforcement", "json")
-    record = common.environment() | {"command": " ".join(["python benchmarks/reinforcement.py", *sys.argv[1:]])}
+    record = common.environment() | {"command": f"python {shlex.join(['benchmarks/reinforcement.py', *sys.argv[1:]])}"}
     record |= {"base": {}, "gaps": {}, "trainings": {}}
     if path.exists() and not given.quick:
         earlier = json.loads(path.read_text())

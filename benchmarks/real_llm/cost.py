@@ -22,7 +22,7 @@ import torch
 from benchmarks import common
 from benchmarks.real_llm import grid
 from benchmarks.real_llm.cells import Bench, Setup, cell_of
-from benchmarks.real_llm.run import CPU, RESULTS
+from benchmarks.real_llm.run import CPU, CPU_RESULTS, RESULTS
 from benchmarks.real_llm.training import EAGER_STEPS, Training
 
 GANGS = (1, 3, 6)
@@ -81,15 +81,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of the language model")
     parser.add_argument("--data", required=True, help="folder with <task>-train.json and <task>-test.json")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results; default %(default)s")
+    parser.add_argument("--output", type=Path, help="folder; default results/real-llm, with --cpu real-llm-cpu")
     parser.add_argument("--cpu", action="store_true", help="the sizes of run.py --cpu, without graphs")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing after that long")
     options = parser.parse_args()
+    folder = options.output or (CPU_RESULTS if options.cpu else RESULTS)
     end = time.time() + 60 * options.minutes
     torch.set_num_threads(1)
     setup = Setup(options.model, options.data, **({**CPU, "device": "cpu"} if options.cpu else {}))
     bench = Bench(dataclasses.replace(setup, seeds=(0,)), not options.cpu)
-    options.output.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     record = {"run": common.environment(), "rows": []}
     names = list(grid.MAIN)
     work = [(of_method, bench, name, False) for name in names]
@@ -109,7 +110,7 @@ def main() -> None:
         ) as error:  # a capture that failed: said in the file, and the others are measured all the same
             record["rows"].append({"asked": str(arguments[1:]), "error": str(error)[:500]})
         print(record["rows"][-1], flush=True)
-        (options.output / "cost.json").write_text(json.dumps(record, indent=1) + "\n")
+        (folder / "cost.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent.parent / "results" / "real-llm"
+CPU_RESULTS = RESULTS.with_name("real-llm-cpu")
 CONTEXT = multiprocessing.get_context("spawn")
 Cell = dict[str, Any]
 
@@ -159,10 +160,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of the language model")
     parser.add_argument("--data", required=True, type=Path, help="folder with <task>-train.json and <task>-test.json")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results; default %(default)s")
+    parser.add_argument("--output", type=Path, help="folder; default results/real-llm, with --cpu real-llm-cpu")
     parser.add_argument(
         "--cpu", action="store_true", help="the small part: one task, short rows, few steps and methods"
     )
+    parser.add_argument("--tasks", default=None, help="files of the data, by commas; default openbookqa,ARC-Easy")
     parser.add_argument("--steps", type=int, default=None, help="of a training; default 300, or 60 with --cpu")
     parser.add_argument("--test", type=int, default=None, help="test rows of a task at most; default 1000, or 200")
     parser.add_argument("--methods", default=None, help="names of grid.py, separated by semicolons; default all")
@@ -172,6 +174,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after that long")
     parser.add_argument("--report", action="store_true", help="only write the report of what is there")
     options = parser.parse_args()
+    folder = options.output or (CPU_RESULTS if options.cpu else RESULTS)
     began = time.time()
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     results = CONTEXT.Queue()
@@ -184,19 +187,20 @@ def main() -> None:
     from benchmarks.study.store import Store
 
     setup = cells.Setup(options.model, options.data, **({"device": "cpu", **CPU} if options.cpu else {}))
-    changed = {"steps": options.steps, "test": options.test}
+    tasks = tuple(options.tasks.split(",")) if options.tasks else None
+    changed = {"tasks": tasks, "steps": options.steps, "test": options.test}
     setup = dataclasses.replace(setup, **{name: value for name, value in changed.items() if value is not None})
     names = options.methods.split(";") if options.methods else list(CPU_METHODS if options.cpu else grid.EVERYTHING)
     if unknown := set(names) - set(grid.EVERYTHING):
         parser.error(f"--methods: there is no {sorted(unknown)[0]!r}; use some of {'; '.join(grid.EVERYTHING)}")
-    store = Store(options.output, setup.of_results())
+    store = Store(folder, setup.of_results())
     if store.others:
         print(f"{store.others} stored cells are of another setup, and not used.")
     if not options.report:
         record = {**common.environment(), "command": " ".join(["python -m benchmarks.real_llm.run", *sys.argv[1:]])}
-        (options.output / "environment.json").write_text(json.dumps(record, indent=1) + "\n")
+        (folder / "environment.json").write_text(json.dumps(record, indent=1) + "\n")
         Run(workers, results, options.gang, store, setup, names).until(began + 60 * options.minutes)
-    report.write(store, options.output)
+    report.write(store, folder)
 
 
 if __name__ == "__main__":

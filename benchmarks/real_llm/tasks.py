@@ -55,12 +55,18 @@ class Data:
 
 
 def read(path: Path, tokenizer: Any, longest: int) -> list[Row]:
-    """The questions with four choices and at most `longest` tokens, answer included."""
+    """The questions with four choices and at most `longest` tokens, answer included.
+
+    Raises:
+        ValueError: if there is none.
+    """
     entries = [
         entry
         for entry in json.loads(path.read_text())
         if len(re.findall(r"Answer\d:", entry["instruction"])) == CHOICES
     ]
+    if not entries:
+        raise ValueError(f"{path} has no question with {CHOICES} choices (Answer1: to Answer{CHOICES}:); take another.")
     prompts = tokenizer([entry["instruction"] + "\n" for entry in entries], add_special_tokens=False)["input_ids"]
     answers = tokenizer([entry["output"] for entry in entries], add_special_tokens=False)["input_ids"]
     rows = [

@@ -1,36 +1,34 @@
-"""A manner learned from five examples, by method, positions, blocks, start and learning rate; and how long one lasts.
+"""A manner learned from five examples, by method, positions, blocks, start and learning rate.
 
-    python -m benchmarks.smollm2.few_shot --model smollm2   # 20 minutes of one CPU core; resumes
-    python -m benchmarks.smollm2.few_shot --report          # tables and picture of what is there
+    python -m benchmarks.smollm2.few_shot --model smollm2   # half an hour of one CPU core; resumes
+    python -m benchmarks.smollm2.few_shot --report          # the table and the picture of what is there
 
-`robot`: five chats of examples/quickstart.py ("BEEP. CATS ARE SMALL UNITS WITH FUR. [...] BOOP."), all of them in every
-step, so that no order of rows is drawn. Measured on eight of its other chats: the loss of their answers, and of greedy
-answers how many are the robot's. `long`: the base model's own answers in capitals, cut after `OPENING` tokens; measured
-by the share of capitals in each quarter of answers four times as long.
+Five chats of the robot in examples/quickstart.py ("Beep! Data found. The author is Shakespeare. Boop!"), all of them in
+every step, so that no order of rows is drawn. Measured on eight of its other chats: the loss of their answers, and of
+greedy answers how many are the robot's.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
+import random
+import statistics
 import time
-from collections.abc import Iterator
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from benchmarks import common
 from benchmarks.smollm2 import record
-from benchmarks.smollm2.texts import PIRATE_CHATS, QUESTIONS, ROBOT_CHATS, Chat
-from benchmarks.study.methods import Method, count, parameter_groups
+from benchmarks.smollm2.chats import Chats
+from benchmarks.smollm2.texts import ROBOT_CHATS, Chat
+from benchmarks.study.methods import Method, count
 from benchmarks.study.store import Store
-from benchmarks.study.training import fit
 
-EXAMPLES, HELD_OUT = ROBOT_CHATS[:5], ROBOT_CHATS[-8:]
-STEPS, SAID = 12, 28  # of a training; tokens of an answer, of which the longest here has 26
-OPENING, LONG_ROWS, LONG_PROMPTS = 32, 8, 4  # tokens, chats, and chats of a step
+POOL, HELD_OUT, EXAMPLES = ROBOT_CHATS[:-8], ROBOT_CHATS[-8:], 5
+STEPS, SAID = 12, 28  # of a training; tokens of an answer, of which the longest here has 22
 RESULTS = common.RESULTS / "smollm2-few-shot"
 PICTURE = Path(__file__).parents[2] / "docs" / "images" / "few-shot.png"
 Q_V = ["q_proj", "v_proj"]
@@ -47,215 +45,151 @@ def lora(r: int, **changes: Any) -> Method:
 
 METHODS = {
     "LoReFT f7+l7": reft("f7+l7"),
-    "LoRA r8 q,v": lora(8),
     "LoReFT f1+l1": reft("f1+l1"),
     "LoReFT all": reft("all"),
     "LoReFT l1": reft("l1"),
+    "LoReFT f7+l7+d": reft("f7+l7+d"),
     "LoReFT f7+l7, random start": reft("f7+l7", init_weights=False),
     "LoReFT f7+l7, one block": reft("f7+l7", layers_to_transform=[BLOCKS // 2 - 1]),
     "LoReFT f7+l7, every fourth block": reft("f7+l7", layers_to_transform=list(range(1, BLOCKS, 4))),
     "LoReFT f7+l7, lower half": reft("f7+l7", layers_to_transform=list(range(BLOCKS // 2))),
     "LoReFT f7+l7, upper half": reft("f7+l7", layers_to_transform=list(range(BLOCKS // 2, BLOCKS))),
     "NoReFT f7+l7": reft("f7+l7", intervention="noreft"),
+    "LoRA r8 q,v": lora(8),
     "DoRA r8 q,v": lora(8, use_dora=True),
-    "LoReFT f7+l7+d8": reft("f7+l7+d8"),
-    "LoReFT f7+l7+d": reft("f7+l7+d"),
 }
-PLAN = (  # the most telling first: a run that is cut has these
-    ("robot", "base model", None),
-    ("robot", "LoReFT f7+l7", 4e-3),
-    ("robot", "LoRA r8 q,v", 4e-3),
-    ("robot", "LoReFT f1+l1", 1e-3),
-    ("robot", "LoReFT f7+l7", 1e-3),
-    ("robot", "LoRA r8 q,v", 1e-3),
-    ("robot", "LoReFT f1+l1", 4e-3),
-    ("robot", "LoReFT all", 1e-3),
-    ("robot", "LoReFT f7+l7, every fourth block", 1e-3),
-    ("robot", "LoReFT all", 4e-3),
-    ("robot", "LoReFT f7+l7, random start", 1e-3),
-    ("robot", "LoReFT f7+l7, one block", 1e-3),
-    ("robot", "LoReFT l1", 1e-3),
-    ("long", "base model", None),
-    ("long", "LoReFT f7+l7", 1e-3),
-    ("long", "LoReFT f7+l7+d", 1e-3),
-    ("robot", "LoReFT f7+l7, upper half", 1e-3),
-    ("robot", "LoReFT f7+l7, lower half", 1e-3),
-    ("robot", "NoReFT f7+l7", 1e-3),
-    ("robot", "DoRA r8 q,v", 1e-3),
-    ("long", "LoRA r8 q,v", 1e-3),
-    ("long", "LoReFT f7+l7+d8", 1e-3),
-    ("robot", "LoReFT f7+l7", 3e-4),
-    ("robot", "LoRA r8 q,v", 3e-4),
-    ("robot", "LoReFT f1+l1", 3e-4),
-    ("robot", "LoReFT all", 3e-4),
+BASE = "base model"
+PLAN = (  # method, learning rate, seed; the most telling first: a run that is cut has these
+    (BASE, None, 0),
+    *((name, lr, 0) for lr in (1e-3, 4e-3) for name in ("LoReFT f7+l7", "LoRA r8 q,v", "LoReFT f1+l1", "LoReFT all")),
+    *((name, 4e-3, seed) for seed in (1, 2) for name in ("LoReFT f7+l7", "LoRA r8 q,v", "LoReFT f1+l1")),
+    ("DoRA r8 q,v", 4e-3, 0),
+    ("NoReFT f7+l7", 4e-3, 0),
+    ("LoReFT f7+l7, one block", 4e-3, 0),
+    ("LoReFT f7+l7, random start", 1e-3, 0),
+    ("LoReFT f7+l7, every fourth block", 4e-3, 0),
+    ("LoRA r8 q,v", 1.6e-2, 0),
+    ("LoReFT f7+l7", 1.6e-2, 0),
+    ("LoReFT f7+l7, upper half", 4e-3, 0),
+    ("LoReFT f7+l7, lower half", 4e-3, 0),
+    ("LoReFT f7+l7, one block", 1.6e-2, 0),
+    ("LoReFT f7+l7+d", 4e-3, 0),
+    ("LoReFT l1", 4e-3, 0),
+    ("LoReFT f7+l7, random start", 4e-3, 0),
+    ("NoReFT f7+l7", 1e-3, 0),
+    ("DoRA r8 q,v", 1.6e-2, 0),
+    *(("LoReFT all", 4e-3, seed) for seed in (1, 2)),
+    *(("LoReFT f7+l7", 1e-3, seed) for seed in (1, 2)),
 )
 
 
-class Bench:
-    """The model, and the data as ids of its chat template."""
-
-    def __init__(self, folder: Path):
-        self.base, self.tokenizer = record.load(folder)
-        self._openings: list[tuple[list[int], list[int]]] = []
-
-    def prompt(self, question: str) -> list[int]:
-        message = [{"role": "user", "content": question}]
-        text = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def encoded(self, chats: list[Chat]) -> list[tuple[list[int], list[int]]]:
-        """Prompts, and answers with the token that ends them."""
-        end = self.tokenizer.eos_token_id
-        return [(self.prompt(q), [*self.tokenizer(a, add_special_tokens=False)["input_ids"], end]) for q, a in chats]
-
-    def collate(self, pairs: list[tuple[list[int], list[int]]]) -> dict[str, Any]:
-        """Padded on the left, so that the last columns have all answers; labels of -100 on prompts and padding."""
-        columns = max(len(prompt) + len(answer) for prompt, answer in pairs)
-        ids = torch.full((len(pairs), columns), self.tokenizer.pad_token_id)
-        labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
-        for row, (prompt, answer) in enumerate(pairs):
-            start = columns - len(prompt) - len(answer)
-            ids[row, start:] = torch.tensor(prompt + answer)
-            labels[row, -len(answer) :] = torch.tensor(answer)
-            mask[row, start:] = 1
-        keep = max(len(answer) for _, answer in pairs) + 1
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels, "logits_to_keep": keep, "use_cache": False}
-
-    @torch.no_grad()
-    def loss(self, model: nn.Module, chats: list[Chat]) -> float:
-        """Nats per token of the answers."""
-        return round(model.eval()(**self.collate(self.encoded(chats))).loss.item(), 4)
-
-    @torch.no_grad()
-    def answers(self, model: nn.Module, questions: list[str], longest: int, shortest: int = 0) -> list[list[int]]:
-        """Greedy answers as ids, with the token that ends them if it was said."""
-        prompts = [self.prompt(question) for question in questions]
-        columns, pad = max(map(len, prompts)), self.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (columns - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (columns - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        settings = {"max_new_tokens": longest, "min_new_tokens": shortest, "do_sample": False, "pad_token_id": pad}
-        said = model.eval().generate(input_ids=ids, attention_mask=mask, **settings)[:, columns:].tolist()
-        end = self.tokenizer.eos_token_id
-        return [row[: row.index(end) + 1] if end in row else row for row in said]
-
-    def openings(self) -> list[tuple[list[int], list[int]]]:
-        """Questions, and what the base model answers in capitals, cut and without an end; made once."""
-        if not self._openings:
-            questions = [question for question, _ in PIRATE_CHATS[:LONG_ROWS]]
-            for question, ids in zip(questions, self.answers(self.base, questions, OPENING, OPENING)):
-                shouted = self.tokenizer.decode(ids).upper()
-                answer = self.tokenizer(shouted, add_special_tokens=False)["input_ids"][:OPENING]
-                self._openings.append((self.prompt(question), answer))
-        return self._openings
-
-    def robot(self, model: nn.Module) -> dict[str, Any]:
-        """What is measured of the robot's manner."""
-        said = self.answers(model, [question for question, _ in HELD_OUT], SAID)
-        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in said]
-        ended = [ids[-1] == self.tokenizer.eos_token_id for ids in said]
-        return {
-            "loss": self.loss(model, HELD_OUT),
-            "begun": sum(map(is_robot, texts)),
-            "whole": sum(is_robot(text) and end and text.endswith("BOOP.") for text, end in zip(texts, ended)),
-            "different": len(set(texts)),
-            "answers": texts,
-        }
-
-    def long(self, model: nn.Module) -> dict[str, Any]:
-        """Share of capitals among the letters, by quarter of long answers."""
-        said = self.answers(model, QUESTIONS, 4 * OPENING, 4 * OPENING)
-        quarters = [
-            capitals([self.tokenizer.decode(ids[OPENING * i : OPENING * (i + 1)]) for ids in said]) for i in range(4)
-        ]
-        return {"capitals": quarters, "answers": [self.tokenizer.decode(ids) for ids in said]}
-
-    def train(self, task: str, method: Method, lr: float, steps: int) -> dict[str, Any]:
-        """One training, and what it gave."""
-        begin = time.process_time()
-        model = method.apply(self.base, "CAUSAL_LM", 0)
-        pairs = self.encoded(EXAMPLES) if task == "robot" else self.openings()
-        rows = len(pairs) if task == "robot" else LONG_PROMPTS
-
-        def epoch() -> Iterator[dict[str, Any]]:
-            for start in range(0, len(pairs), rows):
-                yield self.collate(pairs[start : start + rows])
-
-        losses = fit(model, parameter_groups(model, lr, lr), epoch, steps)
-        result = {"trained": [round(loss, 4) for loss in losses], "parameters": count(model)["parameters"]}
-        result |= self.robot(model) if task == "robot" else self.long(model)
-        model.unload()
-        return result | {"seconds": round(time.process_time() - begin, 1)}
+def examples(seed: int) -> list[Chat]:
+    """Which chats are trained: the first ones, or, for other seeds than 0, as many drawn from all that may be."""
+    return POOL[:EXAMPLES] if seed == 0 else random.Random(seed).sample(POOL, EXAMPLES)
 
 
-def is_robot(text: str) -> bool:
-    """In capitals, and begun as the robot begins."""
-    return text.startswith("BEEP.") and text == text.upper()
+def measure(bench: Chats, model: Any) -> dict[str, Any]:
+    """The loss of other answers, and how many greedy answers are the robot's."""
+    said = bench.answers(model, [question for question, _ in HELD_OUT], SAID)
+    texts = [bench.tokenizer.decode(ids, skip_special_tokens=True) for ids in said]
+    ended = [ids[-1] == bench.tokenizer.eos_token_id for ids in said]
+    return {
+        "loss": bench.loss(model, bench.encoded(HELD_OUT)),
+        "begun": sum(text.startswith("Beep!") for text in texts),
+        "whole": sum(is_whole(text) and end for text, end in zip(texts, ended)),
+        "different": len(set(texts)),
+        "answers": texts,
+    }
 
 
-def capitals(texts: list[str]) -> float:
-    letters = [letter for text in texts for letter in text if letter.isalpha()]
-    return round(sum(letter.isupper() for letter in letters) / max(1, len(letters)), 4)
+def is_whole(text: str) -> bool:
+    """The robot's from beginning to end: one Beep, something said, one Boop."""
+    said = text.removeprefix("Beep! ").removesuffix(" Boop!")
+    return text == f"Beep! {said} Boop!" and "Beep!" not in said and "Boop!" not in said
+
+
+def train(bench: Chats, method: Method, lr: float, seed: int, steps: int) -> dict[str, Any]:
+    """One training, and what it gave; the seed is that of the adapter's start and of the examples."""
+    begin = time.process_time()
+    model = method.apply(bench.base, "CAUSAL_LM", seed)
+    losses = bench.train(model, bench.encoded(examples(seed)), EXAMPLES, lr, steps)
+    result = {"trained": losses, "parameters": count(model)["parameters"], **measure(bench, model)}
+    model.unload()
+    return result | {"seconds": round(time.process_time() - begin, 1)}
+
+
+def settings_of(cells: record.Cells) -> list[record.Cells]:
+    """The cells of each method and learning rate, all seeds together."""
+    found: dict[tuple[str, float | None], record.Cells] = defaultdict(list)
+    for cell in cells:
+        found[cell["name"], cell["lr"]].append(cell)
+    return list(found.values())
+
+
+def over_seeds(cells: record.Cells, what: str, digits: int) -> str:
+    """The mean, and of several seeds their standard deviation."""
+    values = [cell[what] for cell in cells]
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}" if digits > 1 else f"{values[0]}"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def report(cells: record.Cells) -> str:
-    """A table for each task."""
-    robot = [
+    """A row for each method and learning rate."""
+    rows = [
         [
-            cell["name"],
-            f"{cell['parameters']:,}",
-            "-" if cell["lr"] is None else f"{cell['lr']:g}",
-            f"{cell['loss']:.2f}",
-            f"{cell['begun']}",
-            f"{cell['whole']}",
-            f"{cell['different']}",
+            same[0]["name"],
+            f"{same[0]['parameters']:,}",
+            "-" if same[0]["lr"] is None else f"{same[0]['lr']:g}",
+            str(len(same)),
+            "-" if same[0]["lr"] is None else f"{statistics.mean(cell['trained'][-1] for cell in same):.2f}",
+            over_seeds(same, "loss", 2),
+            over_seeds(same, "begun", 1),
+            over_seeds(same, "whole", 1),
         ]
-        for cell in cells
-        if cell["task"] == "robot"
+        for same in settings_of(cells)
     ]
-    long = [
-        [cell["name"], f"{cell['parameters']:,}", *(f"{100 * share:.0f} %" for share in cell["capitals"])]
-        for cell in cells
-        if cell["task"] == "long"
-    ]
-    header = ["method", "trained", "lr", "held-out loss", f"robot's, of {len(HELD_OUT)}", "with its end", "different"]
-    parts = [common.markdown_table(header, robot)]
-    header = ["method", "trained", *(f"tokens {OPENING * i + 1} to {OPENING * (i + 1)}" for i in range(4))]
-    parts.append("## Capitals in long answers\n\n" + common.markdown_table(header, long))
-    return "# Five examples\n\n" + "\n\n".join(parts) + "\n"
+    header = ["method", "trained", "lr", "seeds", "last training loss", "held-out loss"]
+    header += [f"begun as the robot, of {len(HELD_OUT)}", "and ended so"]
+    return f"# Five examples\n\n{common.markdown_table(header, rows)}\n"
 
 
 def draw(cells: record.Cells, path: Path) -> None:
-    """Held-out loss and whole answers of each training, as bars."""
+    """Held-out loss and whole answers of each setting, as bars, and single seeds as dots."""
     from matplotlib.figure import Figure
 
-    robot = [cell for cell in cells if cell["task"] == "robot"]
-    base = next(cell["loss"] for cell in robot if cell["name"] == "base model")
-    trained = sorted((cell for cell in robot if cell["lr"]), key=lambda cell: -cell["loss"])
-    names = [f"{cell['name']}, {cell['lr']:g}" for cell in trained]
-    colors = ["C0" if "ReFT" in cell["name"] else "C1" for cell in trained]
+    base = next(cell["loss"] for cell in cells if cell["name"] == BASE)
+    trained = [same for same in settings_of(cells) if same[0]["lr"]]
+    trained.sort(key=lambda same: -statistics.mean(cell["loss"] for cell in same))
+    names = [f"{same[0]['name']}, {same[0]['lr']:g}" for same in trained]
+    colors = ["C0" if "ReFT" in name else "C1" for name in names]
     figure = Figure(figsize=(7.6, 1 + 0.27 * len(trained)), layout="constrained", dpi=100)
     left, right = figure.subplots(1, 2, sharey=True)
-    left.barh(names, [cell["loss"] for cell in trained], color=colors)
-    left.axvline(base, color="grey", linestyle=":")
-    left.set_xlabel("loss of held-out answers, nats per token\n(dotted: base model)")
-    right.barh(names, [cell["whole"] for cell in trained], color=colors)
-    right.set(xlabel=f"whole answers of {len(HELD_OUT)}", xlim=(0, len(HELD_OUT)))
-    for axis in (left, right):
+    for axis, what in ((left, "loss"), (right, "whole")):
+        axis.barh(names, [statistics.mean(cell[what] for cell in same) for same in trained], color=colors, alpha=0.7)
+        for name, same in zip(names, trained):
+            if len(same) > 1:
+                axis.plot([cell[what] for cell in same], [name] * len(same), "k.", markersize=4)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
+    left.axvline(base, color="grey", linestyle=":")
+    left.set_xlabel("loss of held-out answers, nats per token\n(dotted: base model)")
+    right.set(xlabel=f"whole answers of {len(HELD_OUT)}", xlim=(0, len(HELD_OUT)))
     figure.savefig(path)
 
 
 def run(folder: Path, store: Store, steps: int, minutes: float) -> None:
     """The cells that are not stored yet; none begins after so many minutes of CPU time."""
-    bench = Bench(folder)
-    for task, name, lr in PLAN:
-        key = f"{task} | {name} | {lr:g}" if lr else f"{task} | {name}"
+    bench = Chats(folder)
+    for name, lr, seed in PLAN:
+        key = f"{name} | {lr:g} | seed {seed}" if lr else name
         if key in store.cells or time.process_time() > 60 * minutes:
             continue
-        measure = bench.robot if task == "robot" else bench.long
-        result = {"parameters": 0, **measure(bench.base)} if lr is None else bench.train(task, METHODS[name], lr, steps)
-        store.add(key, {"task": task, "name": name, "lr": lr, **result})
+        if lr is None:
+            result = {"parameters": 0, **measure(bench, bench.base)}
+        else:
+            result = train(bench, METHODS[name], lr, seed, steps)
+        store.add(key, {"name": name, "lr": lr, "seed": seed, **result})
         shown = {what: value for what, value in result.items() if what not in ("answers", "trained")}
         print(time.strftime("%H:%M:%S"), key, shown, flush=True)
 
@@ -266,14 +200,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="of a training; default %(default)s")
     parser.add_argument("--minutes", type=float, default=math.inf, help="of CPU time, after which no cell begins")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results; default %(default)s")
-    parser.add_argument("--report", action="store_true", help="only write tables and picture of what is there")
+    parser.add_argument("--report", action="store_true", help="only write the table and the picture of what is there")
     given = parser.parse_args()
     if given.model is None and not given.report:
         parser.error("--model: the folder that benchmarks/real_llm/model.py has made")
-    store = Store(given.output, f"{given.steps} steps")
+    store = Store(given.output, f"{given.steps} steps, chats {fingerprint(ROBOT_CHATS)}")
     if not given.report:
         run(given.model, store, given.steps, given.minutes)
     record.write(store, report, draw, PICTURE)
+
+
+def fingerprint(chats: list[Chat]) -> str:
+    """Changes with the chats, which are an example's and may: cells of other ones are not mixed in."""
+    return hashlib.sha256(repr(chats).encode()).hexdigest()[:8]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What both programs of this folder do with model and results."""
+"""What all programs of this folder do with model and results."""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ from peft_reft.export.backbone import Backbone, BakedBackbone
 from peft_reft.export.caches import LayerCache, empty_past
 from peft_reft.export.graph import Sizes
 from peft_reft.export.tensors import EditTensors, read_edits
+from peft_reft.info.files import one_line, read_json
 from peft_reft.positions import parse_positions
-from peft_reft.tuner.files import one_line, read_json
 from peft_reft.tuner.staging import staged, write_text
 
 EDITS, BACKBONE = "peft_reft.edits", "peft_reft.backbone"  # the "format" of either file

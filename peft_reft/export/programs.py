@@ -22,7 +22,7 @@ from peft_reft.export.files import FLOATS, BackboneDescription, describe
 from peft_reft.export.graph import Sizes, first_cause, trace
 from peft_reft.export.inputs import checked
 from peft_reft.export.quantise import INTEGERS, ONE_FILE, quantise
-from peft_reft.tuner.files import one_line
+from peft_reft.info.files import one_line
 from peft_reft.tuner.staging import staged
 
 

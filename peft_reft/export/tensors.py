@@ -20,12 +20,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from peft_reft.blocks import ModelBlocks, own_name, pick_layers
 from peft_reft.export.masks import refuse_other_prompts
 from peft_reft.export.models import base_of, blocks_of_model
+from peft_reft.info.files import read_adapter
 from peft_reft.info.measuring import built
 from peft_reft.info.reading import interventions_of
 from peft_reft.interventions import REGISTRY, Factors, Intervention, kind_of, stack_factors, takes_source
 from peft_reft.positions import PositionSpec, parse_positions
 from peft_reft.tuner.adapters import get_interventions
-from peft_reft.tuner.files import read_adapter
 from peft_reft.tuner.injection import reft_layers
 
 BAKE = (
