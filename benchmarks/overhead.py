@@ -46,8 +46,7 @@ from torch import nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from peft_reft import get_interventions
-from peft_reft.interventions.batched import FactorTable
-from peft_reft.interventions.orthonormal import orthonormal_rows
+from peft_reft.interventions import orthonormal_rows, stack_factors
 
 LABELS = {"reft": "LoReFT", "lora_qv": "LoRA r=8 q,v", "lora_all": "LoRA r=8 all linear"}
 TENSOR_OPERATIONS_GOAL = {"inference": 7, "training": 10}
@@ -277,12 +276,11 @@ def orthonormal(work: Work) -> list[Row]:
         return run
 
     model = get_peft_model(llama(vocab=8), reft_config())
-    interventions = list(get_interventions(model).items())
+    interventions: Any = [own for (own,) in get_interventions(model).values()]
 
     def all_factors() -> None:
-        table = FactorTable(interventions)
-        factors = [table.get(name) for name, _ in interventions]
-        torch.autograd.backward([part.up for part in factors], [grad[:1]] * len(factors))
+        blocks = stack_factors(interventions).up.unbind(0)
+        torch.autograd.backward(blocks, list(grad))
 
     functions = {
         "reft": batched(orthonormal_rows),

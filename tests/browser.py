@@ -60,15 +60,23 @@ class Page:
         profile: an empty folder for Chromium.
         size: width and height of the window, in pixels.
         patience: seconds to wait for anything.
+        flags: of Chromium, without the dashes.
     """
 
-    def __init__(self, address: str, profile: Path, size: tuple[int, int] = (1280, 1500), patience: float = 300):
+    def __init__(
+        self,
+        address: str,
+        profile: Path,
+        size: tuple[int, int] = (1280, 1500),
+        patience: float = 300,
+        flags: str = FLAGS,
+    ):
         from selenium import webdriver
         from selenium.webdriver.support.wait import WebDriverWait
 
         options = webdriver.ChromeOptions()
         options.binary_location = str(shutil.which("chromium"))
-        for flag in FLAGS.split():
+        for flag in flags.split():
             options.add_argument(f"--{flag}")
         options.add_argument(f"--user-data-dir={profile}")
         options.add_argument(f"--window-size={size[0]},{size[1]}")

@@ -32,7 +32,7 @@ from peft_reft.export.answers import Run
 from peft_reft.export.backbone import Backbone
 from peft_reft.export.graph import Sizes, trace
 from peft_reft.export.programs import FORMATS
-from peft_reft.tuner.files import one_line
+from peft_reft.info.files import one_line
 
 TOKENS = 8
 CONFIG = {"r": 3, "positions": "f2+l2+d3", "share_weights": False, "intervention": "direft", "init_weights": False}

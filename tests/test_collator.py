@@ -213,6 +213,29 @@ def test_labels_end_a_prompt_for_causal_language_models_only(task_type, last):
     assert got["intervention_locations"].flatten().tolist() == last
 
 
+@pytest.mark.parametrize(("mlm", "last"), [(True, 5), (False, 2)])
+def test_labels_of_a_collator_that_masks_tokens_end_no_prompt(mlm, last):
+    """Of a config without a task type, too: the tokens to be found may be anywhere."""
+
+    class Masks:
+        def __init__(self):
+            self.mlm = mlm
+
+        def __call__(self, examples):
+            ids = torch.tensor([[5, 6, 7, 8, 9, 3]])
+            return {"input_ids": ids, "labels": ids.masked_fill(torch.tensor([[1, 1, 1, 0, 1, 1]]).bool(), IGNORED)}
+
+    assert collate(ReftConfig(positions="l1"), Masks())["intervention_locations"].tolist() == [[[last]]]
+
+
+def test_padding_that_a_batch_numbers_as_a_document_is_none():
+    ids = torch.tensor([[5, 6, 7, 8, PAD, PAD]])
+    mask, numbers = (ids != PAD).long(), torch.tensor([[0, 0, 0, 0, -1, -1]])
+    batch = {"input_ids": ids, "attention_mask": mask, "seq_idx": numbers}
+    found = collate(inner=lambda examples: dict(batch), positions="f1+l1")
+    assert found["intervention_locations"].tolist() == [[[0], [3]]]
+
+
 def test_batches_of_an_encoder_decoder_count_over_the_encoders_input():
     inner = lambda features: {  # noqa: E731
         "input_ids": torch.tensor([[5, 6, 7, 0]]),

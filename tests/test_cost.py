@@ -104,7 +104,7 @@ def test_positions_and_orthonormal_rows_are_worked_out_once_for_all_blocks(train
         monkeypatch.setattr(module, name, counted)
 
     count(peft_reft.context.forward, "places_of")
-    count(peft_reft.interventions.equations, "orthonormal_rows")
+    count(peft_reft.interventions.parts, "orthonormal_rows")
     model = adapted(llama(6), training)
     calls.clear()
     with torch.set_grad_enabled(training):
@@ -117,8 +117,8 @@ def test_a_new_value_of_a_frozen_weight_is_noticed(monkeypatch):
     """The cache of the test above must not be one that always hits."""
     model = adapted(llama(2))
     calls = []
-    original = peft_reft.interventions.equations.orthonormal_rows
-    monkeypatch.setattr(peft_reft.interventions.equations, "orthonormal_rows", lambda w: calls.append(1) or original(w))
+    original = peft_reft.interventions.parts.orthonormal_rows
+    monkeypatch.setattr(peft_reft.interventions.parts, "orthonormal_rows", lambda w: calls.append(1) or original(w))
     randomize(model, seed=5)
     with torch.no_grad():
         model(**labelled(12, 9))

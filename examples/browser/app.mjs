@@ -2,7 +2,7 @@
 
 import { Template } from "./vendor/jinja.mjs";
 import { Tokenizer } from "./vendor/tokenizers.min.mjs";
-import { Backbone, download, loadRuntime } from "./backbone.mjs";
+import { Backbone, chooseProvider, download, loadRuntime } from "./backbone.mjs";
 import { fitEdits, readEdits } from "./edits.mjs";
 import { editMask } from "./mask.mjs";
 
@@ -25,8 +25,7 @@ async function attempt(action) {
 
 async function start() {
   const say = (text) => (find("status").textContent = text);
-  say("Loading the runtime ...");
-  const runtime = await loadRuntime(new URL("./vendor", location.href).href);
+  const chosen = await chooseProvider(new URLSearchParams(location.search).get("on"));
   const description = await json("model/backbone.json");
   const graph = await download(`model/${description.file}`, (size, total) =>
     say(`Loading ${description.base_model}: ${inBytes(size)} of ${inBytes(total)}`),
@@ -34,11 +33,13 @@ async function start() {
   const [tokenizer, config] = await Promise.all([json("model/tokenizer.json"), json("model/tokenizer_config.json")]);
   const template = new TextDecoder().decode(await download("model/chat_template.jinja"));
   say("Preparing the model ...");
-  page.backbone = await Backbone.open(runtime, description, graph);
+  const vendor = new URL("./vendor", location.href).href;
+  page.backbone = await Backbone.open((provider) => loadRuntime(vendor, provider), chosen, description, graph);
   page.tokenizer = new Tokenizer(tokenizer, config);
   page.template = new Template(template);
   for (const { name, file, bytes } of await json("adapters.json")) addChoice(name, `${name} (${inBytes(bytes)})`, file);
-  page.ready = `${description.base_model}, ${inBytes(graph.byteLength)}, on ${runtime.provider}`;
+  const { provider, why } = page.backbone;
+  page.ready = `${description.base_model}, ${inBytes(graph.byteLength)}, on ${provider}${why && ` (${why})`}`;
   say(page.ready);
   for (const id of ["question", "send", "adapter", "strength", "file"]) find(id).disabled = false;
   showPrompt();

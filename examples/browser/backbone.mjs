@@ -2,16 +2,37 @@
 
 import { editMask } from "./mask.mjs";
 
-/** WebGPU where the browser has it, else WebAssembly; each with the smaller of the runtime's builds. */
-export async function loadRuntime(vendor) {
-  const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
-  const provider = adapter ? "webgpu" : "wasm";
+/**
+ * What the backbone runs on: WebGPU where the browser has it for a graphics processor, else WebAssembly.
+ * @param wanted "webgpu" or "wasm" asks for that one; "webgpu" then takes a processor, too, that software imitates.
+ * @returns {{provider: string, why: string}} why: what speaks against WebGPU, "" for nothing.
+ */
+export async function chooseProvider(wanted, gpu = navigator.gpu) {
+  if (wanted && !["webgpu", "wasm"].includes(wanted)) {
+    throw new Error(`on=${wanted} is nothing that the page runs on; leave it out, or use on=webgpu or on=wasm.`);
+  }
+  const wasm = (why) => ({ provider: "wasm", why });
+  if (wanted === "wasm") return wasm("the address asks for it");
+  if (!gpu) return wasm("this browser has no WebGPU");
+  let adapter;
+  try {
+    adapter = await gpu.requestAdapter();
+  } catch (error) {
+    return wasm(`WebGPU failed: ${error.message}`);
+  }
+  if (!adapter) return wasm("WebGPU finds no graphics processor");
+  if (adapter.info?.isFallbackAdapter && !wanted) return wasm("software imitates the graphics processor, which is slower");
+  return { provider: "webgpu", why: "" };
+}
+
+/** onnxruntime-web for a provider, in the smaller of its builds. */
+export async function loadRuntime(vendor, provider) {
   const ort = await import(`${vendor}/ort.${provider}.bundle.min.mjs`);
   // The module's code is in the bundle, its WebAssembly beside it.
-  const file = adapter ? "ort-wasm-simd-threaded.asyncify.wasm" : "ort-wasm-simd-threaded.wasm";
+  const file = provider === "webgpu" ? "ort-wasm-simd-threaded.asyncify.wasm" : "ort-wasm-simd-threaded.wasm";
   ort.env.wasm.wasmPaths = { wasm: `${vendor}/${file}` };
   ort.env.wasm.numThreads = self.crossOriginIsolated ? navigator.hardwareConcurrency : 1;
-  return { ort, provider };
+  return ort;
 }
 
 /** A file's bytes, with a report of how much of it is there. */
@@ -33,9 +54,11 @@ export async function download(url, report = () => {}) {
 
 export class Backbone {
   /**
-   * @param ort, provider of loadRuntime. @param description backbone.json. @param graph bytes of the ONNX file.
+   * A backbone that runs; where WebGPU does not run it, WebAssembly does.
+   * @param load gives the runtime of a provider. @param chosen of chooseProvider.
+   * @param description backbone.json. @param graph bytes of the ONNX file.
    */
-  static async open({ ort, provider }, description, graph) {
+  static async open(load, { provider, why }, description, graph) {
     if (description.format !== "peft_reft.backbone" || description.version !== 1) {
       throw new Error("backbone.json describes no backbone of this version.");
     }
@@ -45,14 +68,30 @@ export class Backbone {
           "without --bake and --no-cache, and with --dtype int4, int8 or float32.",
       );
     }
-    // WebAssembly has no fast product of weights with few bits: they are worked out when the file is loaded.
-    const extra = provider === "wasm" ? { session: { disable_quant_qdq: "1" } } : {};
-    const session = await ort.InferenceSession.create(graph, { executionProviders: [provider], extra });
-    return new Backbone(ort, description, session);
+    try {
+      const ort = await load(provider);
+      // WebAssembly has no fast product of weights with few bits: they are worked out when the file is loaded.
+      const extra = provider === "wasm" ? { session: { disable_quant_qdq: "1" } } : {};
+      const session = await ort.InferenceSession.create(graph, { executionProviders: [provider], extra });
+      return new Backbone(ort, description, session, provider, why);
+    } catch (error) {
+      if (provider === "wasm") throw error;
+      return Backbone.open(load, { provider: "wasm", why: `WebGPU failed: ${error.message}` }, description, graph);
+    }
   }
 
-  constructor(ort, description, session) {
-    Object.assign(this, { ort, description, session });
+  constructor(ort, description, session, provider, why) {
+    Object.assign(this, { ort, description, session, provider, why });
+  }
+
+  /** One run of the graph; where it fails, what to do. */
+  async forward(inputs) {
+    try {
+      return await this.session.run(inputs);
+    } catch (error) {
+      const hint = this.provider === "webgpu" ? " Add ?on=wasm to the address of the page to do without WebGPU." : "";
+      throw new Error(`The backbone failed on ${this.provider}: ${error.message}.${hint}`);
+    }
   }
 
   /**
@@ -84,7 +123,7 @@ export class Backbone {
     const seen = new Set(ids);
     let columns = ids;
     for (let generated = 0; generated < Math.min(most, room); generated++) {
-      const outputs = await this.session.run({
+      const outputs = await this.forward({
         input_ids: tensor("int64", integers(columns), [1, columns.length]),
         attention_mask: tensor("int64", integers(Array(ids.length + generated).fill(1)), [1, ids.length + generated]),
         edit_mask: tensor("float32", maskOf(edits, ids.length, generated, columns.length, groups, strength), [

@@ -5,11 +5,11 @@ Knows torch's modules and transformers' classes. What is edited, and at which to
 
 from peft_reft.blocks.compiled import own_modules, own_name, present_names
 from peft_reft.blocks.device import device_and_dtype
-from peft_reft.blocks.find import ModelBlocks, find_blocks
-from peft_reft.blocks.layout import NOT_TOKENS, PLAIN, Layout, edit_hidden_state, hidden_state_of
+from peft_reft.blocks.find import ModelBlocks
+from peft_reft.blocks.layout import NOT_TOKENS, PLAIN, Layout, edit_hidden_state
 from peft_reft.blocks.limits import refuse_unsound
 from peft_reft.blocks.numbering import block_number, group_by_stack, pick_layers
-from peft_reft.blocks.structure import block_width, input_embedding
+from peft_reft.blocks.structure import block_width, input_embedding, paths_around
 
 __all__ = [
     "NOT_TOKENS",
@@ -20,12 +20,11 @@ __all__ = [
     "block_width",
     "device_and_dtype",
     "edit_hidden_state",
-    "find_blocks",
     "group_by_stack",
-    "hidden_state_of",
     "input_embedding",
     "own_modules",
     "own_name",
+    "paths_around",
     "pick_layers",
     "present_names",
     "refuse_unsound",

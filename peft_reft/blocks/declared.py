@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
 from peft_reft.blocks.compiled import named_children, own_modules, uncompiled
@@ -52,7 +52,6 @@ class DeclaredStack:
 def declared_stacks(model: nn.Module) -> list[DeclaredStack]:
     """The stacks of a model's blocks, encoder first; none where its classes do not declare enough."""
     whole: Any = uncompiled(model)
-    modules = own_modules(model)
     if not isinstance(whole, PreTrainedModel) or not _takes_tokens_alone(whole):
         return []
     if whole.config.is_encoder_decoder:
@@ -61,7 +60,9 @@ def declared_stacks(model: nn.Module) -> list[DeclaredStack]:
             "decoder": uncompiled(whole.get_decoder()),
         }
     else:
-        sides = {"alone": _owner(modules, path_of(whole, input_embedding(whole)))}
+        # The smallest model around the embedding that declares what it records.
+        around = reversed(modules_around(whole, path_of(whole, input_embedding(whole))))
+        sides = {"alone": next((module for module in around if _recorded_classes(module)), None)}
     lists = list(named_block_lists(whole))
     if len(lists) != len(sides) or any(not isinstance(side, PreTrainedModel) for side in sides.values()):
         return []
@@ -77,15 +78,6 @@ def _takes_tokens_alone(model: PreTrainedModel) -> bool:
         and not any(name.startswith(NO_TEXT) for name in arguments)
         and getattr(model.config, "num_codebooks", 1) == 1
     )
-
-
-def _owner(modules: dict[str, nn.Module], path: str) -> nn.Module | None:
-    """The smallest model around the module at `path` that declares what it records as hidden states."""
-    while path:
-        path = path.rpartition(".")[0]
-        if _recorded_classes(modules[path]):
-            return modules[path]
-    return None
 
 
 def _recorded_classes(module: Any) -> tuple[type[nn.Module], ...]:
@@ -120,15 +112,10 @@ def _stack_in(whole: nn.Module, side: Any, kind: str, lists: dict[str, nn.Module
     width = side.config.get_text_config(decoder=kind == "decoder").hidden_size
     is_stack = (
         {id(block) for block in children} == {id(module) for module in recorded}
-        and len(children) in _counts(side.config, kind)
+        and len(children) in {getattr(side.config, name, None) for name in COUNTS[kind]}
         and all(is_own_code(block) and _is_plain_block(block, width) for block in children)
     )
     return DeclaredStack([f"{name}.{entry}" for entry, _ in blocks.named_children()], width) if is_stack else None
-
-
-def _counts(config: PretrainedConfig, kind: str) -> set[Any]:
-    """The numbers of blocks that a config asks for."""
-    return {getattr(config, name, None) for name in COUNTS[kind]}
 
 
 def _is_plain_block(block: nn.Module, width: int) -> bool:

@@ -6,6 +6,7 @@ the model can be traced; its lists of modules (`structure`). The tokens' columns
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -13,20 +14,11 @@ from torch import nn
 from peft_reft.blocks.compiled import own_modules, own_name, present_names
 from peft_reft.blocks.declared import DeclaredStack, declared_stacks
 from peft_reft.blocks.layout import PLAIN, Layout
-from peft_reft.blocks.limits import no_blocks, refuse_unsound
+from peft_reft.blocks.limits import refuse_unsound
 from peft_reft.blocks.structure import structural_shape, structural_stacks
 
 if TYPE_CHECKING:  # the room for tracing is entered when it is needed: most models need none
     from peft_reft.blocks.tracing.traced_model import TracedModel
-
-
-def find_blocks(model: nn.Module) -> list[list[str]]:
-    """Names of the blocks of each of the model's stacks, in their order.
-
-    Raises:
-        ValueError: if there are none, or an adapter cannot work on them, with the reason.
-    """
-    return ModelBlocks(model).stacks()
 
 
 class ModelBlocks:
@@ -44,7 +36,6 @@ class ModelBlocks:
         self.was_traced = False
         self._stacks: list[list[str]] | None = None
         self._shapes: dict[str, tuple[int, Layout]] = {}
-        self._declared: list[DeclaredStack] | None = None
         self._traced: TracedModel | None = None
 
     def stacks(self) -> list[list[str]]:
@@ -80,8 +71,8 @@ class ModelBlocks:
         self._traced = None
 
     def _find_stacks(self) -> list[list[str]]:
-        if declared := self._declaration():
-            stacks = [stack.names for stack in declared]
+        if self._declared:
+            stacks = [stack.names for stack in self._declared]
             for stack in stacks:
                 refuse_unsound(self.model, stack)
             return stacks
@@ -90,12 +81,17 @@ class ModelBlocks:
         stacks = traced_stacks(self._trace()) or structural_stacks(self.model)
         if not stacks:
             modules = own_modules(self.model)
-            candidates = [name for name, module in modules.items() if name and any(True for _ in module.parameters())]
-            raise ValueError(no_blocks(modules[""], candidates))
+            names = [name for name, module in modules.items() if name and any(True for _ in module.parameters())]
+            shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+            raise ValueError(
+                f"No list of blocks was found in {type(modules['']).__name__}. Name the modules whose output is to be "
+                "edited in ReftConfig(target_modules=[...]); candidates: "
+                f"{shown or 'none, the model has no parameters'}."
+            )
         return stacks
 
     def _find_shape(self, name: str) -> tuple[int, Layout]:
-        for stack in self._declaration():
+        for stack in self._declared:
             if name in stack.names:
                 return stack.width, PLAIN
         from peft_reft.blocks.tracing.layouts import traced_layout
@@ -106,10 +102,9 @@ class ModelBlocks:
             return structural_shape(self.model, name)
         return traced.shapes(name)[0][layout.vector], layout
 
-    def _declaration(self) -> list[DeclaredStack]:
-        if self._declared is None:
-            self._declared = declared_stacks(self.model)
-        return self._declared
+    @cached_property
+    def _declared(self) -> list[DeclaredStack]:
+        return declared_stacks(self.model)
 
     def _trace(self) -> TracedModel:
         if self._traced is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -34,13 +34,3 @@ def refuse_unsound(model: nn.Module, names: Sequence[str]) -> None:
             f"{type(model).__name__} halves its hidden states every {every} blocks at inference but not in training, "
             "so that an edit would mean different things. Set model.config.rescale_every = 0 before you run the model."
         )
-
-
-def no_blocks(model: nn.Module, candidates: Iterable[str]) -> str:
-    """The error of a model without a list of blocks, with the modules that could be named instead."""
-    names = list(candidates)
-    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    return (
-        f"No list of blocks was found in {type(model).__name__}. Name the modules whose output is to be edited "
-        f"in ReftConfig(target_modules=[...]); candidates: {shown or 'none, the model has no parameters'}."
-    )

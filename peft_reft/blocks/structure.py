@@ -81,19 +81,26 @@ def _homes_of_stacks(model: Any) -> list[tuple[str, nn.Module]]:
         names = {module: name for name, module in modules.items()}
         stacks = [uncompiled(model.get_encoder()), uncompiled(model.get_decoder())]
         return [(names[stack], stack) for stack in stacks if stack in names]
-    path = path_of(model, input_embedding(model))
+    around = reversed(paths_around(path_of(model, input_embedding(model))))
     # The smallest part of the model that holds both the input embedding and a list of blocks.
-    while path:
-        path = path.rpartition(".")[0]
-        if next(named_block_lists(modules[path]), None) is not None:
-            break
-    return [(path, modules[path])]
+    home = next((path for path in around if next(named_block_lists(modules[path]), None) is not None), "")
+    return [(home, modules[home])]
+
+
+def paths_around(name: str) -> list[str]:
+    """The names of the modules that one of this name lies in: the model's, and so on down to its parent's.
+
+    >>> paths_around("model.layers.0")
+    ['', 'model', 'model.layers']
+    """
+    parts = name.split(".") if name else []
+    return [".".join(parts[:depth]) for depth in range(len(parts))]
 
 
 def modules_around(model: nn.Module, name: str) -> list[nn.Module]:
     """The modules that one of this own name lies in: the model, and so on down to its parent."""
-    modules, parts = own_modules(model), name.split(".") if name else []
-    return [modules[".".join(parts[:depth])] for depth in range(len(parts))]
+    modules = own_modules(model)
+    return [modules[path] for path in paths_around(name)]
 
 
 def can_pad(module: nn.Module) -> bool:
@@ -126,17 +133,14 @@ def block_width(model: nn.Module, name: str) -> int:
     Raises:
         ValueError: if it cannot be told from the module or from a config above it.
     """
-    modules = own_modules(model)
-    module = modules[name]
+    module = own_modules(model)[name]
     for attribute in ("out_features", "embedding_dim", "nf"):
         if isinstance(getattr(module, attribute, None), int):
             return int(getattr(module, attribute))
     if isinstance(module, nn.LayerNorm):
         return int(module.normalized_shape[-1])
-    path = name
-    while path:
-        path = path.rpartition(".")[0]
-        config: Any = getattr(modules[path], "config", None)
+    for outer in reversed(modules_around(model, name)):
+        config: Any = getattr(outer, "config", None)
         if hasattr(config, "get_text_config"):
             config = config.get_text_config()
         if isinstance(getattr(config, "hidden_size", None), int):

@@ -13,9 +13,9 @@ from peft.utils import CONFIG_NAME
 
 from peft_reft.chat.talker import Talker
 from peft_reft.command_line import add_model_options, number
+from peft_reft.info.files import read_config
 from peft_reft.integrations.loading import load_adapters
 from peft_reft.integrations.threads import share_the_machine
-from peft_reft.tuner.files import read_config
 
 
 def add_loading_arguments(parser: ArgumentParser) -> None:

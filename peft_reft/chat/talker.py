@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
+from peft_reft.info.files import one_line
 from peft_reft.tuner.adapters import set_strength
-from peft_reft.tuner.files import one_line
 
 Message = dict[str, str]
 

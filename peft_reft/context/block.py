@@ -9,12 +9,14 @@ It is no forward hook because one hook of any kind makes torch call a module on 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peft_reft.blocks import NOT_TOKENS, edit_hidden_state
+from peft_reft.context import notices
 from peft_reft.context.forward import ForwardContext, Given
 from peft_reft.context.method import MethodEntry
 from peft_reft.context.state import ModelState
@@ -23,10 +25,11 @@ CHILD = "reft"  # the layer's name below its block; must not hold the prefix "re
 
 
 OUTSIDE = (
-    "A block of a ReFT adapter ran outside of its model's forward, where padding is unknown, so that positions='all' "
-    "edited every vector. In the backward pass of a torch.utils.checkpoint of your own this gives the gradients of "
-    "another edit if there is padding: call model.gradient_checkpointing_enable(), or wrap the blocks with torch's "
-    "apply_activation_checkpointing, whose second runs know the call."
+    "A block of a ReFT adapter ran outside of its model's forward, where neither padding nor the prompt is known, so "
+    "that positions='all' edits every vector. In the backward pass of a torch.utils.checkpoint of your own, this "
+    "gives the gradients of another edit: call model.gradient_checkpointing_enable(), or wrap the blocks with torch's "
+    "apply_activation_checkpointing, whose second runs know the call. To run a block by itself, put it in evaluation "
+    "mode."
 )
 
 
@@ -63,17 +66,7 @@ class BlockEntry(MethodEntry):
             return self._outside(layer, output)
         if layer.is_plain and isinstance(output, Tensor) and output.dim() == 3:
             return layer.edit(output, context)
-        layout = layer.layout
-
-        def tokens(h: Tensor) -> Tensor:
-            return layer.edit(h, context)
-
-        def vectors(h: Tensor) -> Tensor:  # which are not those of the call's tokens
-            return layer.edit(h, context.of_vectors(layout.pool, h.shape[1]))
-
-        if layout.pool:
-            return edit_hidden_state(output, lambda h: layout.edit(h, None, vectors))
-        return edit_hidden_state(output, lambda h: layout.edit(h, context.columns, tokens))
+        return edit_hidden_state(output, partial(_edit_laid_out, layer, context))
 
     def _outside(self, layer: Any, output: Any) -> Any:
         """The output of a block that runs outside of a call of its model, where there are no tokens to count."""
@@ -86,10 +79,18 @@ class BlockEntry(MethodEntry):
                     "forward, where there are none. Call the model as a whole, or use positions='all'."
                 )
             if not specs and torch.is_grad_enabled() and self.state.takes_ids():
-                self.state.warn_once(OUTSIDE)
+                notices.object_to(self.state, self.module, OUTSIDE, "outside")
             return layer.edit(h, ForwardContext(self.state, [layer], Given()))
 
         return edit_hidden_state(output, lambda h: layer.layout.edit(h, None, edit))
+
+
+def _edit_laid_out(layer: Any, context: ForwardContext, h: Tensor) -> Tensor:
+    """The edit of a hidden state whose axes lie as the layer's layout says."""
+    layout = layer.layout
+    if layout.pool:  # its vectors are not those of the call's tokens
+        return layout.edit(h, None, lambda rows: layer.edit(rows, context.of_vectors(layout.pool, rows.shape[1])))
+    return layout.edit(h, context.columns, lambda rows: layer.edit(rows, context))
 
 
 class KeepsCalled:

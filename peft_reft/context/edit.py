@@ -48,7 +48,8 @@ class Edit(NamedTuple):
             keep, places = keep.to(h.device), None if places is None else places.to(h.device)
         flat = h.flatten(0, 1)
         selected = flat if places is None else flat.index_select(0, places)
-        if keep.dim() == 3:
+        several = keep.dim() == 3
+        if several:
             selected = selected.expand(len(keep), -1, -1) if places is None else selected.unflatten(0, keep.shape[:2])
         if called:
             delta = _call(factors, selected) * keep if keep.shape[-1] == 1 else _call(factors, selected, keep)
@@ -62,8 +63,8 @@ class Edit(NamedTuple):
         if delta.dtype != h.dtype:
             delta = delta.to(h.dtype)
         if places is None:
-            return out + (delta.sum(0) if keep.dim() == 3 else delta).view_as(h)
-        if keep.dim() == 3:
+            return out + (delta.sum(0) if several else delta).view_as(h)
+        if several:
             delta = delta.flatten(0, 1)
         # Whole rows of [B * S, d]: faster than along the columns, and autograd keeps the places, not h.
         return (flat if out is h else out.flatten(0, 1)).index_add(0, places, delta).view_as(h)

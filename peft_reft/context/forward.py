@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from peft_reft.context.edit import Edit
 from peft_reft.context.generate import Step
 from peft_reft.context.plan import Family, Plan, plan_for
 from peft_reft.context.sources import Collected, Listed, Sources, exchanges, listed
-from peft_reft.context.state import ModelState
+from peft_reft.context.state import ModelState, names_of_rows
 from peft_reft.context.subspaces import Choices, repeated
 from peft_reft.positions import Places, PositionSpec, Prompts, Tokens, find_prompts, places_at, places_of
 
@@ -68,8 +68,10 @@ class ForwardContext:
         answers_only: there are generated tokens only.
         tokens: what is known of the tokens, where `prompts_of` takes it from them.
         mask: their attention mask as it was passed.
-        passed: the tensors of whole numbers that the call was passed.
-        has_run: a module further in has run the call's own ids.
+        passed: the tensors of whole numbers that the call was passed, in lists and dicts too.
+        own_ids_ran_at: how deep the modules lie that have run the call's own ids, at most; -1 if none has.
+        changed_ids: others that counted as those in another form, each with how deep they ran; -1 if labels and a mask
+            came with them.
         training: whether the model is in training mode.
         device: of the hidden states, where no tokens tell it.
     """
@@ -89,7 +91,8 @@ class ForwardContext:
     tokens: Tokens | None = None
     mask: Any = None
     passed: Sequence[Tensor] = ()
-    has_run: bool = False
+    own_ids_ran_at: int = -1
+    changed_ids: list[tuple[Tensor, int]] = field(default_factory=list)
     training: bool = False
     device: torch.device | None = None
     _edits: list[Edit] | None = None
@@ -100,7 +103,7 @@ class ForwardContext:
         """The edits of the call, among them those next to this layer, of the hidden state `h` [B, S, d].
 
         Raises:
-            ValueError: if `h` does not hold one vector for each of the call's tokens.
+            ValueError: if `h` does not hold one vector, as wide as the layer's, for each of the call's tokens.
         """
         if self.columns is None:
             return self._of_shape(h).edits_of(layer, h)
@@ -112,14 +115,23 @@ class ForwardContext:
                 edits = self._latest = self._plan([layer])
             else:
                 edits = self._edits = self._plan(self.layers)
-        if edits and (h.shape[0] != self.rows or h.shape[1] != self.columns):
-            names = sorted({str(spec) for spec in layer.position_specs.values()})
-            raise ValueError(
-                f"A block returned hidden states of shape {tuple(h.shape)} for a batch of {self.rows} rows and "
-                f"{self.columns} columns of tokens, so that positions={names[0]!r} cannot be placed in them. Exclude "
-                "that block (exclude_modules=...), or target modules that keep one vector per token."
-            )
+        if edits and h.shape != (self.rows, self.columns, layer.width):
+            self._refuse(layer, h)
         return edits
+
+    def _refuse(self, layer: Any, h: Tensor) -> NoReturn:
+        """Raise for a hidden state of another shape than the call's tokens and the layer's width give."""
+        if h.shape[:2] == (self.rows, self.columns):
+            raise ValueError(
+                f"A block returned vectors of width {h.shape[-1]}, but its ReFT adapter was made for width "
+                f"{layer.width}. Exclude that block with exclude_modules, or target other modules."
+            )
+        names = sorted({str(spec) for spec in layer.position_specs.values()})
+        raise ValueError(
+            f"A block returned hidden states of shape {tuple(h.shape)} for a batch of {self.rows} rows and "
+            f"{self.columns} columns of tokens, so that positions={names[0]!r} cannot be placed in them. Exclude "
+            "that block (exclude_modules=...), or target modules that keep one vector per token."
+        )
 
     def prepare(self) -> None:
         """Work out the edits of all layers, before a block runs: not within a checkpoint, which would do it again."""
@@ -215,10 +227,7 @@ class ForwardContext:
             return names
         times = repeats(len(names), rows)
         if times is None or not self.given.in_generate:
-            raise ValueError(
-                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and "
-                f"{rows} respectively. Pass one name per row of the batch."
-            )
+            raise ValueError(names_of_rows(len(names), rows))
         return [name for name in names for _ in range(times)]
 
     def edits_something(self) -> bool:

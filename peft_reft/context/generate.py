@@ -25,7 +25,7 @@ from peft_reft.context.arguments import (
 )
 from peft_reft.context.method import MethodEntry
 from peft_reft.context.sources import Sources, run_sources
-from peft_reft.context.state import ModelState
+from peft_reft.context.state import ModelState, names_of_rows
 from peft_reft.context.subspaces import Choices
 from peft_reft.positions import PositionSpec, Prompts, Tokens, mark
 
@@ -165,6 +165,8 @@ class GenerateEntry(MethodEntry):
         if intervention_locations is None and outer is not None and not outer.started:
             generation.locations = outer.locations  # that `generate` only passes the call on
         by_row = generation.adapter_names or running.adapter_names
+        if by_row is not None and outer is None and generation.rows not in (None, len(by_row)):
+            raise ValueError(names_of_rows(len(by_row), generation.rows))
         if subspaces is not None:
             generation.subspaces = self.state.check_subspaces(subspaces, generation.rows, by_row)
         elif outer is not None and not outer.started:

@@ -32,8 +32,18 @@ LABELS_AROUND = (
     "`labels` were passed to {outer}, a module around {inner} that does not pass them on: it is unknown whether they "
     f"show where prompts end. Pass them on to the language model, or {{instead}}. {WAYS_OUT}"
 )
+LABELS_OF_OTHER_COLUMNS = (
+    "`labels` of {given} columns were passed to {outer}, a ReFT model that runs {inner} on {run} columns of tokens: it "
+    "is unknown where the prompts end among those. Pass labels of the same columns on to the language model, -100 "
+    "where nothing is predicted; or use positions that do not depend on a prompt's end, such as f1."
+)
 DECLARE_LABELS = 'say that they do with ReftConfig(task_type="CAUSAL_LM")'
 NAME_TOKENS = "give the tokens the name input_ids in its forward, so that the labels can be aligned with them"
+OTHERS_FIRST = (
+    "A module around a ReFT model ran the ids that it was passed after others of its own making. Those counted as the "
+    "same rows in another form, with the labels and the padding of the call. If they are other rows, run the ids that "
+    "were passed first; if they are the same rows, pass labels and attention_mask on with them."
+)
 UNREADABLE_MASK = (
     "attention_mask ({mask}) does not show which of {rows} rows and {columns} columns are padding, so that positions "
     "cannot be counted over the tokens. Pass a mask [B, S] of the whole row, or [B, 1, S, columns of the cache]. "
@@ -51,7 +61,8 @@ LABELS_COVER_PROMPTS = (
     "the labels: give the trainer `prompt` and `completion` columns; or set completion_only_loss=True or "
     "assistant_only_loss=True (where the chat template marks answers); or name the marker that ends every prompt, "
     "ReftConfig(prompt_end=chat_prompt_end(tokenizer)). Packing that cuts documents (TRL's packing_strategy `wrapped` "
-    "and `bfd_split`) leaves pieces without a prompt: use packing_strategy='bfd'."
+    "and `bfd_split`) leaves pieces without a prompt: use packing_strategy='bfd'. A ReFT adapter works only at the "
+    "places that it was trained for."
 )
 NOTHING_EDITED = (
     "In the first {forwards} training forwards a ReFT model edited no token at all, so that it trains "
@@ -103,7 +114,7 @@ def warn_of_unlabelled(state: ModelState, module: nn.Module) -> None:
     """Say so if nothing shows the prompts of a training forward of a language model."""
     if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
         return
-    if UNLABELLED_TRAINING not in state.warned and not all(spec.prompt_end for spec in state.active_specs()):
+    if UNLABELLED_TRAINING not in state.warned and not state.has_markers():
         state.warn_once(UNLABELLED_TRAINING)
 
 

@@ -27,8 +27,16 @@ from peft_reft.context.arguments import (
 )
 from peft_reft.context.forward import ForwardContext, Given
 from peft_reft.context.generate import STEP, Step
+from peft_reft.context.labels import look_at_labels
 from peft_reft.context.sources import run_sources
 from peft_reft.context.state import ModelState
+from peft_reft.context.within import (
+    has_another_mask,
+    runs_more_or_fewer_tokens,
+    runs_other_rows,
+    runs_own_rows_late,
+    whole_numbers,
+)
 from peft_reft.positions import PositionSpec, Prompts, Tokens, generated
 
 Shape = tuple[int, int] | None  # rows and columns of a call's tokens; None if it has none
@@ -73,12 +81,20 @@ def open_context(
         outer = None  # another call, made while one runs
     shape = token_shape(arguments, entered.state.ids_per_row)
     given = _given(entered, arguments, own, shape) if outer is None else outer.given
-    is_new = outer is None or outer.role != entered.role or shape not in (None, (outer.rows, outer.columns))
-    if outer is not None and not is_new:
-        is_new, is_another = _brings_others(outer, arguments)
-        if is_another:  # a sequence of its own, and so are its labels, if it has any
-            given = replace(given, labels_show_prompts=False, labels=None, shift_labels=None)
-    if _predicts(entered, given, arguments, shape, is_outermost=outer is None):
+    same_shape = outer is not None and shape in (None, (outer.rows, outer.columns))
+    is_new = outer is None or outer.role != entered.role or not same_shape
+    if outer is not None and outer.role == entered.role and outer.tokens is not None:
+        if runs_other_rows(outer, entered.depth, arguments):
+            given = replace(given, labels_show_prompts=False, labels=None, shift_labels=None)  # those have their own
+            is_new = True
+        elif not same_shape:
+            shows = given.labels_show_prompts and not runs_more_or_fewer_tokens(outer, shape, arguments)
+            given = replace(given, labels_show_prompts=shows)
+        else:
+            is_new = has_another_mask(outer, arguments)
+            if runs_own_rows_late(outer, entered.depth, arguments):
+                notices.object_to(entered.state, entered.module, notices.OTHERS_FIRST, "others first")
+    if _predicts(entered, given, arguments, shape, outer):
         labels, shift_labels = arguments.get("labels"), arguments.get("shift_labels")
         given = replace(given, labels_show_prompts=True, labels=labels, shift_labels=shift_labels)
         is_new = is_new or labels is not None or shift_labels is not None
@@ -91,41 +107,12 @@ def open_context(
         context.locations = given.locations
         return context
     context.rows, context.columns = shape
-    context.passed = [ids for ids in arguments.values() if isinstance(ids, Tensor) and ids.dtype == torch.long]
+    context.passed = list(whole_numbers(arguments.values()))
     if _is_paged(state, arguments):
         return _paged(context, arguments)
     if given.step is not None and role != "encoder":
         return _step(context, given.step, *shape, arguments)
     return _plain(entered, context, *shape, arguments)
-
-
-def _brings_others(outer: ForwardContext, arguments: Mapping[str, Any]) -> tuple[bool, bool]:
-    """Whether a call within another has tokens of its own, as where a model runs one part twice.
-
-    Returns:
-        Whether it brings ids, and a mask [B, S], labels or tokens that differ from the outer call's; and whether it is
-        surely another sequence, not the outer one in a changed form: it has labels of its own, or the outer call was
-        passed these ids beside its own, or has run its own ids already.
-    """
-    ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
-    if outer.tokens is None or outer.tokens.ids is None or not isinstance(ids, Tensor):
-        return False, False
-    if ids is outer.tokens.ids:
-        outer.has_run = True
-        return False, False
-    has_mask = isinstance(mask, Tensor) and mask.dim() == 2 and mask is not outer.mask
-    labels = [(arguments.get(name), getattr(outer.given, name)) for name in ("labels", "shift_labels")]
-    if any(own is not None and own is not given for own, given in labels):
-        return True, True
-    is_another = (outer.has_run or any(ids is one for one in outer.passed)) and _differ(ids, outer.tokens.ids)
-    return has_mask or is_another, is_another
-
-
-def _differ(ids: Tensor, others: Tensor) -> bool:
-    """Whether ids of the same shape are others; False where that cannot be known. Waits for the device."""
-    if torch.compiler.is_compiling() or ids.device != others.device or torch.func.debug_unwrap(ids) is not ids:
-        return False
-    return not torch.equal(ids, others)
 
 
 def _given(entered: Entered, arguments: Mapping[str, Any], own: Mapping[str, Any], shape: Shape) -> Given:
@@ -166,44 +153,27 @@ def _given(entered: Entered, arguments: Mapping[str, Any], own: Mapping[str, Any
     return Given(labels, shift_labels, False, locations, names, subspaces, sources, collecting, step, in_generate)
 
 
-def _predicts(entered: Entered, given: Given, arguments: Mapping[str, Any], shape: Shape, is_outermost: bool) -> bool:
+def _predicts(
+    entered: Entered, given: Given, arguments: Mapping[str, Any], shape: Shape, outer: ForwardContext | None
+) -> bool:
     """Whether this is the module whose labels show where prompts end; says so if it gets none that can be used.
 
     Raises:
         ValueError: in training, for labels that were given and cannot be used.
     """
-    state, module = entered.state, entered.module
-    if given.labels_show_prompts or not (entered.causal or (is_outermost and state.causal)):
+    state = entered.state
+    if given.labels_show_prompts:
+        return False
+    has_labels = given.labels is not None or given.shift_labels is not None
+    lengthened = outer is not None and outer.given.labels_show_prompts and has_labels  # by a causal model
+    if not (entered.causal or lengthened or (outer is None and state.causal)):
         return False
     if shape is None:
         return False  # a module whose tokens, and labels if any, are in arguments of its own making
     state.unlabelled = False
-    if given.step is not None or given.locations is not None or _is_paged(state, arguments):
-        return True
-    labels, shift_labels = arguments.get("labels"), arguments.get("shift_labels")
-    found, unaligned = aligned_labels(labels, shift_labels, *shape)
-    state.unlabelled = found is None and not state.running.generation
-    has_markers = all(spec.prompt_end for spec in state.active_specs())
-    if unaligned:
-        some = labels if labels is not None else shift_labels
-        what = list(some.shape) if isinstance(some, Tensor) else type(some).__name__
-        message = notices.UNALIGNED_LABELS.format(labels=what, rows=shape[0], columns=shape[1])
-        if not has_markers:
-            notices.object_to(state, module, message, "unaligned labels")
-    elif found is None and not is_outermost and aligned_labels(given.labels, given.shift_labels, *shape)[0] is not None:
-        outer, inner = (type(one).__name__ for one in (state.entries[0].module, module))
-        instead = notices.NAME_TOKENS if state.causal else notices.DECLARE_LABELS
-        message = notices.LABELS_AROUND.format(outer=outer, inner=inner, instead=instead)
-        if not has_markers:
-            notices.object_to(state, module, message, "labels around")
-    elif state.unlabelled and not _are_classes(given.labels):
-        notices.warn_of_unlabelled(state, module)
+    if given.step is None and given.locations is None and not _is_paged(state, arguments):
+        look_at_labels(state, entered.module, given, arguments, shape, outer)
     return True
-
-
-def _are_classes(labels: Any) -> bool:
-    """Whether the outermost module got labels of whole rows [B]: it classifies, and no prompt ends in its rows."""
-    return isinstance(labels, Tensor) and labels.dim() == 1
 
 
 # Continuous batching.

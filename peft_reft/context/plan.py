@@ -61,6 +61,7 @@ class Family:
         # [L][A]: which of the distinct lists of groups
         self.places = [[places[id(groups)] for groups in row] for row in self.groups]
         self.count = len(self.groups[0][0])  # G
+        self.dtype = None if self.kind is None else torch.promote_types(self.kind.dtype, torch.float32)  # of factors
         self.takes_source = self.kind is None and getattr(self.distinct[0], "takes_source", False)
         self._split: tuple[Factors, Any, Mapping[int, Any]] | None = None
 
@@ -210,7 +211,7 @@ def _families(members: Sequence[Member], by_row: bool, once: bool) -> list[Famil
     together: dict[Any, list[Member]] = {}
     for member in members:
         name, alike, layers, _ = member
-        fits = by_row and alike.kinds is not None and not alike.kinds[0].dropout  # which is drawn per adapter
+        fits = by_row and alike.kinds is not None
         key = alike._replace(scale=1.0, parts=(), chosen=None) if fits else (name, alike)
         together.setdefault((key, tuple(layers)), []).append(member)
     families = []
@@ -264,7 +265,7 @@ def _edit(
         places = places.to(device)
     index, keep = _flat(family, places, shape, chosen, adapters)
     blocks = family.blocks(adapters, keep.dim() == 3)
-    keep = keep.to(torch.promote_types(family.kind.dtype, torch.float32))
+    keep = keep.to(family.dtype)
     if family.kind.parts:
         keep = _parted(family, keep, shape, chosen, adapters, choices)
     dropout = family.kind.dropout if training else 0.0
@@ -298,9 +299,9 @@ def _flat(
     if several:  # an intervention for each row and group
         return None if index is None else index.flatten(), keep.flatten(0, 1).unsqueeze(-1)
     # One for each group, or one for all.
-    index = None if index is None else index.transpose(0, 1).flatten()
     if keep.shape[1] == 1:
-        return index, keep.reshape(-1, 1)
+        return None if index is None else index.flatten(), keep.reshape(-1, 1)
+    index = None if index is None else index.transpose(0, 1).flatten()
     return index, keep.transpose(0, 1).flatten(1).unsqueeze(-1)
 
 

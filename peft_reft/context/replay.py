@@ -65,7 +65,7 @@ class Path:
     """
 
     def __init__(self, root: nn.Module, blocks: Iterable[str]):
-        modules = {id(root): root}
+        self.root = root
         self.links: dict[tuple[int, str], tuple[nn.Module, str, nn.Module]] = {}
         self.places: list[tuple[nn.Module, str, nn.Module]] = []  # of the blocks themselves
         for block in blocks:
@@ -73,11 +73,9 @@ class Path:
             for name in block.split("."):
                 child = parent._modules[name]
                 assert child is not None
-                self.links[id(parent), name] = (parent, name, child)
-                modules[id(child)] = child
-                place, parent = (parent, name, child), child
+                place = self.links[id(parent), name] = (parent, name, child)
+                parent = child
             self.places.append(place)
-        self.modules = list(modules.values())
 
     def displaced(self) -> tuple[str, nn.Module, nn.Module | None] | None:
         """A block whose place something else has taken: its name, itself, and what is there.
@@ -92,9 +90,9 @@ class Path:
 
     def wrap_checkpoints(self, running: Running) -> None:
         """Wrap the functions that make checkpoints, as far as they are not."""
-        for module in self.modules:
-            _wrap(module, running)
+        _wrap(self.root, running)
         for parent, name, child in self.links.values():
+            _wrap(child, running)
             found = parent._modules.get(name)
             if found is not child and found is not None:  # a wrapper was put around the module since
                 for module in found.modules():

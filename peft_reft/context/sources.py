@@ -238,8 +238,7 @@ class Exchange:
                 f"{whole.sum(-1).tolist()}: each place needs one to take its value from. Choose positions that both "
                 "have, or pass intervention_locations with the call and within source_inputs."
             )
-        states = F.pad(states, (0, 0, 0, width - states.shape[2]))
-        return states[:, :, : shape[2]]
+        return F.pad(states, (0, 0, 0, shape[2] - states.shape[2]))  # with places that are not used, or without
 
 
 def exchanges(

@@ -111,13 +111,11 @@ class ModelState:
 
     def active_specs(self) -> set[Any]:
         """The position specs of the active adapters."""
-        return {
-            layer.position_specs[name]
-            for layer in self.layers
-            if not layer.disable_adapters
-            for name in layer.active_adapters
-            if name in layer.position_specs
-        }
+        return {spec for layer in self.layers if not layer.disable_adapters for spec in layer.active_specs()}
+
+    def has_markers(self) -> bool:
+        """Whether all active adapters find the prompt's end by a marker in the ids."""
+        return all(spec.prompt_end for spec in self.active_specs())
 
     def takes_ids(self) -> bool:
         """Whether the model runs on tokens, among which there may be padding."""
@@ -141,3 +139,11 @@ class ModelState:
             yield
         finally:
             self.running.adapter_names = outer
+
+
+def names_of_rows(names: int, rows: int | None) -> str:
+    """The message of the error for adapter names that are not one per row; it begins as PEFT's own does."""
+    return (
+        f"Length of `adapter_names` should be the same as the number of inputs, but got {names} and {rows} "
+        "respectively. Pass one name per row of the batch."
+    )

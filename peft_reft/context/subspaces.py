@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_reft.context.arguments import repeats
+from peft_reft.context.arguments import repeats, values_can_be_read
 
 BASE = "__base__"  # the adapter name of rows without an edit, as everywhere in PEFT
 Choice = Mapping[str, float] | None  # strengths of the parts that act, by name; None for all
 Choices = Tensor | Sequence[Choice]  # of the rows: a tensor [B, K] for adapters with the same parts
 ENTRY = "a name, a list of names, {name: strength}, [] for none or None for all"
+FINITE = "A strength is a finite number: 0 for none of a part's edit, 1 for the part as trained."
 RULE = f"Pass one entry per row: {ENTRY}; or a tensor of strengths [B, number of subspaces]."
 
 
@@ -38,11 +39,15 @@ def choice_of(entry: Any) -> Choice:
     if isinstance(entry, Mapping) and all(isinstance(name, str) for name in entry):
         # A data set gives every row the same names, None where a row has none.
         strengths = {name: value for name, value in entry.items() if value is not None}
-        if all(isinstance(value, (int, float)) and math.isfinite(value) for value in strengths.values()):
+        if all(_is_strength(value) for value in strengths.values()):
             return {name: float(value) for name, value in strengths.items()}
     elif isinstance(entry, (list, tuple, set)) and all(isinstance(name, str) for name in entry):
         return dict.fromkeys(entry, 1.0)
-    raise ValueError(f"subspaces holds {entry!r}, which is not {ENTRY}.")
+    raise ValueError(f"subspaces holds {entry!r}, which is not {ENTRY}. {FINITE}")
+
+
+def _is_strength(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def read_choices(
@@ -98,6 +103,11 @@ def _check_tensor(given: Tensor, known: Mapping[str, Mapping[str, int]], names: 
             f"subspaces is a tensor of shape {tuple(given.shape)}, but there are {len(parts)} subspaces: "
             f"{list(parts)}. {RULE}"
         )
+    if given.dtype == torch.bool or given.is_complex():
+        raise ValueError(f"subspaces is a tensor of {given.dtype}. {FINITE}")
+    if values_can_be_read(given) and not given.isfinite().all():
+        row, part = given.isfinite().logical_not().nonzero()[0].tolist()
+        raise ValueError(f"subspaces holds {given[row, part].item()} for {parts[part]!r} in row {row}. {FINITE}")
     return given
 
 

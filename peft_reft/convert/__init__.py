@@ -20,8 +20,8 @@ from peft_reft.convert.locations import adapterhub_locations, pyreft_locations
 from peft_reft.convert.pyreft import find_checkpoint, read_pyreft
 from peft_reft.convert.structure import ModelLike, Structure
 from peft_reft.convert.writing import write_adapter
+from peft_reft.info.files import one_line, read_json
 from peft_reft.tuner import register as _register  # noqa: F401  (ReftConfig needs the peft type)
-from peft_reft.tuner.files import one_line, read_json
 
 __all__ = [
     "Conversion",

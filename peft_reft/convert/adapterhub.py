@@ -18,8 +18,8 @@ from peft_reft.convert.conversion import Conversion, ConversionError, Edit, asse
 from peft_reft.convert.pyreft import natural
 from peft_reft.convert.rotation import orthogonal_weight
 from peft_reft.convert.structure import Structure, task_of
+from peft_reft.info.files import read_json, read_tensors
 from peft_reft.tuner.checkpoint import check_tensors
-from peft_reft.tuner.files import read_json, read_tensors
 
 KEY = re.compile(r"(?P<block>.+)\.reft_layer\.refts\.(?P<adapter>[^.]+)\.units\.(?P<unit>[01])\.(?P<tensor>.+)")
 ROTATION = "projection.parametrizations.weight."

@@ -14,11 +14,11 @@ from peft_reft.convert.conversion import Conversion, ConversionError, Edit, is_o
 from peft_reft.convert.pyreft import KINDS, ROTATION, WITH_BASIS_ROTATED
 from peft_reft.convert.rotation import orthogonal_parameters
 from peft_reft.convert.writing import PYREFT_CONFIG, PYREFT_HEAD, new_directory
+from peft_reft.info.files import read_adapter as read_adapter_files
 from peft_reft.info.reading import interventions_of
 from peft_reft.interventions.orthonormal import orthonormal_rows
 from peft_reft.tuner.checkpoint import check_tensors
 from peft_reft.tuner.config import ReftConfig
-from peft_reft.tuner.files import read_adapter as read_adapter_files
 from peft_reft.tuner.keys import PEFT_PREFIX
 
 CLASSES = {kind: name for name, kind in reversed(KINDS.items())}

@@ -18,9 +18,9 @@ from peft_reft.convert.conversion import SPLIT, Conversion, ConversionError, Edi
 from peft_reft.convert.rotation import orthogonal_weight
 from peft_reft.convert.structure import Structure
 from peft_reft.convert.writing import PYREFT_CONFIG, PYREFT_HEAD, is_pyreft_config
+from peft_reft.info.files import read_json, read_tensors
 from peft_reft.positions import PositionSpec, parse_positions
 from peft_reft.tuner.checkpoint import check_tensors
-from peft_reft.tuner.files import read_json, read_tensors
 from peft_reft.tuner.keys import PEFT_PREFIX
 
 KINDS = {  # pyreft's class -> the name here; DiReFT means two different equations

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from peft_reft.blocks import ModelBlocks
-from peft_reft.tuner.files import one_line
+from peft_reft.info.files import one_line
 
 TASK_TYPES = {
     "ForCausalLM": "CAUSAL_LM",

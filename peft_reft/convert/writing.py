@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.constants import REPOCARD_NAME
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from peft_reft.convert.conversion import Conversion, ConversionError
-from peft_reft.tuner.files import CARD_NAME, is_reft_adapter, read_json
+from peft_reft.info.files import is_reft_adapter, read_json
 from peft_reft.tuner.staging import staged
 
 PYREFT_CONFIG, PYREFT_HEAD = "config.json", "pytorch_model.bin"
@@ -121,11 +122,11 @@ def write_adapter(made: Conversion, dst: Path, overwrite: bool, src: Path) -> No
     with new_directory(dst, overwrite, src) as directory:
         save_file(made.tensors(), directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         notes = "".join(f"- {note}\n" for note in made.notes) or "Everything was translated.\n"
-        card = dst / CARD_NAME
+        card = dst / REPOCARD_NAME
         if card.is_file() and CONVERTED not in card.read_text(encoding="utf-8", errors="replace"):
-            shutil.copy(card, directory / CARD_NAME)
+            shutil.copy(card, directory / REPOCARD_NAME)
         else:
-            (directory / CARD_NAME).write_text(
+            (directory / REPOCARD_NAME).write_text(
                 f"---\nlibrary_name: peft\n---\n\n# A ReFT adapter\n\n{CONVERTED}{made.origin}\n\n{notes}",
                 encoding="utf-8",
             )

@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from peft_reft.blocks import edit_hidden_state
@@ -26,6 +27,7 @@ from peft_reft.context.forward import ForwardContext, Given
 from peft_reft.export.caches import LayerCache, cache_of, cache_shape, empty_past, tensors_of
 from peft_reft.export.masks import refuse_other_prompts
 from peft_reft.export.models import base_of, blocks_of_model, is_decoder, logits_of_tokens, refuse_other_rows
+from peft_reft.export.tensors import refuse_sources, weights_of_its_own
 from peft_reft.interventions import edit_of, low_rank_edit, stack_factors
 from peft_reft.interventions.batched import kind_of
 from peft_reft.tuner.adapters import get_interventions
@@ -228,14 +230,16 @@ def exportable(model_or_base: nn.Module, cache: bool = True, baked: str | None =
             Its weights keep their precision, which is that of the file.
         cache: whether it takes and returns keys and values; without, every forward runs the whole row.
         baked: the name of one of the model's ReFT adapters that becomes part of the graph, for interventions that
-            `adapter_tensors` refuses. The graph then serves this adapter alone.
+            `adapter_tensors` refuses. The graph then serves this adapter alone, as it was trained: what `set_strength`
+            and `set_subspaces` say takes no part.
 
     Returns:
         A module whose forward is that of `EditableBackbone`, or of `BakedBackbone`: without `down`, `bias` and `up`.
         The model is used, not copied; it stays as it was, but for training mode, which is switched off.
 
     Raises:
-        ValueError: if the model is no decoder-only causal language model whose blocks and cache have the usual form.
+        ValueError: if the model is no decoder-only causal language model whose blocks and cache have the usual form,
+            or one of its ReFT adapters changes the base model's weights, too.
     """
     model = base_of(model_or_base)
     if not is_decoder(model):
@@ -243,6 +247,7 @@ def exportable(model_or_base: nn.Module, cache: bool = True, baked: str | None =
             f"{type(model).__name__} is no decoder-only causal language model of transformers; pass one, such as "
             "AutoModelForCausalLM makes."
         )
+    _refuse_changed_weights(model_or_base, baked)
     model.eval()
     with unedited(model):
         vocabulary = logits_of_tokens(model)
@@ -253,6 +258,7 @@ def exportable(model_or_base: nn.Module, cache: bool = True, baked: str | None =
     if baked is None:
         return editable
     interventions = get_interventions(model_or_base, baked)
+    refuse_sources(baked, [one for groups in interventions.values() for one in groups])
     others = sorted(interventions.keys() - set(blocks))
     if others:
         raise ValueError(f"The adapter {baked!r} edits {others[0]!r}, which is none of the model's blocks.")
@@ -260,3 +266,22 @@ def exportable(model_or_base: nn.Module, cache: bool = True, baked: str | None =
     spec = layer.position_specs[baked]
     refuse_other_prompts(baked, spec)
     return BakedBackbone(editable, interventions, str(spec), layer.share_weights[baked]).eval()
+
+
+def _refuse_changed_weights(model: nn.Module, baked: str | None) -> None:
+    """Refuse a model in which weights of a ReFT adapter stand in for those of the base model.
+
+    Raises:
+        ValueError: for `modules_to_save` and `trainable_token_indices` of an active adapter that is not the baked one,
+            or of a baked one that is not active.
+    """
+    active = getattr(model, "active_adapters", []) if isinstance(model, PeftModel) else []
+    for name, config in getattr(model, "peft_config", {}).items():
+        own = weights_of_its_own(config) if config.peft_type == "REFT" else []
+        if own and (name in active) != (name == baked):
+            inside = name in active
+            what = "would become part of the backbone" if inside else "the model does not use now"
+            way_out = "Export the base model itself" if inside else f"Call set_adapter({name!r}) first"
+            raise ValueError(
+                f"The adapter {name!r} has {own[0]}, weights that {what}. {way_out}, or train without {own[0]}."
+            )

@@ -22,7 +22,7 @@ from peft_reft.export.tensors import read_edits
 from peft_reft.tuner.adapters import set_strength
 from peft_reft.tuner.config import ReftConfig
 
-PROMPT = 9  # tokens
+PROMPT = 9  # tokens, where a row has room for them
 STRENGTHS = (1.0, 4.0, 16.0, 64.0)  # tried until the adapter changes the answer
 
 
@@ -59,8 +59,10 @@ def check_backbone(model: nn.Module, folder: Path, tokens: int = 12) -> tuple[li
         positions, share = description.baked, description.baked_sharing
     assert isinstance(adapted, PeftModel)
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(3, description.vocabulary, (PROMPT,), generator=generator).tolist()
-    tokens = min(tokens, (description.max_columns or tokens + PROMPT) - PROMPT)
+    columns = description.max_columns or PROMPT + tokens
+    length = min(PROMPT, (columns + 1) // 2)
+    prompt = torch.randint(3, description.vocabulary, (length,), generator=generator).tolist()
+    tokens = min(tokens, columns - length + 1)  # the last token is not run
     lines, equal = [], True
     plain = _of_model(adapted, prompt, tokens, 0.0, description.end_tokens)
     for strength in (0.0, *STRENGTHS):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Sequence
@@ -16,19 +17,21 @@ import transformers
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from peft_reft.command_line import OneLineParser, number
 from peft_reft.export.backbone import exportable
 from peft_reft.export.check import check_backbone
 from peft_reft.export.files import FLOATS, save_adapter_tensors
-from peft_reft.export.programs import FORMATS, export_backbone
+from peft_reft.export.programs import FORMATS, export_backbone, refuse_missing_packages
 from peft_reft.export.quantise import INTEGERS
-from peft_reft.tuner.files import printable, read_config
+from peft_reft.info.files import is_reft_adapter, printable, read_config
 
 FAULTS = (ValueError, OSError, ImportError)
+OF_BACKBONES = ("format", "cache", "max_rank", "max_groups", "max_columns", "bake", "tokens", "no_check")
 
 
 def parser() -> argparse.ArgumentParser:
     """The arguments."""
-    made = argparse.ArgumentParser(
+    made = OneLineParser(
         prog="python -m peft_reft export",
         usage="%(prog)s BASE OUT [options]\n       %(prog)s --adapter DIR OUT [--dtype ...] [--base-model NAME]",
         description="Export a base model as one graph in which edits are inputs, and adapters as small files for it.",
@@ -46,12 +49,14 @@ def parser() -> argparse.ArgumentParser:
         choices=[*FLOATS, *INTEGERS],
         help="of the backbone's weights (default: float32), or of an adapter's file (default: float16)",
     )
-    made.add_argument("--max-rank", type=int, help="fix the rank of the inputs; smaller adapters are padded")
-    made.add_argument("--max-groups", type=int, help="fix the number of position groups of the inputs")
-    made.add_argument("--max-columns", type=int, help="the longest row that the graph takes")
+    made.add_argument("--max-rank", type=number(int, 1), help="fix the rank of the inputs; smaller adapters are padded")
+    made.add_argument("--max-groups", type=number(int, 1), help="fix the number of position groups of the inputs")
+    made.add_argument("--max-columns", type=number(int, 2), help="the longest row that the graph takes")
     made.add_argument("--bake", metavar="DIR", help="put this adapter into the graph, which then serves it alone")
     made.add_argument("--base-model", metavar="NAME", help="what the files call the base model (default: its own name)")
-    made.add_argument("--tokens", type=int, default=12, help="length of the answers that are compared (default: 12)")
+    made.add_argument(
+        "--tokens", type=number(int, 1), default=12, help="length of the answers that are compared (default: 12)"
+    )
     made.add_argument("--no-check", action="store_true", help="do not run the file and compare its answers")
     return made
 
@@ -63,6 +68,10 @@ def main(argv: Sequence[str]) -> int:
     paths = [Path(path) for path in arguments.paths]
     if len(paths) != (1 if arguments.adapter else 2):
         made.error("give BASE and OUT for a backbone, or OUT alone with --adapter DIR")
+    idle = [name for name in OF_BACKBONES if getattr(arguments, name) != made.get_default(name)]
+    if arguments.adapter and idle:
+        option = f"--{'no-' * (idle[0] == 'cache')}{idle[0].replace('_', '-')}"
+        made.error(f"{option} is for backbones; an adapter's file fits them all, so leave it out")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("torch").setLevel(logging.ERROR)  # its exporters' warnings to each other
@@ -82,9 +91,22 @@ def _adapter(arguments: argparse.Namespace, out: Path) -> int:
     read_config(Path(arguments.adapter))  # raises, if it is no adapter
     if out.is_dir() or out.suffix != ".safetensors":
         out = out / f"{Path(arguments.adapter).resolve().name}.safetensors"
+    _refuse_place(out.parent)
     save_adapter_tensors(arguments.adapter, out, FLOATS[dtype], base_model=arguments.base_model)
     print(f"{out}: {out.stat().st_size:,} bytes")
     return 0
+
+
+def _refuse_place(folder: Path) -> None:
+    """Refuse a folder that cannot be written to, before minutes of work; it is not made here."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"OUT cannot be {str(folder)!r}: {str(there)!r} takes no files ({error.strerror}). Give another folder."
+        ) from error
 
 
 class Steps:
@@ -106,6 +128,13 @@ def _backbone(arguments: argparse.Namespace, out: Path) -> int:
             f"--dtype {dtype} is none for --format {arguments.format}; use one of "
             f"{', '.join(FORMATS[arguments.format].dtypes)}."
         )
+    if is_reft_adapter(Path(name)):
+        raise ValueError(
+            f"{name!r} is a saved adapter, and BASE is a base model. Export the base model that it was trained on, and "
+            f"the adapter by --adapter {name}."
+        )
+    refuse_missing_packages(arguments.format)
+    _refuse_place(out)
     say(f"Loading {name}")
     precision = FLOATS.get(dtype, torch.float32)
     experts = FORMATS[arguments.format].experts
@@ -130,6 +159,7 @@ def _backbone(arguments: argparse.Namespace, out: Path) -> int:
             max_groups=arguments.max_groups,
             max_columns=arguments.max_columns,
             base_model=arguments.base_model,
+            progress=say,
         )
     for file in sorted(out.glob(f"{description.file}*")):
         say(f"{file}: {file.stat().st_size:,} bytes")
@@ -138,7 +168,9 @@ def _backbone(arguments: argparse.Namespace, out: Path) -> int:
         return 0
     say("Running the file, and comparing its greedy answers with the model's")
     base.float()
-    lines, equal = check_backbone(model, out, arguments.tokens)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about names in its own code
+        lines, equal = check_backbone(model, out, arguments.tokens)
     print("\n".join(f"           {line}" for line in lines), flush=True)
     rounded = dtype != "float32"
     if equal or rounded:

@@ -23,8 +23,8 @@ from peft_reft.export.backbone import Backbone, BakedBackbone
 from peft_reft.export.caches import LayerCache, empty_past
 from peft_reft.export.graph import Sizes
 from peft_reft.export.tensors import EditTensors, read_edits
+from peft_reft.info.files import one_line, read_json
 from peft_reft.positions import parse_positions
-from peft_reft.tuner.files import one_line, read_json
 from peft_reft.tuner.staging import staged, write_text
 
 EDITS, BACKBONE = "peft_reft.edits", "peft_reft.backbone"  # the "format" of either file
@@ -98,17 +98,42 @@ class BackboneDescription:
         """The cache of new rows; None for a backbone without a cache."""
         return None if self.cache is None else empty_past(self.cache, FLOATS[self.cache_dtype], rows)
 
-    def inputs(self, edits: EditTensors) -> dict[str, Tensor]:
+    def inputs(self, edits: EditTensors, *others: EditTensors) -> dict[str, Tensor]:
         """The tensors of an adapter as this graph takes them: all blocks, padded to its rank and groups.
 
         Further ranks are zeros. Further groups are zeros, too, but where one intervention is shared by all: these are
         all that one, so that the mask may name it by any of them.
 
+        Several adapters serve rows of their own in one run: their groups follow one another, and the mask of a row is
+        zero in the groups of all adapters but its own.
+
         Raises:
-            ValueError: if the adapter belongs to another backbone, or is larger than the graph's inputs.
+            ValueError: if an adapter belongs to another backbone, or they are larger than the graph's inputs.
         """
         if self.baked is not None:
             raise ValueError(f"This backbone has an adapter inside ({self.baked}) and takes no other.")
+        found = [self._own(one) for one in (edits, *others)]
+        rank = max(one["bias"].shape[2] for one in found)
+        groups = sum(one["bias"].shape[1] for one in found)
+        holder = "The adapters together have" if others else "The adapter has"
+        for what, size, most in (("rank", rank, self.max_rank), ("position groups", groups, self.max_groups)):
+            if most is not None and size > most:
+                raise ValueError(
+                    f"{holder} {what} {size}, but the backbone was exported for at most {most}. Export it with "
+                    f"--max-{'rank' if what == 'rank' else 'groups'} {size}, or train a smaller adapter."
+                )
+        wide = self.max_rank or rank
+        joined = {name: torch.cat([_with_rank(one[name], name, wide) for one in found], dim=1) for name in NAMES}
+        more = (self.max_groups or groups) - groups
+        if groups == 1:
+            return {name: tensor.repeat_interleave(1 + more, dim=1) for name, tensor in joined.items()}
+        return {
+            name: torch.cat((tensor, tensor.new_zeros(len(tensor), more, *tensor.shape[2:])), dim=1)
+            for name, tensor in joined.items()
+        }
+
+    def _own(self, edits: EditTensors) -> dict[str, Tensor]:
+        """An adapter's tensors for all blocks; refuses those of another backbone."""
         if edits.down.shape[-1] != self.width:
             raise ValueError(
                 f"The adapter edits hidden states of width {edits.down.shape[-1]}, but the backbone's are "
@@ -120,24 +145,13 @@ class BackboneDescription:
                 "are the same model under two names, save the adapter's tensors anew with base_model=... (on the "
                 "command line --base-model)."
             )
-        found = edits.of(self.blocks)
-        groups, rank = found["bias"].shape[1:]
-        for what, size, most in (("rank", rank, self.max_rank), ("position groups", groups, self.max_groups)):
-            if most is not None and size > most:
-                raise ValueError(
-                    f"The adapter has {what} {size}, but the backbone was exported for at most {most}. Export it with "
-                    f"--max-{'rank' if what == 'rank' else 'groups'} {size}, or train a smaller adapter."
-                )
-        more_ranks, more_groups = (self.max_rank or rank) - rank, (self.max_groups or groups) - groups
-        padded = {
-            "down": F.pad(found["down"], (0, 0, 0, more_ranks)),
-            "bias": F.pad(found["bias"], (0, more_ranks)),
-            "up": F.pad(found["up"], (0, 0, 0, more_ranks)),
-        }
-        if groups == 1:
-            return {name: tensor.repeat_interleave(1 + more_groups, dim=1) for name, tensor in padded.items()}
-        more = {name: tensor.new_zeros(len(tensor), more_groups, *tensor.shape[2:]) for name, tensor in padded.items()}
-        return {name: torch.cat((tensor, more[name]), dim=1) for name, tensor in padded.items()}
+        return edits.of(self.blocks)
+
+
+def _with_rank(tensor: Tensor, name: str, rank: int) -> Tensor:
+    """One of an adapter's tensors with zeros behind its own rank."""
+    more = rank - tensor.shape[2]
+    return F.pad(tensor, (0, more) if name == "bias" else (0, 0, 0, more))
 
 
 def describe(

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from peft_reft.export.backbone import Backbone, BakedBackbone
-from peft_reft.tuner.files import one_line
+from peft_reft.info.files import one_line
 
 TOLERANCE = 1e-3  # of the norm of what the backbone itself returns
 

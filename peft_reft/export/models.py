@@ -12,7 +12,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from peft_reft.blocks import Layout, ModelBlocks, own_name
-from peft_reft.tuner.files import one_line
+from peft_reft.info.files import one_line
 
 
 def base_of(model: nn.Module) -> nn.Module:

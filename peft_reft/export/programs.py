@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ from peft_reft.export.files import FLOATS, BackboneDescription, describe
 from peft_reft.export.graph import Sizes, first_cause, trace
 from peft_reft.export.inputs import checked
 from peft_reft.export.quantise import INTEGERS, ONE_FILE, quantise
-from peft_reft.tuner.files import one_line
+from peft_reft.info.files import one_line
 from peft_reft.tuner.staging import staged
 
 
@@ -31,13 +32,15 @@ class Format(ABC):
     Attributes:
         file: its name in a backbone's folder.
         dtypes: of weights that it can hold.
-        needs: packages, for the message when they are missing.
+        packages: that it needs, beyond those of this package.
+        needs: the same in words, and where they come from.
         sizes: of inputs, where a caller fixes none.
         experts: transformers' `experts_implementation` that it can hold; None where that does not matter.
     """
 
     file: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]] = tuple(FLOATS)
+    packages: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[str] = ""
     sizes: ClassVar[Sizes] = Sizes()
     experts: ClassVar[str | None] = None
@@ -56,6 +59,7 @@ class Onnx(Format):
 
     file = "backbone.onnx"
     dtypes = ("float32", "float16", *INTEGERS)
+    packages = ("onnx", "onnxscript", "onnxruntime")
     needs = "onnx, onnxscript and onnxruntime: pip install peft-reft[export]"
     experts = "batched_mm"
 
@@ -110,25 +114,31 @@ class Pt2(Format):
 
 
 class Pte(Format):
-    """ExecuTorch, for phones and small devices; what XNNPACK takes of the graph runs there.
+    """ExecuTorch, for phones and small devices: XNNPACK runs what it takes of the graph, plain kernels the rest.
 
     Its runtime reserves memory: rows, ranks, groups and columns are bounded.
     """
 
     file = "backbone.pte"
     dtypes = ("float32",)
+    packages = ("executorch",)
     needs = "executorch, in an environment with the torch that it wants"
     experts = "batched_mm"
     sizes = Sizes(rank=8, groups=2, columns=512, rows=1)
 
     def write(self, program: ExportedProgram, names: tuple[list[str], list[str]], path: Path, dtype: str) -> None:
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
         config = EdgeCompileConfig(_check_ir_validity=False)
-        lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], compile_config=config)
+        lowered = to_edge_transform_and_lower(program, partitioner=self.partitioners(), compile_config=config)
         with open(path, "wb") as file:
             lowered.to_executorch().write_to_file(file)
+
+    def partitioners(self) -> list[Any]:
+        """What takes parts of the graph to a library of its own."""
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+        return [XnnpackPartitioner()]
 
     def open(self, path: Path, description: BackboneDescription) -> Run:
         from executorch.runtime import Runtime
@@ -137,7 +147,21 @@ class Pte(Format):
         return lambda *arguments: method.execute([argument.contiguous() for argument in arguments])
 
 
-FORMATS: dict[str, Format] = {"onnx": Onnx(), "pt2": Pt2(), "pte": Pte()}
+class PortablePte(Pte):
+    """ExecuTorch with its plain kernels alone, which run wherever there is a C++ compiler."""
+
+    def partitioners(self) -> list[Any]:
+        return []
+
+
+FORMATS: dict[str, Format] = {"onnx": Onnx(), "pt2": Pt2(), "pte": Pte(), "pte-portable": PortablePte()}
+
+
+def refuse_missing_packages(format: str) -> None:
+    """Raises a ValueError that names what a format needs, if that is not installed."""
+    missing = [name for name in FORMATS[format].packages if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"format={format!r} needs {FORMATS[format].needs}. {missing[0]!r} is not installed.")
 
 
 def export_backbone(
@@ -150,22 +174,24 @@ def export_backbone(
     max_groups: int | None = None,
     max_columns: int | None = None,
     base_model: str | None = None,
+    progress: Callable[[str], object] | None = None,
 ) -> BackboneDescription:
     """Write a backbone and its description into a folder.
 
     Args:
         backbone: from `exportable`. Its weights are written in the precision that they have.
         folder: gets `backbone.onnx`, `.pt2` or `.pte`, and `backbone.json`.
-        format: "onnx", "pt2" or "pte".
+        format: "onnx", "pt2", "pte" or "pte-portable".
         quantised: "int8" or "int4" rounds the weights of a float32 model, in ONNX; None leaves them.
         max_rank: the largest r of an adapter; None leaves it open, but for ExecuTorch, which takes 8.
         max_groups: the most position groups; None leaves them open, but for ExecuTorch, which takes 2.
         max_columns: the longest row; None leaves it open, but for ExecuTorch, which takes 512.
         base_model: name of the model; None for what its config says.
+        progress: is called with a line when the graph is traced and the longest step begins.
 
     Raises:
-        ValueError: for a format or precision that there is not, and for a model that cannot be exported, with the
-            reason. Nothing is written then.
+        ValueError: for a format or precision that there is not, for a package that is missing, and for a model that
+            cannot be exported, with the reason. Nothing is written then.
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is none that a backbone is written in; use one of {', '.join(FORMATS)}.")
@@ -191,8 +217,11 @@ def export_backbone(
         sizes = sizes._replace(rank=None, groups=backbone.groups)
     else:
         sizes = sizes._replace(rank=max_rank or kind.sizes.rank, groups=max_groups or kind.sizes.groups)
+    refuse_missing_packages(format)
     description = describe(backbone, kind.file, sizes, base_model, dtype)
     program = trace(backbone, sizes)
+    if progress is not None:
+        progress(f"The graph returns what the model returns; writing {kind.file}")
     try:
         with staged(folder) as stage:
             kind.write(program, input_names(backbone), stage / kind.file, dtype)

@@ -8,7 +8,7 @@ Shape letters: L blocks, G position groups, r rank, d hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,21 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from peft_reft.blocks import ModelBlocks, own_name, pick_layers
 from peft_reft.export.masks import refuse_other_prompts
 from peft_reft.export.models import base_of, blocks_of_model
+from peft_reft.info.files import read_adapter
 from peft_reft.info.measuring import built
 from peft_reft.info.reading import interventions_of
-from peft_reft.interventions import Factors, Intervention, kind_of, stack_factors
+from peft_reft.interventions import REGISTRY, Factors, Intervention, kind_of, stack_factors, takes_source
 from peft_reft.positions import PositionSpec, parse_positions
 from peft_reft.tuner.adapters import get_interventions
-from peft_reft.tuner.files import read_adapter
 from peft_reft.tuner.injection import reft_layers
 
 BAKE = (
     "Such an adapter can be part of an exported graph: exportable(model, baked=adapter_name), or --bake on the command "
     "line."
+)
+SOURCE = (
+    "The adapter {adapter!r} has {kind}, which takes the hidden states of another input. An exported backbone runs one "
+    "input; export an adapter of another intervention."
 )
 
 
@@ -61,6 +65,12 @@ class EditTensors:
             ValueError: if it has not the blocks that the adapter edits.
         """
         missing = [name for name in self.blocks if name not in blocks]
+        if missing and any(missing[0].startswith(f"{block}.") for block in blocks):
+            raise ValueError(
+                f"The adapter edits {missing[0]!r}, a module within a block, and a backbone is edited behind whole "
+                "blocks. Export the model with its adapter by torch.export instead, or train one without "
+                "target_modules."
+            )
         if missing:
             raise ValueError(
                 f"The adapter edits {missing[0]!r}, but the backbone's {len(blocks)} blocks are {blocks[0]!r} to "
@@ -118,9 +128,8 @@ def _of_model(model: nn.Module, adapter_name: str | None) -> EditTensors:
     first = layers[next(iter(interventions))]
     name = adapter_name or first.active_adapters[0]
     config = getattr(model, "peft_config", {}).get(name)
-    saved = {key: getattr(config, key, None) for key in ("modules_to_save", "trainable_token_indices")}
     refuse_other_prompts(name, first.position_specs[name])
-    _refuse_more(name, [key for key, value in saved.items() if value])
+    _refuse_more(name, weights_of_its_own(config))
     factors = {block: [_factors(one, name) for one in groups] for block, groups in interventions.items()}
     base_model = getattr(getattr(base, "config", None), "_name_or_path", None)
     return _stacked(factors, first.position_specs[name], first.share_weights[name], base_model)
@@ -130,6 +139,8 @@ def _of_directory(directory: Path, blocks: Sequence[str] | None) -> EditTensors:
     saved = read_adapter(directory)
     config = saved.config
     spec = parse_positions(str(config.get("positions")), config.get("turns"))
+    if config.get("intervention") in REGISTRY and takes_source(config["intervention"]):
+        raise ValueError(SOURCE.format(adapter=str(directory), kind=f"intervention={config['intervention']!r}"))
     stored, others = interventions_of(saved)
     refuse_other_prompts(str(directory), spec)
     _refuse_more(str(directory), sorted(others))
@@ -154,6 +165,22 @@ def _of_directory(directory: Path, blocks: Sequence[str] | None) -> EditTensors:
     return _stacked(factors, spec, config.get("share_weights", True), config.get("base_model_name_or_path"))
 
 
+def weights_of_its_own(config: Any) -> list[str]:
+    """The settings by which an adapter changes weights of the base model as well."""
+    return [key for key in ("modules_to_save", "trainable_token_indices") if getattr(config, key, None)]
+
+
+def refuse_sources(adapter: str, interventions: Iterable[nn.Module]) -> None:
+    """Refuse an adapter that takes hidden states from another input.
+
+    Raises:
+        ValueError: for such an adapter.
+    """
+    for intervention in interventions:
+        if getattr(intervention, "takes_source", False):
+            raise ValueError(SOURCE.format(adapter=adapter, kind=type(intervention).__name__))
+
+
 def _refuse_more(adapter: str, others: list[str]) -> None:
     if others:
         raise ValueError(
@@ -164,11 +191,7 @@ def _refuse_more(adapter: str, others: list[str]) -> None:
 
 
 def _factors(intervention: nn.Module, adapter: str) -> Factors:
-    if getattr(intervention, "takes_source", False):
-        raise ValueError(
-            f"The adapter {adapter!r} has a {type(intervention).__name__}, which takes the hidden states of another "
-            "input. An exported backbone runs one input; export an adapter of another intervention."
-        )
+    refuse_sources(adapter, [intervention])
     if kind_of(intervention) is None:
         raise ValueError(
             f"The adapter {adapter!r} has a {type(intervention).__name__}, an intervention of one's own, which may be "

@@ -1,7 +1,8 @@
 """What a saved adapter is, read from its directory alone: `adapter_info`, `python -m peft_reft info DIR`.
 
-No model is loaded, nothing is executed and nothing is fetched. reading.py reads the files, measuring.py looks at the
-parameters of a block, words.py puts the config into words, adapter.py has it all together, command.py is the command.
+No model is loaded, nothing is executed and nothing is fetched. files.py opens the files, as strangers may have made
+them, reading.py finds the parameters in them, measuring.py looks at those of a block, words.py puts the config into
+words, adapter.py has it all together, command.py is the command.
 `peft_reft.inspect` shows what an adapter does to the tokens of a prompt.
 """
 

@@ -6,7 +6,7 @@ import sys
 
 from peft_reft.command_line import OneLineParser
 from peft_reft.info.adapter import adapter_info
-from peft_reft.tuner.files import printable
+from peft_reft.info.files import printable
 
 
 def main(argv: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""The parameters of a saved adapter, by block and intervention. Its files are opened by tuner/files.py."""
+"""The parameters of a saved adapter, by block and intervention. Its files are opened by files.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from torch import Tensor
 
 from peft_reft.blocks.numbering import block_number
-from peft_reft.tuner.files import SavedAdapter
+from peft_reft.info.files import SavedAdapter
 from peft_reft.tuner.keys import INTERVENTIONS, parse_file_key
 
 AUTO_CLASSES = {  # the class of transformers that makes the base model, by task type

@@ -11,8 +11,8 @@ import torch
 import transformers
 from peft import PeftModel
 
+from peft_reft.info.files import read_adapter
 from peft_reft.info.reading import AUTO_CLASSES
-from peft_reft.tuner.files import read_adapter
 
 
 def load_adapters(

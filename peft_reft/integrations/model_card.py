@@ -20,12 +20,13 @@ import re
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
+from huggingface_hub.constants import REPOCARD_NAME
 
 from peft_reft.info import AdapterInfo, adapter_info
+from peft_reft.info.files import has_weights
 from peft_reft.info.reading import AUTO_CLASSES
 from peft_reft.info.words import in_bytes
 from peft_reft.interventions import BUILT_IN
-from peft_reft.tuner.files import CARD_NAME, has_weights
 from peft_reft.tuner.staging import write_text
 
 BEGIN = "<!-- peft_reft: this section is written anew whenever the adapter is saved; write above or below it -->"
@@ -45,7 +46,7 @@ def describe_saved(directory: str | os.PathLike[str]) -> None:
     directory = Path(directory)
     if not has_weights(directory):
         return
-    write_section(directory / CARD_NAME, section_of(adapter_info(directory, look_at_weights=False)))
+    write_section(directory / REPOCARD_NAME, section_of(adapter_info(directory, look_at_weights=False)))
 
 
 def write_section(path: Path, section: str) -> None:

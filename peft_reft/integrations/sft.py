@@ -21,6 +21,7 @@ from trl import SFTTrainer, get_dataset, get_quantization_config, is_conversatio
 from trl.scripts.utils import DatasetConfig
 
 from peft_reft.commands import this_python
+from peft_reft.info.files import one_line
 from peft_reft.integrations.chat_template import chat_prompt_end
 from peft_reft.integrations.collator import KEY, ReftDataCollator
 from peft_reft.integrations.edited_tokens import columns_of, with_marks
@@ -28,7 +29,6 @@ from peft_reft.integrations.sft_options import PROGRAM, Parser, UserError
 from peft_reft.integrations.threads import share_the_machine
 from peft_reft.positions.prompts import IGNORED
 from peft_reft.tuner.config import ReftConfig
-from peft_reft.tuner.files import one_line
 
 __all__ = ["Parser", "main"]
 

@@ -19,7 +19,7 @@ from peft_reft.interventions.equations import (
 )
 from peft_reft.interventions.interchange import InterchangeIntervention, VanillaIntervention, exchange_of
 from peft_reft.interventions.orthonormal import orthonormal_rows
-from peft_reft.interventions.parts import PartedRows, ordered_rows
+from peft_reft.interventions.parts import PartedRows
 from peft_reft.interventions.registry import (
     BUILT_IN,
     REGISTRY,
@@ -56,7 +56,6 @@ __all__ = [
     "kind_of",
     "low_rank_edit",
     "nearest_name",
-    "ordered_rows",
     "orthonormal_rows",
     "register_intervention",
     "stack_factors",

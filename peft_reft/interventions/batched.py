@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peft_reft.interventions.equations import METHODS, Factors, Intervention
+from peft_reft.interventions.equations import Factors, Intervention
 from peft_reft.interventions.orthonormal import without_autocast
 
 
@@ -43,10 +43,7 @@ def kind_of(intervention: nn.Module) -> Kind | None:
         parameters of its own (PReLU), or one whose parameters cannot be read before its module runs (sharded,
         offloaded), or are none (a replica of nn.DataParallel).
     """
-    if not isinstance(intervention, Intervention):
-        return None
-    cls = type(intervention)
-    if any(getattr(cls, name) is not getattr(Intervention, name) for name in METHODS):
+    if not isinstance(intervention, Intervention) or intervention.changed_methods():
         return None
     if any(True for child in intervention.children() for _ in child.parameters()):  # an activation that is trained
         return None
@@ -55,7 +52,7 @@ def kind_of(intervention: nn.Module) -> Kind | None:
         p is not None and (type(p) not in (nn.Parameter, Tensor) or p.is_meta or not p.numel()) for p in parameters
     ):
         return None
-    own, basis = intervention, intervention.basis
+    own, cls, basis = intervention, type(intervention), intervention.basis
     frozen = own.frozen if own.is_split else 0
     choices = (cls.has_source, cls.replaces, cls.orthonormal, own.act_fn, own.train_bias, own.parts, frozen)
     r, d = basis.shape
@@ -66,24 +63,16 @@ def stack_factors(interventions: Sequence[Intervention]) -> Factors:
     """The factors [N, ...] of interventions of one kind."""
     first = interventions[0]
     with without_autocast(first.basis.device):
-        return _combine(first, _stack(interventions))
+        return first.combine_operands(_stack(interventions))
 
 
 def _stack(interventions: Sequence[Intervention]) -> list[Tensor]:
     """The parameters of interventions of one kind, stacked: basis, weight, and bias if they have one."""
     own = [intervention._parameters for intervention in interventions]
-    names = ["basis", "weight"] if interventions[0].bias is None else ["basis", "weight", "bias"]
+    names = interventions[0].operands
     if interventions[0].frozen and interventions[0].is_split:
         return [torch.stack([intervention.rows(name) for intervention in interventions]) for name in names]
     return [torch.stack([parameters[name] for parameters in own]) for name in names]  # type: ignore[misc]
-
-
-def _combine(first: Intervention, stacks: list[Tensor]) -> Factors:
-    if len(stacks) == 2:
-        basis, constant = stacks
-        return first.combine(basis, None, constant)
-    basis, weight, bias = stacks
-    return first.combine(basis, weight, bias)
 
 
 class FactorMemo:
@@ -102,10 +91,10 @@ class FactorMemo:
         with without_autocast(first.basis.device):
             stacks = _stack(interventions)
             if not self._may_keep(stacks):
-                return _combine(first, stacks)
+                return first.combine_operands(stacks)
             known = self._known
             if known is None or not all(map(_same, stacks, known[0])):
-                self._known = known = stacks, _combine(first, stacks)
+                self._known = known = stacks, first.combine_operands(stacks)
             return known[1]
 
     def holds(self, factors: Factors) -> bool:

@@ -24,10 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from peft_reft.interventions.orthonormal import orthonormal_rows, without_autocast
-from peft_reft.interventions.parts import PartedRows, ordered_rows
-
-METHODS = ("forward", "edit", "combine", "directions")  # of Intervention; who changes one is called as a module
+from peft_reft.interventions.orthonormal import without_autocast
+from peft_reft.interventions.parts import PartedRows
 
 
 class Factors(NamedTuple):
@@ -114,7 +112,6 @@ class Intervention(PartedRows):
 
     has_source: bool = True  # a function of h (Wh + b), or only a constant
     replaces: bool = True  # subtract Rh: the subspace's content is replaced instead of shifted
-    orthonormal: bool = True  # R or W2
 
     # A module without children that holds a `weight` is what a wrapper such as FSDP's looks for. It also takes little
     # memory next to the parameters where thousands of adapters are resident; so do attributes of the class.
@@ -133,9 +130,7 @@ class Intervention(PartedRows):
         train_bias: bool = True,
         parts: Sequence[int] = (),
     ):
-        super().__init__()
-        if not 1 <= r <= d:
-            raise ValueError(f"r={r} is not a rank for hidden states of width {d}: it must be between 1 and {d}.")
+        super().__init__(d, r, parts)
         self.weight = nn.Parameter(torch.empty(r, d) if self.has_source else torch.empty(r))
         self.bias = nn.Parameter(torch.empty(r)) if self.has_source else None
         self.basis = nn.Parameter(torch.empty(r, d))
@@ -144,12 +139,16 @@ class Intervention(PartedRows):
         if act_fn is not None:
             self.act_fn = act_fn
             self.activation = ACT2FN[act_fn]
-        if parts:
-            self.parts = tuple(parts)
         if not train_bias:
             self.train_bias = False
             self.hold()
         self.reset_parameters(init_weights)
+
+    @classmethod
+    def changed_methods(cls) -> list[str]:
+        """The methods of the edit that a subclass has changed: it is then called as a module, not worked out."""
+        names = ("forward", "edit", "combine", "directions")
+        return [name for name in names if getattr(cls, name) is not getattr(Intervention, name)]
 
     @property
     def constant(self) -> nn.Parameter:
@@ -210,17 +209,6 @@ class Intervention(PartedRows):
         """The activation of the learned value."""
         return None if self.act_fn is None else self.activation
 
-    @property
-    def subspace(self) -> Tensor:
-        """The edited directions [r, d]: R (orthonormal rows) or W2."""
-        return self.directions(self.rows("basis"))
-
-    def directions(self, basis: Tensor) -> Tensor:
-        """The edited directions from `basis` [..., r, d]: this intervention's own, or those of many alike."""
-        if not self.orthonormal:
-            return basis
-        return ordered_rows(basis, self.parts) if self.parts else orthonormal_rows(basis)
-
     def combine(self, basis: Tensor, weight: Tensor | None, bias: Tensor) -> Factors:
         """Work out what does not depend on h, for this intervention or for many alike at once.
 
@@ -243,12 +231,19 @@ class Intervention(PartedRows):
             return Factors(weight.mT, bias, up, up.mT if self.replaces else None, self.act)
         return Factors((weight - up if self.replaces else weight).mT, bias, up)  # (Wh + b) - Rh = (W - R)h + b
 
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """The names of the parameters that `combine_operands` takes, in this order."""
+        return ("basis", "weight") if self.bias is None else ("basis", "weight", "bias")
+
+    def combine_operands(self, values: Sequence[Tensor]) -> Factors:
+        """As `combine`, from the values of the `operands`: without a source, `weight` is b."""
+        basis, weight, *bias = values
+        return self.combine(basis, weight, bias[0]) if bias else self.combine(basis, None, weight)
+
     def factors(self) -> Factors:
         """What this intervention multiplies with, all rows together."""
-        basis, weight = self.rows("basis"), self.rows("weight")
-        return (
-            self.combine(basis, None, weight) if self.bias is None else self.combine(basis, weight, self.rows("bias"))
-        )
+        return self.combine_operands([self.rows(name) for name in self.operands])
 
     def edit(self, h: Tensor, keep: Tensor | None = None) -> Tensor:
         """What is added to `h` [..., d], in at least single precision; `keep` [..., r] is a factor per direction."""
@@ -259,10 +254,6 @@ class Intervention(PartedRows):
 
     def forward(self, h: Tensor, keep: Tensor | None = None) -> Tensor:
         return h + (self.edit(h) if keep is None else self.edit(h, keep)).to(h.dtype)
-
-    def extra_repr(self) -> str:
-        r, d = self.rows("basis").shape
-        return f"d={d}, r={r}" + (f", parts={self.parts}" if self.parts else "")
 
 
 def edit_of(intervention: nn.Module, h: Tensor, keep: Tensor | None = None) -> Tensor:

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from peft_reft.interventions.orthonormal import orthonormal_rows, without_autocast
-from peft_reft.interventions.parts import PartedRows, ordered_rows
+from peft_reft.interventions.orthonormal import without_autocast
+from peft_reft.interventions.parts import PartedRows
 
 
 class InterchangeIntervention(PartedRows):
@@ -32,20 +32,10 @@ class InterchangeIntervention(PartedRows):
     takes_source = True
 
     def __init__(self, d: int, r: int, *, parts: Sequence[int] = ()):
-        super().__init__()
-        if not 1 <= r <= d:
-            raise ValueError(f"r={r} is not a rank for hidden states of width {d}: it must be between 1 and {d}.")
+        super().__init__(d, r, parts)
         self.basis = nn.Parameter(torch.empty(r, d))
-        if parts:
-            self.parts = tuple(parts)
         if not self.basis.is_meta:
             nn.init.orthogonal_(self.basis, gain=0.5)  # as in Intervention.reset_parameters
-
-    @property
-    def subspace(self) -> Tensor:
-        """R [r, d], with orthonormal rows."""
-        basis = self.rows("basis")
-        return ordered_rows(basis, self.parts) if self.parts else orthonormal_rows(basis)
 
     def edit(self, h: Tensor, source: Tensor, keep: Tensor | None = None) -> Tensor:
         """What is added to `h` [..., d], in at least single precision; `keep` [..., r] is a factor per direction."""
@@ -56,10 +46,6 @@ class InterchangeIntervention(PartedRows):
 
     def forward(self, h: Tensor, source: Tensor, keep: Tensor | None = None) -> Tensor:
         return h + self.edit(h, source, keep).to(h.dtype)
-
-    def extra_repr(self) -> str:
-        r, d = self.rows("basis").shape
-        return f"d={d}, r={r}" + (f", parts={self.parts}" if self.parts else "")
 
 
 class VanillaIntervention(nn.Module):

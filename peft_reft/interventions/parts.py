@@ -41,7 +41,13 @@ def ordered_rows(basis: Tensor, parts: Sequence[int]) -> Tensor:
 class PartedRows(nn.Module):
     """A module whose parameters [r, ...] have a row for each direction of R, and whose R may have parts.
 
+    Args:
+        d: width of the hidden states.
+        r: number of directions, 1 <= r <= d.
+
     Attributes:
+        basis: [r, d], rows that span the directions; made by the subclass.
+        orthonormal: whether the directions are R, with orthonormal rows, or free (W2).
         parts: how many rows each part has; () for one part without a name.
         frozen: how many rows, those of the first parts, keep their values. Set it before anything is trained.
 
@@ -50,8 +56,32 @@ class PartedRows(nn.Module):
     whole tensors either way.
     """
 
+    basis: Tensor
+    orthonormal: bool = True
     parts: tuple[int, ...] = ()
     frozen: int = 0
+
+    def __init__(self, d: int, r: int, parts: Sequence[int] = ()):
+        super().__init__()
+        if not 1 <= r <= d:
+            raise ValueError(f"r={r} is not a rank for hidden states of width {d}: it must be between 1 and {d}.")
+        if parts:
+            self.parts = tuple(parts)
+
+    @property
+    def subspace(self) -> Tensor:
+        """The directions [r, d]: R (orthonormal rows) or W2."""
+        return self.directions(self.rows("basis"))
+
+    def directions(self, basis: Tensor) -> Tensor:
+        """The directions from `basis` [..., r, d]: this module's own, or those of many alike."""
+        if not self.orthonormal:
+            return basis
+        return ordered_rows(basis, self.parts) if self.parts else orthonormal_rows(basis)
+
+    def extra_repr(self) -> str:
+        r, d = self.rows("basis").shape
+        return f"d={d}, r={r}" + (f", parts={self.parts}" if self.parts else "")
 
     def rows(self, name: str) -> Tensor:
         """A parameter [r, ...] with all of its rows."""

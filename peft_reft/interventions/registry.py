@@ -13,7 +13,6 @@ from torch import nn
 
 from peft_reft.interventions.boundless import BoundlessIntervention
 from peft_reft.interventions.equations import (
-    METHODS,
     ConsreftIntervention,
     DireftIntervention,
     Intervention,
@@ -126,21 +125,23 @@ def check_parts(name: str) -> None:
     """
     cls = REGISTRY[name]
     if not issubclass(cls, PartedRows) or "parts" not in _keywords_of(cls):  # type: ignore[arg-type]
-        raise ValueError(
-            f"subspaces have no meaning for the intervention {name!r}: {cls.__name__} has no R whose rows could be "
-            "switched one by one. Use a built-in intervention with R, or a subclass of one."
+        reason = (
+            f"{cls.__name__} has no R whose rows could be switched one by one. Use a built-in intervention with R, or "
+            "a subclass of one."
         )
-    if issubclass(cls, Intervention) and not cls.orthonormal:
-        raise ValueError(
-            f"subspaces have no meaning for the intervention {name!r}: its directions are free, so that parts of them "
-            "cannot be kept at right angles to each other. Use one with R, such as 'loreft' or 'odireft'."
+    elif not cls.orthonormal:
+        reason = (
+            "its directions are free, so that parts of them cannot be kept at right angles to each other. Use one "
+            "with R, such as 'loreft' or 'odireft'."
         )
-    changed = [method for method in METHODS if getattr(cls, method, None) is not getattr(Intervention, method)]
-    if issubclass(cls, Intervention) and changed:
-        raise ValueError(
-            f"subspaces have no meaning for the intervention {name!r}: {cls.__name__} changes {', '.join(changed)}, so "
-            "that its directions cannot be switched one by one. Use a built-in intervention with R."
+    elif issubclass(cls, Intervention) and (changed := cls.changed_methods()):
+        reason = (
+            f"{cls.__name__} changes {', '.join(changed)}, so that its directions cannot be switched one by one. Use "
+            "a built-in intervention with R."
         )
+    else:
+        return
+    raise ValueError(f"subspaces have no meaning for the intervention {name!r}: {reason}")
 
 
 @cache

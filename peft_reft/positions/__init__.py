@@ -16,15 +16,12 @@ from peft_reft.positions.prompts import (
     generated,
     marker_ends,
 )
-from peft_reft.positions.terms import TERMS, Term
 
 __all__ = [
     "IGNORED",
-    "TERMS",
     "Places",
     "PositionSpec",
     "Prompts",
-    "Term",
     "Tokens",
     "align_shift_labels",
     "columns_of",

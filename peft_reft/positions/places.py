@@ -127,15 +127,17 @@ def locate(spec: PositionSpec, prompts: Prompts, share_weights: bool | str = Fal
              [ 5, -1]]])
     """
     marks = mark(spec, prompts, share_weights)
-    widths = (1,) if share_weights == "position" else spec.widths(prompts.answer is not None)
-    if widths is None:
-        width = marks.shape[-1]
-    else:
-        if prompts.document is not None and prompts.num_documents is None:
-            raise ValueError("locate needs the number of documents in a packed row.")
-        width = max(widths) * (prompts.num_documents or 1)
-    columns, used = columns_of(marks, width)
+    widths = _widths(spec, prompts, share_weights)
+    if widths is not None and prompts.document is not None and prompts.num_documents is None:
+        raise ValueError("locate needs the number of documents in a packed row.")
+    columns, used = columns_of(marks, marks.shape[-1] if widths is None else max(widths))
     return torch.where(used, columns, -1)
+
+
+def _widths(spec: PositionSpec, prompts: Prompts, share_weights: bool | str) -> list[int] | None:
+    """The most places that each group can have in a row, or None if there is no bound."""
+    widths = (1,) if share_weights == "position" else spec.widths(prompts.answer is not None)
+    return None if widths is None else [width * (prompts.num_documents or 1) for width in widths]
 
 
 def places_of(spec: PositionSpec, prompts: Prompts, share_weights: bool | str) -> Places:
@@ -147,10 +149,10 @@ def places_of(spec: PositionSpec, prompts: Prompts, share_weights: bool | str) -
         share_weights: True puts all places into one group; False gives a group per term, "position" one per position.
     """
     marks = select_any(spec, prompts).unsqueeze(1) if share_weights is True else mark(spec, prompts, share_weights)
-    widths = (1,) if share_weights == "position" else spec.widths(prompts.answer is not None)
+    widths = _widths(spec, prompts, share_weights)
     if widths is None or (prompts.document is not None and prompts.num_documents is None):
         return Places(None, marks)  # their number has no bound that could be known without looking at the data
-    width = (sum(widths) if share_weights is True else max(widths)) * (prompts.num_documents or 1)
+    width = sum(widths) if share_weights is True else max(widths)
     if not torch.compiler.is_compiling():  # one graph for rows of any length: some of its places only fill up
         width = min(width, marks.shape[-1])
     return Places(*columns_of(marks, width))

@@ -148,11 +148,16 @@ def find_prompts(
     return Prompts(inside, order, over_document(inside), document, num_documents, answer, answer_order)
 
 
+def token_before(valid: Tensor) -> Tensor:
+    """Long [B, S]: the column of the last token before each column; -1 where there is none."""
+    column = torch.arange(valid.shape[1], device=valid.device)
+    return F.pad(torch.where(valid, column, -1).cummax(1).values[:, :-1], (1, 0), value=-1)
+
+
 def preceding(flags: Tensor, valid: Tensor) -> Tensor:
     """The flags [B, S] of the token before each column; False where there is none. Padding between is passed over."""
-    column = torch.arange(valid.shape[1], device=valid.device)
-    latest = F.pad(torch.where(valid, column, -1).cummax(1).values[:, :-1], (1, 0), value=-1)
-    return flags.gather(1, latest.clamp(min=0)) & (latest >= 0)
+    before = token_before(valid)
+    return flags.gather(1, before.clamp(min=0)) & (before >= 0)
 
 
 def following(flags: Tensor, valid: Tensor) -> Tensor:
@@ -254,7 +259,7 @@ class Tokens:
         number = torch.arange(self.ids.shape[1], device=self.ids.device)
         # The ids of the tokens alone, next to each other: a marker may have padding in its middle.
         tokens = self.ids.gather(1, torch.searchsorted(order, torch.minimum(number, total - 1)))
-        ends = marker_ends(tokens.masked_fill(number >= total, -1), prompt_end)
+        ends = marker_ends(tokens, prompt_end)  # behind the last token it stands again, and nothing is read
         return ends.gather(1, order.clamp(min=0)) & self.valid
 
 
@@ -299,10 +304,7 @@ def document_starts(
         position_ids = position_ids[0]
     if position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] == columns:
         position_ids = position_ids.expand(rows, columns)
-        # The id of the last valid token before each column: gathered, since padding in between has ids of its own.
-        column = torch.arange(columns, device=valid.device).expand(rows, columns)
-        latest = torch.where(valid, column, -1).cummax(1).values
-        before = F.pad(latest[:, :-1], (1, 0), value=-1)
+        before = token_before(valid)  # whose ids are gathered, since padding in between has ids of its own
         restarted = position_ids <= position_ids.gather(1, before.clamp(min=0))
         return valid & (restarted | (before < 0)), None
     return None, None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from peft import PeftModel
@@ -11,7 +10,8 @@ from torch import nn
 
 from peft_reft.blocks import own_name
 from peft_reft.context.subspaces import choice_of
-from peft_reft.tuner.injection import reft_layers, state_of
+from peft_reft.tuner.injection import reft_layers
+from peft_reft.tuner.sizes import is_finite
 
 
 def get_interventions(model: nn.Module, adapter_name: str | None = None) -> dict[str, nn.ModuleList]:
@@ -30,21 +30,26 @@ def get_interventions(model: nn.Module, adapter_name: str | None = None) -> dict
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     base = base.model if isinstance(base, BaseTuner) else base
-    layers = reft_layers(base)
     if adapter_name is None:
-        active = sorted({name for layer in layers.values() for name in layer.active_adapters})
+        active = sorted({name for layer in reft_layers(base).values() for name in layer.active_adapters})
         if len(active) != 1:
             raise ValueError(f"The active ReFT adapters are {active}; name the one to look at with adapter_name.")
         adapter_name = active[0]
-    found = {
+    found: dict[str, Any] = {
         own_name(block): layer.reft_interventions[adapter_name]
-        for block, layer in layers.items()
-        if adapter_name in layer.reft_interventions
+        for block, layer in reft_layers(base, adapter_name).items()
     }
     if not found:
-        known = sorted({name for layer in layers.values() for name in layer.reft_interventions})
-        raise ValueError(f"The model has no ReFT adapter {adapter_name!r}; its ReFT adapters are {known}.")
-    return found  # type: ignore[return-value]
+        raise _no_adapter(adapter_name, _names(base))
+    return found
+
+
+def _names(model: nn.Module) -> list[str]:
+    return sorted({name for layer in reft_layers(model).values() for name in layer.reft_interventions})
+
+
+def _no_adapter(name: str | None, known: list[str]) -> ValueError:
+    return ValueError(f"The model has no ReFT adapter {name!r}; its ReFT adapters are {known}.")
 
 
 def set_strength(model: nn.Module, strength: float, adapter_name: str | None = None) -> None:
@@ -58,24 +63,21 @@ def set_strength(model: nn.Module, strength: float, adapter_name: str | None = N
     Raises:
         ValueError: if there is no such adapter, or the strength is no finite number.
     """
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
+    if not is_finite(strength):
         raise ValueError(
             f"strength={strength!r} is not a finite number; 0 is the base model, 1 the adapter as trained."
         )
-    layers = list(reft_layers(model).values())
-    known = sorted({name for layer in layers for name in layer.scaling})
+    known = _names(model)
     if not known:
         raise ValueError(
             f"{type(model).__name__} has no ReFT adapter whose strength could be set; add one with get_peft_model, or "
             "load one with PeftModel.from_pretrained."
         )
-    if adapter_name not in (None, "*") and adapter_name not in known:
-        raise ValueError(f"The model has no ReFT adapter {adapter_name!r}; its ReFT adapters are {known}.")
-    for layer in layers:
+    if adapter_name not in (None, "*", *known):
+        raise _no_adapter(adapter_name, known)
+    for layer in reft_layers(model).values():
         names = {None: layer.active_adapters, "*": known}.get(adapter_name, [adapter_name])
-        for name in names:
-            if name in layer.scaling:
-                layer.scaling[name] = float(strength)
+        layer.scaling.update({name: float(strength) for name in names if name in layer.scaling})
 
 
 def set_subspaces(model: nn.Module, subspaces: Any, adapter_name: str | None = None) -> None:
@@ -108,6 +110,4 @@ def set_subspaces(model: nn.Module, subspaces: Any, adapter_name: str | None = N
             layer.chosen_subspaces.pop(name, None)
             if choice is not None:
                 layer.chosen_subspaces[name] = dict(choice)
-    state = state_of(model)
-    if state is not None:
-        state.plans.clear()  # which were made with the choice before
+    layers[0].state.plans.clear()  # which were made with the choice before

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_reft.interventions import Intervention, build_intervention
+from peft_reft.interventions import Intervention
 from peft_reft.tuner.config import ReftConfig
-from peft_reft.tuner.layer import ReftLayer
+from peft_reft.tuner.layer import ReftLayer, intervention_of
+from peft_reft.tuner.sizes import check_rank, is_finite
 
 SAME = ("positions", "share_weights", "share_layers", "turns", "prompt_end")  # which edits that are summed must share
 APART = ("modules_to_save", "trainable_token_indices")  # which cannot be summed
@@ -31,8 +31,7 @@ def grown(config: ReftConfig, name: str, r: int) -> ReftConfig:
         )
     if name in config.subspaces:
         raise ValueError(f"The adapter has a subspace {name!r} already; it has {list(config.subspaces)}.")
-    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-        raise ValueError(f"r={r!r} is not a rank; it must be an integer of at least 1.")
+    check_rank("r", r)
     parts = {**config.subspaces, name: r}
     return replace(config, r=config.r + r, subspaces=parts, frozen_subspaces=list(config.subspaces))
 
@@ -57,16 +56,7 @@ def grow(layers: Sequence[ReftLayer], adapter_name: str, config: ReftConfig) -> 
 
 
 def _grown_intervention(old: Any, width: int, config: ReftConfig) -> nn.Module:
-    new: Any = build_intervention(
-        config.intervention,
-        width,
-        config.r,
-        dropout=config.dropout,
-        act_fn=config.act_fn,
-        init_weights=config.init_weights,
-        train_bias=config.train_bias,
-        parts=config.parts,
-    )
+    new: Any = intervention_of(config, width, config.r, config.init_weights)
     new.to(device=old.basis.device, dtype=old.basis.dtype)
     names = [name for name, parameter in new.named_parameters()]
     before = {name: old.rows(name).detach() for name in names}
@@ -101,7 +91,7 @@ def check_sum(configs: Mapping[str, Any], adapters: Sequence[str], weights: Sequ
     if name in configs:
         raise ValueError(f"adapter_name={name!r} is the name of an adapter already. Choose another one.")
     for weight in weights:
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        if not is_finite(weight):
             raise ValueError(f"weights={list(weights)!r} holds {weight!r}, which is not a finite number.")
     first = configs[adapters[0]]
     for adapter in adapters:
@@ -127,18 +117,19 @@ def check_sum(configs: Mapping[str, Any], adapters: Sequence[str], weights: Sequ
 
 
 def config_of_sum(
-    configs: Mapping[str, ReftConfig], adapters: Sequence[str], layers: Mapping[str, ReftLayer]
+    configs: Mapping[str, ReftConfig], adapters: Sequence[str], layers: Sequence[Mapping[str, ReftLayer]]
 ) -> ReftConfig:
-    """The config of the DiReFT adapter that a sum of adapters is: its rank is the sum of theirs."""
+    """The config of the DiReFT adapter that a sum of adapters is: its rank is the sum of theirs.
+
+    Args:
+        layers: of each of the adapters, by the names of their blocks.
+    """
     ranks = [max([configs[name].r, *(configs[name].rank_pattern or {}).values()]) for name in adapters]
-    first = configs[adapters[0]]
-    blocks = [{name for name, layer in layers.items() if adapter in layer.reft_interventions} for adapter in adapters]
     targets: dict[str, Any] = {}
-    if any(found != blocks[0] for found in blocks):
-        union = set().union(*blocks)
-        targets = {"target_modules": union, "layers_to_transform": None, "exclude_modules": None}
+    if any(found.keys() != layers[0].keys() for found in layers):
+        targets = {"target_modules": set().union(*layers), "layers_to_transform": None, "exclude_modules": None}
     return replace(
-        first,
+        configs[adapters[0]],
         r=sum(ranks),
         intervention="direft",
         rank_pattern={},

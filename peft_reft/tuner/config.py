@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 from peft_reft.interventions import intervention_names, nearest_name, takes_source
 from peft_reft.positions import PositionSpec, parse_positions
 from peft_reft.tuner.neighbours import AFTER_SAVING
-from peft_reft.tuner.sizes import check_config_sizes, check_ids, shown
+from peft_reft.tuner.sizes import check_config_sizes, check_ids, check_rank, is_finite, is_integer, shown
 from peft_reft.tuner.staging import staged
 from peft_reft.tuner.subspaces import as_subspaces, check_subspaces
 
@@ -163,17 +163,11 @@ class ReftConfig(PeftConfig):
                 )
 
     def _validate(self) -> None:
-        def is_int(value: Any) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool)
-
         check_config_sizes(self)
         self._validate_names()
-        for name, rank in {
-            "r": self.r,
-            **{f"rank_pattern[{k!r}]": v for k, v in (self.rank_pattern or {}).items()},
-        }.items():
-            if not is_int(rank) or rank < 1:
-                raise ValueError(f"{name}={shown(rank)} is not a rank; it must be an integer of at least 1.")
+        check_rank("r", self.r)
+        for name, rank in (self.rank_pattern or {}).items():
+            check_rank(f"rank_pattern[{name!r}]", rank)
         if self.intervention not in intervention_names():
             meant = nearest_name(self.intervention)
             raise ValueError(
@@ -198,19 +192,19 @@ class ReftConfig(PeftConfig):
             raise ValueError(f"turns={shown(self.turns)} must be 'first', 'last', 'all' or None.")
         if self.prompt_end is not None:
             ids = [0] if isinstance(self.prompt_end, str) else self.prompt_end
-            if not self.prompt_end or not isinstance(ids, (list, tuple)) or not all(is_int(token) for token in ids):
+            if not self.prompt_end or not isinstance(ids, (list, tuple)) or not all(map(is_integer, ids)):
                 raise ValueError(
                     f"prompt_end={shown(self.prompt_end)} marks nothing; pass the text that ends a prompt, such as "
                     "'<|assistant|>\\n', or its token ids."
                 )
             check_ids("prompt_end", ids)
-        layers = [self.layers_to_transform] if is_int(self.layers_to_transform) else self.layers_to_transform
-        if layers is not None and not (isinstance(layers, (list, tuple)) and layers and all(map(is_int, layers))):
+        layers = [self.layers_to_transform] if is_integer(self.layers_to_transform) else self.layers_to_transform
+        if layers is not None and not (isinstance(layers, (list, tuple)) and layers and all(map(is_integer, layers))):
             raise ValueError(
                 f"layers_to_transform={shown(self.layers_to_transform)} does not name blocks; pass a block number, a "
                 "list of them (negative ones count from the end), or None for every block."
             )
-        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+        if not is_finite(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={shown(self.dropout)} is not a probability below 1; 0.0 drops nothing.")
         if self.act_fn is not None and not (isinstance(self.act_fn, str) and self.act_fn in ACT2FN):
             raise ValueError(

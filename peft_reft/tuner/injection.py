@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
 from typing import Any
 
 from peft.config import PeftConfig
 from peft.utils.peft_types import TaskType
 from torch import nn
 
+from peft_reft.blocks import paths_around
 from peft_reft.context.block import CHILD, keep_called
 from peft_reft.context.entry import ForwardEntry
 from peft_reft.context.generate import GenerateEntry, PrepareEntry
@@ -24,10 +24,13 @@ from peft_reft.tuner.neighbours import METHODS
 TOKENS = {"input_ids", "inputs_embeds", "decoder_input_ids"}  # parameters by which a module takes tokens
 
 
-def reft_layers(model: nn.Module) -> dict[str, ReftLayer]:
-    """The ReFT layers of a model, by the names of their blocks."""
-    suffix = f".{CHILD}"
-    return {name.removesuffix(suffix): layer for name, layer in model.named_modules() if isinstance(layer, ReftLayer)}
+def reft_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, ReftLayer]:
+    """The ReFT layers of a model, by the names of their blocks; with a name, those that have this adapter."""
+    return {
+        name.removesuffix(f".{CHILD}"): layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, ReftLayer) and (adapter_name is None or adapter_name in layer.reft_interventions)
+    }
 
 
 def state_of(model: nn.Module) -> ModelState | None:
@@ -36,19 +39,31 @@ def state_of(model: nn.Module) -> ModelState | None:
 
 
 def attach_entries(model: nn.Module, state: ModelState) -> None:
-    """Put an entry into every module around the blocks that takes tokens; entries that are there are made anew."""
+    """Put an entry into every module around the blocks that takes tokens; entries that are there are made anew.
+
+    Without layers nothing is left: neither entries nor what stands in for methods.
+    """
     detach_entries(state, model)
     unwrap_checkpoints(model)
     state.plans.clear()
     layers = reft_layers(model)
     state.layers[:] = layers.values()
+    if not layers:
+        for module in model.modules():
+            for entry in list(module.__dict__.values()):
+                if isinstance(entry, MethodEntry):
+                    entry.detach()
+        return
     for number, (name, layer) in enumerate(layers.items()):
         layer.number = number
-        if any(isinstance(model.get_submodule(path), nn.TransformerEncoderLayer) for path in around([name])):
+        if any(isinstance(model.get_submodule(path), nn.TransformerEncoderLayer) for path in paths_around(name)):
             keep_called(layer.block)
     roles = roles_of(model)
-    for path in sorted(around(layers)):
+    causal = {"": False}  # by path: whether a module predicts tokens, or one around it; of the whole, the state knows
+    for path in sorted({path for name in layers for path in paths_around(name)}):
         module = model.get_submodule(path)
+        if path:
+            causal[path] = causal[path.rpartition(".")[0]] or predicts_tokens(module)
         if isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # never called
             continue
         # An encoder of images takes no tokens, but `generate` runs it by itself.
@@ -63,21 +78,12 @@ def attach_entries(model: nn.Module, state: ModelState) -> None:
             state,
             role,
             depth=len(path.split(".")) if path else 0,
-            causal=role == "" and any(predicts_tokens(model.get_submodule(part)) for part in _prefixes(path)),
+            causal=role == "" and causal[path],
             layers=list(below.values()),
         )
         attach_entry(ForwardEntry(entered, [name[len(path) + 1 :] if path else name for name in below]))
         if takes_tokens or not path:
             _stand_in_for_methods(module, state)
-
-
-def _prefixes(path: str) -> list[str]:
-    """
-    >>> _prefixes("lm.model.layers")
-    ['lm', 'lm.model', 'lm.model.layers']
-    """
-    parts = path.split(".") if path else []
-    return [".".join(parts[: depth + 1]) for depth in range(len(parts))]
 
 
 def _stand_in_for_methods(module: nn.Module, state: ModelState) -> None:
@@ -87,12 +93,6 @@ def _stand_in_for_methods(module: nn.Module, state: ModelState) -> None:
     for entry in entries:
         if hasattr(type(module), entry.name) and not isinstance(module.__dict__.get(entry.name), entry):
             entry(module, state).attach()
-
-
-def around(blocks: Iterable[str]) -> set[str]:
-    """Names of the modules that blocks lie in, the model's own ("") among them."""
-    parts = [name.split(".") for name in blocks]
-    return {".".join(path[:depth]) for path in parts for depth in range(len(path))} | {""}
 
 
 def roles_of(model: Any) -> dict[nn.Module, str]:
@@ -130,43 +130,21 @@ def tidy_up(model: nn.Module) -> None:
     state = state_of(model)
     if state is None:
         return
-    remove_empty_layers(model)
-    if reft_layers(model):
-        attach_entries(model, state)
-    else:
-        _remove(model, state)
+    for name, layer in reft_layers(model).items():
+        if not layer.reft_interventions:
+            detach_layer(model.get_submodule(name))
+    attach_entries(model, state)
 
 
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:
     """Take what was created for an adapter off a model, whose tuner does not know of it (any more)."""
-    for layer in reft_layers(model).values():
-        if adapter_name in layer.reft_interventions:
-            layer.delete_adapter(adapter_name)
+    for layer in reft_layers(model, adapter_name).values():
+        layer.delete_adapter(adapter_name)
     tidy_up(model)
 
 
-def remove_empty_layers(model: nn.Module) -> None:
-    """Take layers without any adapter off a model."""
-    for name, layer in reft_layers(model).items():
-        if not layer.reft_interventions:
-            detach_layer(model.get_submodule(name))
-
-
 def remove_reft(model: nn.Module) -> None:
-    """Take all layers and entries off a model."""
-    state = state_of(model)
-    for name in reft_layers(model):
-        detach_layer(model.get_submodule(name))
-    if state is not None:
-        _remove(model, state)
-
-
-def _remove(model: nn.Module, state: ModelState) -> None:
-    detach_entries(state, model)
-    unwrap_checkpoints(model)
-    state.plans.clear()
-    state.layers.clear()
-    for module in model.modules():
-        for entry in list(module.__dict__.values()):
-            if isinstance(entry, MethodEntry):
-                entry.detach()
+    """Take all adapters, layers and entries off a model."""
+    for layer in reft_layers(model).values():
+        layer.reft_interventions.clear()
+    tidy_up(model)

@@ -30,6 +30,20 @@ cached_spec = lru_cache(parse_positions)  # one object for all blocks and adapte
 SHOWN = ("active_adapters", "adapter_layer_names", "other_param_names", COLLECTION)
 
 
+def intervention_of(config: ReftConfig, width: int, r: int, init_weights: bool) -> nn.Module:
+    """A fresh intervention of an adapter, for hidden states of a width."""
+    return build_intervention(
+        config.intervention,
+        width,
+        r,
+        dropout=config.dropout,
+        act_fn=config.act_fn,
+        init_weights=init_weights,
+        train_bias=config.train_bias,
+        parts=config.parts,
+    )
+
+
 class ReftLayer(nn.Module, BaseTunerLayer):
     """The interventions next to one block.
 
@@ -66,7 +80,6 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self._block = (block,)  # in a tuple, so that it is no submodule
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
-        self.merged_adapters: list[str] = []
 
     @property
     def block(self) -> nn.Module:
@@ -75,7 +88,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     def add_adapter(
         self, name: str, config: ReftConfig, r: int, prompt_end: Sequence[int] = (), shared: ReftLayer | None = None
     ) -> None:
-        """Create the interventions of an adapter; an existing one of that name is replaced.
+        """Create the interventions of an adapter, of which there is none of that name.
 
         Args:
             r: rank in this block.
@@ -95,8 +108,6 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.position_specs[name] = spec
         self.share_weights[name] = config.share_weights
         self.scaling[name] = 1.0
-        self.chosen_subspaces.pop(name, None)
-        self.subspaces.pop(name, None)
         if config.subspaces:
             self.subspaces[name] = dict(config.subspaces)
         if shared is None:
@@ -104,16 +115,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def _fresh(self, config: ReftConfig, r: int, count: int) -> Iterable[nn.Module]:
         for _ in range(count):
-            intervention = build_intervention(
-                config.intervention,
-                self.width,
-                r,
-                dropout=config.dropout,
-                act_fn=config.act_fn,
-                init_weights=config.init_weights or config.inference_mode,
-                train_bias=config.train_bias,
-                parts=config.parts,
-            )
+            intervention = intervention_of(config, self.width, r, config.init_weights or config.inference_mode)
             if config.frozen_subspaces and isinstance(intervention, PartedRows):
                 intervention.frozen = sum(config.parts[: len(config.frozen_subspaces)])
                 if not config.inference_mode:
@@ -134,11 +136,6 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         for edit in context.edits_of(self, h):
             factors = edit.blocks.get(number)
             if factors is not None:
-                if h.shape[-1] != self.width:
-                    raise ValueError(
-                        f"A block returned vectors of width {h.shape[-1]}, but its ReFT adapter was made for width "
-                        f"{self.width}. Exclude that block with exclude_modules, or target other modules."
-                    )
                 out = edit.add(out, h, factors)
         return out
 
@@ -165,11 +162,12 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def train(self, mode: bool = True) -> ReftLayer:
         """As `nn.Module.train`, which trainers call before every step; it passes over what is in that mode already."""
-        adapters: list[Any] = list(self.reft_interventions._modules.values())
-        for module in (self, self.reft_interventions, *adapters):
-            if module.training is not mode:
-                module.training = mode
-        for groups in adapters:
+        adapters: Any = self.reft_interventions
+        if self.training is not mode or adapters.training is not mode:
+            self.training = adapters.training = mode
+        for groups in adapters._modules.values():
+            if groups.training is not mode:
+                groups.training = mode
             for intervention in groups._modules.values():
                 if intervention.training is not mode or intervention._modules:  # which may be in another mode
                     intervention.train(mode)
@@ -181,10 +179,6 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             for intervention in groups:  # type: ignore[attr-defined]
                 if isinstance(intervention, PartedRows):
                     intervention.hold()
-
-    def enable_adapters(self, enabled: bool) -> None:
-        super().enable_adapters(enabled)
-        self.hold()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         super().set_requires_grad(adapter_names, requires_grad)

@@ -32,8 +32,6 @@ from peft_reft.tuner.injection import reft_layers, tidy_up
 from peft_reft.tuner.keys import is_intervention, without_adapter
 from peft_reft.tuner.staging import wait_until_whole
 
-HUB = ("subfolder", "revision", "cache_dir", "token", "force_download", "local_files_only", "proxies", "use_auth_token")
-
 
 def wrap_loading() -> None:
     """Wrap the `load_adapter` of PEFT's and of transformers' models."""
@@ -58,7 +56,7 @@ def _peft_load_adapter(original: Any, model: Any, model_id: Any, adapter_name: s
     try:
         _wait_for_writers(model_id, kwargs.get("subfolder"))
         if isinstance(current, ReftConfig) and not is_new:
-            saved = PeftConfig.from_pretrained(model_id, **{key: kwargs[key] for key in HUB if key in kwargs})
+            saved = PeftConfig.from_pretrained(model_id, **kwargs)  # which takes what is for it
             reason = other_meaning(saved, current) if saved.peft_type == current.peft_type else "it is of another type"
             if reason is not None:
                 raise ValueError(cannot_replace(adapter_name, reason))
@@ -81,12 +79,8 @@ def _wait_for_writers(model_id: Any, subfolder: str | None) -> None:
 
 def _is_waiting(model: nn.Module, adapter_name: str) -> bool:
     """Whether an adapter was created to be loaded and has no weights yet."""
-    found = [
-        layer.reft_interventions[adapter_name]
-        for layer in reft_layers(model).values()
-        if adapter_name in layer.reft_interventions
-    ]
-    parameters = [parameter for groups in found for parameter in groups.parameters()]
+    layers = reft_layers(model, adapter_name).values()
+    parameters = [parameter for layer in layers for parameter in layer.reft_interventions[adapter_name].parameters()]
     return bool(parameters) and not any(not p.is_meta and bool(p.detach().any()) for p in parameters)
 
 
@@ -103,9 +97,8 @@ def _transformers_load_adapter(
 ) -> Any:
     _wait_for_writers(peft_model_id, (kwargs.get("adapter_kwargs") or {}).get("subfolder"))
     name = "default" if adapter_name is None else adapter_name
-    layers = reft_layers(model).values()
-    existed = any(name in layer.reft_interventions for layer in layers)
-    active: list[str] = next((layer.active_adapters for layer in layers), [])
+    existed = bool(reft_layers(model, name))
+    active: list[str] = next((layer.active_adapters for layer in reft_layers(model).values()), [])
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     try:
         info = original(model, peft_model_id, adapter_name, *args, **kwargs)
@@ -117,7 +110,7 @@ def _transformers_load_adapter(
             check_tensors({key: p for key, p in model.named_parameters() if is_intervention(key, name)})
         return info
     except BaseException:
-        if not existed and any(name in layer.reft_interventions for layer in reft_layers(model).values()):
+        if not existed and reft_layers(model, name):
             model.delete_adapter(name)
             tidy_up(model)
             if active:
@@ -129,10 +122,7 @@ def _transformers_load_adapter(
 
 def _missed(model: nn.Module, adapter_name: str, info: Any) -> str | None:
     """What keeps the loaded tensors from fitting, from transformers' report."""
-
-    def anonymous(key: str) -> str:
-        return without_adapter(key, adapter_name)
-
+    anonymous = functools.partial(without_adapter, adapter_name=adapter_name)
     parameters = {anonymous(n): p for n, p in model.named_parameters() if is_intervention(n, adapter_name)}
     wanted = intervention_shapes(parameters)
     saved = dict(wanted)

@@ -26,13 +26,12 @@ from peft_reft.tuner.checkpoint import (
 from peft_reft.tuner.combine import check_sum, config_of_sum, fill_sum, grow, grown, linear_parts
 from peft_reft.tuner.config import ReftConfig, prompt_end_ids
 from peft_reft.tuner.injection import (
-    attach_entries,
     is_causal_lm,
     reft_layers,
     remove_adapter,
-    remove_empty_layers,
     remove_reft,
     state_of,
+    tidy_up,
 )
 from peft_reft.tuner.keys import INTERVENTIONS, PREFIX, blocks_of, is_intervention, without_adapter, without_child
 from peft_reft.tuner.layer import ReftLayer, attach_layer
@@ -44,7 +43,6 @@ from peft_reft.tuner.targets import (
     check_shapes,
     check_trained_tokens,
     choose_targets,
-    linear_layers_within_blocks,
     rank_of,
     warn_of_settings_without_effect,
 )
@@ -105,10 +103,9 @@ class ReftModel(BaseTuner):
             if self._is_checked:  # layers may have been made
                 remove_adapter(model, adapter_name)
             raise
-        remove_empty_layers(model)
         state.causal = state.causal or is_causal_lm(model, self.peft_config[adapter_name])
         state.ids_per_row = state.blocks.ids_per_row
-        attach_entries(model, state)
+        tidy_up(model)
         for tell in ON_INJECTION:
             tell(model)
 
@@ -131,15 +128,13 @@ class ReftModel(BaseTuner):
         check_shapes(peft_config, self._targets)  # before anything is changed
         check_sizes(peft_config, model, self._targets)
         check_trained_tokens(peft_config, model, {*self._targets, *reft_layers(model)})
-        linear = linear_layers_within_blocks(model, targets)
-        warn_of_settings_without_effect(peft_config, model, targets, linear)
+        warn_of_settings_without_effect(peft_config, model, targets)
         self._prompt_end = prompt_end_ids(
             peft_config, None, getattr(getattr(model, "config", None), "_name_or_path", None)
         )
         self._is_checked = True
-        for layer in reft_layers(model).values():  # `get_peft_model` a second time on the same model
-            if self._adapter_name in layer.reft_interventions:
-                layer.delete_adapter(self._adapter_name)
+        for layer in reft_layers(model, self._adapter_name).values():  # `get_peft_model` a second time on this model
+            layer.delete_adapter(self._adapter_name)
         self._shared: list[ReftLayer] = []  # the layer whose interventions the others share; in a list, so that it is
         # no submodule of the tuner, whose parameters would be saved once more
 
@@ -186,7 +181,7 @@ class ReftModel(BaseTuner):
             ValueError: if there is no such adapter, it has no subspaces, or one of that name.
         """
         config = self.peft_config.get(adapter_name)
-        layers = [layer for layer in reft_layers(self.model).values() if adapter_name in layer.reft_interventions]
+        layers = list(reft_layers(self.model, adapter_name).values())
         if not isinstance(config, ReftConfig) or not layers:
             raise ValueError(f"Adapter {adapter_name} does not exist; the adapters are {sorted(self.peft_config)}.")
         larger = grown(config, name, r)
@@ -212,15 +207,13 @@ class ReftModel(BaseTuner):
         """
         check_adapter_name(adapter_name)
         check_sum(self.peft_config, adapters, weights, adapter_name)
-        layers = reft_layers(self.model)
-        for name in adapters:  # before anything is changed
-            of_blocks = (own.reft_interventions for own in layers.values() if name in own.reft_interventions)
-            linear_parts(next(of_blocks)[name][0], name)  # type: ignore[index]
+        layers = [reft_layers(self.model, name) for name in adapters]
+        for name, own in zip(adapters, layers):  # before anything is changed
+            linear_parts(next(iter(own.values())).reft_interventions[name][0], name)  # type: ignore[index]
         self.peft_config[adapter_name] = config_of_sum(self.peft_config, adapters, layers)
         self.inject_adapter(self.model, adapter_name)
-        for layer in reft_layers(self.model).values():
-            if adapter_name in layer.reft_interventions:
-                fill_sum(layer, adapters, weights, adapter_name)
+        for layer in reft_layers(self.model, adapter_name).values():
+            fill_sum(layer, adapters, weights, adapter_name)
 
     def _forget_plans(self) -> None:
         state = state_of(self.model)
@@ -231,9 +224,8 @@ class ReftModel(BaseTuner):
         """Adapters are created in float32 and stay so; without autocast they take the dtype of their block."""
         if autocast_adapter_dtype:
             return super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for layer in reft_layers(self.model).values():
-            if adapter_name in layer.reft_interventions:
-                layer.reft_interventions[adapter_name].to(device_and_dtype(layer.block)[1])
+        for layer in reft_layers(self.model, adapter_name).values():
+            layer.reft_interventions[adapter_name].to(device_and_dtype(layer.block)[1])
 
     # Checkpoints.
 

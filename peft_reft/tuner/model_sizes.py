@@ -24,11 +24,11 @@ STATED = (  # where the configs of transformers say it
 )
 
 
-def check_sizes(config: ReftConfig, model: nn.Module, targets: Mapping[str, tuple[int, int]] | None = None) -> None:
+def check_sizes(config: ReftConfig, model: nn.Module, targets: Mapping[str, tuple[int, int]]) -> None:
     """Refuse what this model cannot use, before anything is allocated or changed.
 
     Args:
-        targets: width and rank of each module to edit, by its name; None to leave the adapter's size out.
+        targets: width and rank of each module to edit, by its name.
 
     Raises:
         ValueError: naming the field, the model and its limit.
@@ -51,31 +51,31 @@ def check_sizes(config: ReftConfig, model: nn.Module, targets: Mapping[str, tupl
     elif isinstance(tokens, dict):
         for module, ids in tokens.items():
             check_ids("trainable_token_indices", ids, rows_of(model, module), f"{module!r} of {name}")
-    if targets:
-        sizes = [rank * (2 * width + 1) for width, rank in targets.values()]  # the source, the basis and the bias
-        size = (max(sizes) if config.share_layers else sum(sizes)) * spec.num_interventions(config.share_weights)
-        allowed = max(MOST_PARAMETERS, sum(parameter.numel() for parameter in model.parameters()))
-        if size > allowed:
-            raise ValueError(
-                f"r={config.r}, positions={config.positions!r} and share_weights={config.share_weights!r} make an "
-                f"adapter of {size} parameters in {len(targets)} block(s), more than {name} itself has, and more than "
-                f"{MOST_PARAMETERS}. Use a smaller rank or fewer positions."
-            )
+    sizes = [rank * (2 * width + 1) for width, rank in targets.values()]  # the source, the basis and the bias
+    blocks = max(sizes, default=0) if config.share_layers else sum(sizes)
+    size = blocks * spec.num_interventions(config.share_weights)
+    if size > max(MOST_PARAMETERS, sum(parameter.numel() for parameter in model.parameters())):
+        raise ValueError(
+            f"r={config.r}, positions={config.positions!r} and share_weights={config.share_weights!r} make an "
+            f"adapter of {size} parameters in {len(targets)} block(s), more than {name} itself has, and more than "
+            f"{MOST_PARAMETERS}. Use a smaller rank or fewer positions."
+        )
 
 
 def most_tokens(model: nn.Module) -> tuple[int, str]:
     """The most tokens that a model takes in one sequence, and in words where that stands."""
-    configs = list(nested(getattr(model, "config", None)))
-    stated = [
-        {name: value for name in STATED if isinstance(value := getattr(config, name, None), int) and value > 0}
-        for config in configs
-    ]
-    # The images of a model with a text part are not bounded by what the text part says.
-    silent = any(not found and hasattr(config, "num_hidden_layers") for config, found in zip(configs, stated))
-    limits = [(value, f"{name} in its config") for found in stated for name, value in found.items()]
-    if silent or not limits:
-        return MOST_UNSTATED, "its config does not say how many"
-    return max(limits)
+    unstated = MOST_UNSTATED, "its config does not say how many"
+    limits: list[tuple[int, str]] = []
+    for config in nested(getattr(model, "config", None)):
+        stated = [
+            (value, f"{name} in its config")
+            for name in STATED
+            if isinstance(value := getattr(config, name, None), int) and value > 0
+        ]
+        if not stated and hasattr(config, "num_hidden_layers"):
+            return unstated  # the images of a model with a text part are not bounded by what the text part says
+        limits += stated
+    return max(limits, default=unstated)
 
 
 def nested(config: Any) -> Iterator[PretrainedConfig]:

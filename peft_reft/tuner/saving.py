@@ -4,48 +4,47 @@ PEFT 0.21 opens README.md, adapter_model.bin and adapter_config.json in their pl
 A process that is killed meanwhile leaves empty or half files over an adapter that was good, and a server that reloads
 its adapters reads them. (adapter_model.safetensors is written beside and renamed by safetensors 0.8 itself.) PEFT calls
 no tuner between, so its public method is wrapped here: it saves into a temporary directory inside the one that was
-asked for, and the files are renamed into their places (files.py).
+asked for, and the files are renamed into their places (staging.py).
 
 What would make this file unnecessary: PEFT writing each of its files beside its place and renaming it (`os.replace`).
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.constants import REPOCARD_NAME
 from peft import PeftModel
 
 from peft_reft.tuner.config import ReftConfig
-from peft_reft.tuner.files import CARD_NAME
+from peft_reft.tuner.loading import wrap_function
 from peft_reft.tuner.staging import staged
 
 
 def save_whole_files() -> None:
-    """Wrap `PeftModel.save_pretrained`, once; models without a ReFT adapter are saved by PEFT's own method as ever."""
-    pefts = inspect.unwrap(PeftModel.save_pretrained)
-    signature = inspect.signature(pefts)
+    """Wrap `PeftModel.save_pretrained`; models without a ReFT adapter are saved by PEFT's own method as ever."""
+    wrap_function(PeftModel, "save_pretrained", _save_pretrained)
 
-    @functools.wraps(pefts)
-    def save_pretrained(self: PeftModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        # Other processes of a distributed run write nothing, but take part in gathering the weights.
-        passed = signature.bind(self, save_directory, *args, **kwargs).arguments
-        writes = passed.get("is_main_process", True)
-        has_reft = any(isinstance(config, ReftConfig) for config in self.peft_config.values())
-        if not has_reft or not writes or os.path.isfile(save_directory):
-            return pefts(self, save_directory, *args, **kwargs)
-        with staged(save_directory) as stage:
-            # A card that is there already is kept, with sections that are written anew.
-            names = passed.get("selected_adapters") or list(self.peft_config)
-            for folder in ("", *(name for name in names if name != "default")):
-                card = Path(save_directory, folder, CARD_NAME)
-                if card.is_file():
-                    (stage / folder).mkdir(exist_ok=True)
-                    shutil.copy(card, stage / folder / CARD_NAME)
-            pefts(self, str(stage), *args, **kwargs)
 
-    PeftModel.save_pretrained = save_pretrained
+def _save_pretrained(
+    pefts: Any, model: PeftModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+) -> None:
+    # Other processes of a distributed run write nothing, but take part in gathering the weights.
+    passed = inspect.signature(pefts).bind(model, save_directory, *args, **kwargs).arguments
+    writes = passed.get("is_main_process", True)
+    has_reft = any(isinstance(config, ReftConfig) for config in model.peft_config.values())
+    if not has_reft or not writes or os.path.isfile(save_directory):
+        return pefts(model, save_directory, *args, **kwargs)
+    with staged(save_directory) as stage:
+        # A card that is there already is kept, with sections that are written anew.
+        names = passed.get("selected_adapters") or list(model.peft_config)
+        for folder in ("", *(name for name in names if name != "default")):
+            card = Path(save_directory, folder, REPOCARD_NAME)
+            if card.is_file():
+                (stage / folder).mkdir(exist_ok=True)
+                shutil.copy(card, stage / folder / REPOCARD_NAME)
+        pefts(model, str(stage), *args, **kwargs)

@@ -6,6 +6,7 @@ that an adapter is made for are in model_sizes.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,6 +26,22 @@ def shown(value: object, most: int = 200) -> str:
     """
     text = repr(value)
     return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
+
+
+def is_integer(value: object) -> bool:
+    """Whether a value is an integer; True and False are none here."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_finite(value: object) -> bool:
+    """Whether a value is a finite number; True and False are none here."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def check_rank(name: str, rank: Any) -> None:
+    """Raise ValueError for what is no rank."""
+    if not is_integer(rank) or rank < 1:
+        raise ValueError(f"{name}={shown(rank)} is not a rank; it must be an integer of at least 1.")
 
 
 def check_config_sizes(config: Any) -> None:
@@ -73,10 +90,10 @@ def check_config_sizes(config: Any) -> None:
         )
 
 
-def check_ids(field: str, ids: Iterable[object], vocabulary: int | None = None, owner: str = "") -> None:
+def check_ids(field: str, ids: Iterable[Any], vocabulary: int | None = None, owner: str = "") -> None:
     """Raise ValueError for what is no token id, or is not in a vocabulary, if there is one."""
     for token in ids:
-        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < 2**31:
+        if not is_integer(token) or not 0 <= token < 2**31:
             raise ValueError(f"{field} holds {shown(token)}, which is not a token id: those are integers from 0.")
         if vocabulary is not None and token >= vocabulary:
             raise ValueError(

@@ -1,6 +1,7 @@
-"""Named parts of an adapter's R: what a config says of them, which are on, and growing an adapter by one.
+"""Named parts of an adapter's R: what a config says of them.
 
-What a call says of its rows is read in context/subspaces.py, the equation of parts stands in interventions/parts.py.
+What a call says of its rows is read in context/subspaces.py, the equation of parts stands in interventions/parts.py,
+growing an adapter by a part in combine.py.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from peft_reft.interventions import check_parts
-from peft_reft.tuner.sizes import shown
+from peft_reft.tuner.sizes import check_rank, shown
 
 LONGEST_NAME = 100
 
@@ -50,8 +51,7 @@ def check_subspaces(config: Any) -> None:
                 f"subspaces={shown(parts)} has the name {shown(name)}; a name is printable text of at most "
                 f"{LONGEST_NAME} characters."
             )
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-            raise ValueError(f"subspaces[{name!r}]={shown(rank)} is not a rank; it must be an integer of at least 1.")
+        check_rank(f"subspaces[{name!r}]", rank)
     if sum(parts.values()) != config.r:
         raise ValueError(
             f"subspaces={shown(parts)} have {sum(parts.values())} directions together, but r={config.r}. The ranks of "

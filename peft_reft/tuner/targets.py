@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
@@ -82,17 +82,13 @@ def check_adapter_name(name: str) -> None:
         )
 
 
-def warn_of_settings_without_effect(
-    config: ReftConfig, model: nn.Module, targets: Iterable[str], linear: Iterable[str]
-) -> None:
+def warn_of_settings_without_effect(config: ReftConfig, model: nn.Module, names: Sequence[str]) -> None:
     """Say which settings change nothing, or hardly what they seem to.
 
     Args:
         model: the model that gets the adapter.
-        targets: names of the modules that are edited.
-        linear: those of them that are linear layers within blocks.
+        names: of the modules that are edited.
     """
-    names = list(targets)
     for pattern in config.rank_pattern or {}:
         if not any(get_pattern_key([pattern], name) == pattern for name in names):
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
@@ -100,12 +96,12 @@ def warn_of_settings_without_effect(
     saved = config.modules_to_save
     if saved and not any(name.endswith(tuple(saved)) for name, _ in model.named_modules()):
         warnings.warn(UNMATCHED_SAVED.format(names=sorted(saved)))
-    projections = sorted({name.rpartition(".")[2] for name in linear})
+    projections = sorted({name.rpartition(".")[2] for name in _linear_layers_within_blocks(model, names)})
     if projections:
         warnings.warn(LINEAR_LAYERS.format(targets=config.target_modules, names=", ".join(projections)))
 
 
-def linear_layers_within_blocks(model: nn.Module, targets: Iterable[str]) -> list[str]:
+def _linear_layers_within_blocks(model: nn.Module, targets: Iterable[str]) -> list[str]:
     """Those of the modules that are linear layers with a block's number before them."""
     found, modules = [], own_modules(model)
     for name in targets:

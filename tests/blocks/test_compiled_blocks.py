@@ -9,11 +9,11 @@ from accelerate.utils import compile_regions
 from conftest import tiny_model
 from torch import nn
 
-from peft_reft.blocks import ModelBlocks, block_number, find_blocks, own_name
+from peft_reft.blocks import ModelBlocks, block_number, own_name
 
 
 def compile_blocks(model: nn.Module) -> nn.Module:
-    for stack in find_blocks(model):
+    for stack in ModelBlocks(model).stacks():
         for name in stack:
             parent = model.get_submodule(name.rpartition(".")[0])
             number = int(name.rpartition(".")[2])
@@ -59,7 +59,7 @@ def test_a_network_without_a_config_may_be_compiled():
             return self.linear(h)
 
     model = nn.Sequential(nn.Linear(6, 6), nn.ModuleList([torch.compile(Block(), backend="eager") for _ in range(2)]))
-    assert find_blocks(model) == [["1.0._orig_mod", "1.1._orig_mod"]]
+    assert ModelBlocks(model).stacks() == [["1.0._orig_mod", "1.1._orig_mod"]]
     assert ModelBlocks(model).shape_of("1.0")[0] == 6
 
 

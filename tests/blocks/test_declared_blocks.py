@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from peft_reft import ReftConfig
-from peft_reft.blocks import PLAIN, ModelBlocks, find
+from peft_reft.blocks import PLAIN, ModelBlocks
 from peft_reft.blocks.declared import declared_stacks
 from peft_reft.blocks.tracing import traced_model
 from peft_reft.blocks.tracing.layouts import traced_layout
@@ -94,15 +94,15 @@ def test_code_that_is_not_of_transformers_is_traced():
     model = OwnForward(config)
     assert declared_stacks(model) == []
     blocks = ModelBlocks(model)
-    assert blocks.stacks() == find.find_blocks(tiny_model("llama")) and blocks.was_traced
+    assert blocks.stacks() == ModelBlocks(tiny_model("llama")).stacks() and blocks.was_traced
     model = tiny_model("llama")
     model.model.layers[1] = OwnBlock(config, 1)
     assert declared_stacks(model) == []
-    assert find.find_blocks(model) == find.find_blocks(tiny_model("llama"))
+    assert ModelBlocks(model).stacks() == ModelBlocks(tiny_model("llama")).stacks()
 
 
 def test_a_second_list_of_blocks_in_the_model_is_traced():
     model = tiny_model("llama")
     model.more = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)) for _ in range(2)])
     assert declared_stacks(model) == []
-    assert find.find_blocks(model) == find.find_blocks(tiny_model("llama"))
+    assert ModelBlocks(model).stacks() == ModelBlocks(tiny_model("llama")).stacks()

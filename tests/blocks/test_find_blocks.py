@@ -13,7 +13,7 @@ from conftest import BLOCKS, HIDDEN, inputs_of, logits, randomize, tiny_model
 from peft import get_peft_model
 
 from peft_reft import ReftConfig, get_interventions
-from peft_reft.blocks import block_width, find_blocks
+from peft_reft.blocks import ModelBlocks, block_width
 from peft_reft.blocks.tracing.traced_model import TracedModel
 
 STACKS = {
@@ -30,6 +30,10 @@ STACKS = {
 
 def numbered(*stacks, blocks=range(BLOCKS)):
     return [[f"{stack}.{number}" for number in blocks] for stack in stacks]
+
+
+def find_blocks(model):
+    return ModelBlocks(model).stacks()
 
 
 def targets(model, **settings):

@@ -298,7 +298,14 @@ def test_labels_that_cover_the_prompt_warn_once_in_training_with_the_ways_out():
     model = reft_model(tiny_model("llama"), positions="f1+l1", task_type="CAUSAL_LM").train()
     told = warnings_of(lambda: [model(**covered()).loss.backward() for _ in range(4)])
     assert len(told) == 1
-    for way_out in ("completion", "completion_only_loss", "assistant_only_loss", "prompt_end", "chat_prompt_end"):
+    for way_out in (
+        "completion",
+        "completion_only_loss",
+        "assistant_only_loss",
+        "prompt_end",
+        "chat_prompt_end",
+        "ReFT",
+    ):
         assert way_out in told[0]
     assert re.search(r"\b0\b.*\b1\b", told[0])  # the numbers of the rows
 

@@ -282,3 +282,16 @@ def test_sampled_sequences_of_a_row_all_have_its_own_adapter():
     )
     expected = adapters.forward(tiny_model("llama", eos_token_id=None), names, inputs)[:, -1]
     torch.testing.assert_close(got.logits[0], expected.repeat_interleave(3, dim=0), **CLOSE)
+
+
+@pytest.mark.parametrize("through", ["PeftModel", "base model"])
+@pytest.mark.parametrize("names", [["one"], ["one", "two"], ["one"] * 8])
+def test_names_that_are_not_one_per_row_are_refused(names, through):
+    """A part of the rows is not taken for rows that `generate` repeats."""
+    adapters = adapters_of(*[ReftConfig(task_type="CAUSAL_LM", positions="l1", r=2)] * 2)
+    model = adapters.model if through == "PeftModel" else adapters.model.get_base_model()
+    with pytest.raises(ValueError, match=f"got {len(names)} and 4 respectively. Pass one name per row"):
+        model.generate(**batch(5, 5, 3, 4), adapter_names=names, max_new_tokens=1)
+    with pytest.raises(ValueError, match=f"got {len(names)} and 4 respectively. Pass one name per row"):
+        model(**batch(5, 5, 3, 4), adapter_names=names)
+    assert model.generate(**batch(5, 5, 3, 4), adapter_names=["one"] * 4, max_new_tokens=1).shape == (4, 6)

@@ -8,13 +8,14 @@ import torch
 import transformers
 from conftest import batch, randomize, reft_model, tiny_model
 from edit_spy import EditSpy, spied
-from peft import get_peft_model, inject_adapter_in_model
+from peft import get_peft_model
 from slow_places import places_in_generate
-from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from peft_reft import ReftConfig
 from peft_reft.context.arguments import has_state, past_length
+from peft_reft.context.generate import Generation
+from peft_reft.positions import Tokens
 
 NEW = 4
 
@@ -89,73 +90,6 @@ def test_a_forward_in_a_step_of_generate_is_a_forward_of_its_own(positions, sett
             torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-4)
         with model.disable_adapter():
             assert (by_forward(inner, **OTHER[other]) - expected).abs().max() > 1e-3
-
-
-class AsksTwice(nn.Module):
-    """Runs one language model on two batches of the same shape."""
-
-    def __init__(self, lm):
-        super().__init__()
-        self.lm, self.config = lm, lm.config
-
-    def forward(self, input_ids, attention_mask, other_ids, other_mask):
-        other = self.lm(input_ids=other_ids, attention_mask=other_mask)
-        return self.lm(input_ids=input_ids, attention_mask=attention_mask).logits, other.logits
-
-
-def test_a_part_that_runs_twice_within_a_model_edits_each_batch_at_its_own_places():
-    lm = tiny_model("llama")
-    model = reft_model(AsksTwice(lm), positions="f1+l1", target_modules=r"lm\.model\.layers\.\d+")
-    one, other = batch(7, 5), batch(3, 7, side="left", seed=1)
-    with torch.no_grad():
-        found = model(**one, other_ids=other["input_ids"], other_mask=other["attention_mask"])
-    for inputs, logits in zip((one, other), found):
-        kept = inputs["attention_mask"].bool()
-        torch.testing.assert_close(logits[kept], by_forward(lm, **inputs)[kept])
-
-
-class AsksForPairs(nn.Module):
-    """Runs one language model on rows and on others, as contrastive losses do."""
-
-    def __init__(self, order):
-        super().__init__()
-        self.lm, self.order = tiny_model("llama"), order
-
-    def forward(self, input_ids, attention_mask, labels=None, other_ids=None, other_mask=None, other_labels=None):
-        calls = {
-            "own": {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels},
-            "other": {"input_ids": other_ids, "attention_mask": other_mask, "labels": other_labels},
-        }
-        return {name: self.lm(**calls[name]).logits for name in self.order}
-
-
-@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
-@pytest.mark.parametrize("given", ["mask", "labels", "labels of both", "mask and labels of both", "nothing"])
-@pytest.mark.parametrize("order", [("own", "other"), ("other", "own")], ids=" then ".join)
-def test_other_rows_that_a_model_runs_have_their_own_mask_and_labels_or_none(order, given, task_type, training):
-    module = AsksForPairs(order)
-    config = {"positions": "f1+l1", "r": 2}
-    if task_type is None:
-        model = reft_model(module, **config)
-    else:
-        model = randomize(inject_adapter_in_model(ReftConfig(task_type=task_type, **config), module))
-    one, other = batch(8, 6), batch(8, 5, seed=3)
-    inputs = {**one, "other_ids": other["input_ids"]}
-    expected = {"own": [[0, 7], [0, 5]], "other": [[0, 7], [0, 7]]}
-    if "mask" in given:
-        inputs["other_mask"] = other["attention_mask"]
-        expected["other"] = [[0, 7], [0, 4]]
-    if "labels" in given:
-        inputs["labels"] = one["input_ids"].masked_fill(torch.arange(8) < 3, -100)
-        expected["own"] = [[0, 2], [0, 2]]
-    if "both" in given:
-        inputs["other_labels"] = other["input_ids"].masked_fill(torch.arange(8) < 4, -100)
-        expected["other"] = [[0, 3], [0, 3]]
-    model.train(training)
-    with spied(model, AsksForPairs(order), "lm.model.layers.0") as calls, torch.set_grad_enabled(training):
-        model(**inputs)
-    assert calls == [expected[name] for name in order]
 
 
 def test_a_forward_with_labels_in_a_step_of_generate_uses_them():
@@ -290,7 +224,7 @@ def test_locations_behind_a_cache_are_columns_of_the_whole_row():
     assert calls == [[[0, 3], [2]]]
 
 
-def test_padding_of_a_prompt_counts_as_none_where_a_model_takes_no_mask():
+def test_padding_of_a_prompt_counts_as_none_where_a_model_does_not_look_at_the_mask():
     """RWKV runs it as tokens; the row's prompt begins behind it all the same."""
     model = recurrent("rwkv", positions="f1+l1+d2")
     ids = torch.cat([torch.zeros(1, 2, dtype=torch.long), batch(5)["input_ids"]], dim=1)
@@ -299,6 +233,60 @@ def test_padding_of_a_prompt_counts_as_none_where_a_model_takes_no_mask():
     assert torch.equal(got, expected)
     _, others = whole_forwards(model, ids, lambda columns: [0, 6, *range(8, columns, 2)])
     assert not torch.equal(others[0], steps[0])
+
+
+class TakesNoMask(transformers.LlamaForCausalLM):
+    def forward(self, input_ids=None, past_key_values=None, inputs_embeds=None, position_ids=None, **kwargs):
+        own = {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
+        return super().forward(input_ids, **own, **kwargs)
+
+
+def test_padding_of_a_prompt_counts_as_none_where_a_model_takes_no_mask():
+    base = tiny_model("llama", eos_token_id=None)
+    base.__class__ = TakesNoMask
+    model = reft_model(base, positions="f1+l1", task_type="CAUSAL_LM")
+    ids = torch.cat([torch.zeros(1, 2, dtype=torch.long), batch(5)["input_ids"]], dim=1)
+    with spied(model, tiny_model("llama", eos_token_id=None)) as calls:
+        generated(model, {"input_ids": ids})
+    assert calls == [[[2, 6]], *[[[]]] * (NEW - 1)]
+
+
+def test_new_tokens_behind_a_cache_end_the_whole_row_where_a_model_takes_no_mask():
+    base = tiny_model("llama", eos_token_id=None)
+    base.__class__ = TakesNoMask
+    model, ids = reft_model(base, positions="f1+l1", task_type="CAUSAL_LM"), batch(7)["input_ids"]
+    with torch.no_grad():
+        cache = model(input_ids=ids[:, :4], use_cache=True).past_key_values
+    with spied(model, tiny_model("llama", eos_token_id=None)) as calls:
+        generated(model, {"input_ids": ids[:, 4:], "past_key_values": cache})
+    assert calls == [[[2]], *[[[]]] * (NEW - 1)]
+
+
+def test_a_cache_that_counts_on_another_device_is_asked_once(monkeypatch):
+    """In its first step; ids that are only those of generated tokens do not tell how many columns there were."""
+    state = family(positions="f1+l1").get_base_model().forward.state
+    generation = Generation(state, Tokens(torch.ones(1, 7, dtype=torch.bool), given=True))
+    generation.guesses = True
+    monkeypatch.setattr("peft_reft.context.generate.past_length", lambda *_: torch.tensor(4))
+    none, embeds = torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, 3, 8)
+    step = generation.step(False, none, {"is_first_iteration": True}, {"inputs_embeds": embeds})
+    assert step.past == 4
+
+
+def test_embeddings_have_one_row_for_each_of_the_batch_where_ids_have_several():
+    config = transformers.MusicgenDecoderConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, num_codebooks=2
+    )
+    base = transformers.MusicgenForCausalLM(config)
+    model = get_peft_model(base, ReftConfig(task_type="CAUSAL_LM", r=2, subspaces={"a": 1, "b": 1}))
+    for given, rows in (({"inputs_embeds": torch.zeros(4, 5, 32)}, 4), ({"input_ids": torch.zeros(4, 5).long()}, 2)):
+        with pytest.raises(ValueError, match=f"has 3 entries, but the batch has {rows} rows"):
+            model.generate(**given, subspaces=["a"] * 3)
+    ids = torch.tensor(
+        [[9, 9, 5], [9, 9, 5], [4, 5, 6], [4, 5, 6]]
+    )  # two rows of two codebooks, of which one is padded
+    valid = base.generate._valid_columns({"input_ids": ids, "pad_token_id": 9})
+    assert valid.tolist() == [[False, False, True], [True, True, True]]
 
 
 def whole_forwards(model, ids, places):

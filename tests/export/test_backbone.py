@@ -61,10 +61,37 @@ def test_every_equation_gives_the_logits_of_the_package(intervention, side):
 
 
 @pytest.mark.parametrize("intervention", sorted(BUILT_IN.difference(EQUATIONS)))
-def test_an_intervention_that_takes_a_source_is_refused(intervention):
+def test_an_intervention_that_takes_a_source_is_refused(intervention, tmp_path):
     model = reft_model(tiny_model("llama"), intervention=intervention, task_type="CAUSAL_LM")
-    with pytest.raises(ValueError, match="takes the hidden states of another input"):
+    model.save_pretrained(tmp_path)
+    for refused in (
+        lambda: adapter_tensors(model),
+        lambda: adapter_tensors(tmp_path),
+        lambda: exportable(model, baked="default"),
+    ):
+        with pytest.raises(ValueError, match="takes the hidden states of another input"):
+            refused()
+
+
+@pytest.mark.parametrize("own", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5, 6]}])
+def test_weights_that_an_adapter_changes_do_not_slip_into_a_backbone(own):
+    model = reft_model(tiny_model("llama"), positions="l1", **CAUSAL, **own)
+    with pytest.raises(ValueError, match="weights that would become part of the backbone"):
+        exportable(model)
+    assert answer_of(exportable(model, baked="default"), None, "l1") == answer(model)
+    model.add_adapter("other", ReftConfig(positions="l1", **CAUSAL))
+    model.set_adapter("other")
+    exportable(model)
+    with pytest.raises(ValueError, match=r"Call set_adapter\('default'\) first"):
+        exportable(model, baked="default")
+
+
+def test_an_adapter_within_blocks_is_refused():
+    model = reft_model(tiny_model("llama"), positions="l1", target_modules=r".*\.mlp", **CAUSAL)
+    with pytest.raises(ValueError, match=r"'model.layers.0.mlp', a module within a block"):
         adapter_tensors(model)
+    with pytest.raises(ValueError, match="none of the model's blocks"):
+        exportable(model, baked="default")
 
 
 @pytest.mark.parametrize("cache", [True, False])

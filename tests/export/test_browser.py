@@ -4,6 +4,7 @@ PEFT_REFT_BROWSER=1 pytest tests/export/test_browser.py   (needs '.[export]', se
                                                            `npm install` in examples/browser)
 """
 
+import contextlib
 import functools
 import http.server
 import importlib.util
@@ -130,6 +131,55 @@ def test_adapters_in_javascript_are_those_of_python_and_bad_ones_are_refused_by_
     assert len({*in_javascript(tmp_path, files, asdict(description))}) >= 11  # each has its own reason
 
 
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_webgpu_is_taken_where_there_is_a_gpu_and_wasm_where_it_fails(tmp_path):
+    program = f"""
+        import {{ Backbone, chooseProvider }} from {json.dumps((EXAMPLE / "backbone.mjs").as_uri())};
+        const gpu = (found) => ({{ requestAdapter: async () => found() }});
+        const real = gpu(() => ({{ info: {{ isFallbackAdapter: false }} }}));
+        const imitated = gpu(() => ({{ info: {{ isFallbackAdapter: true }} }}));
+        const fails = gpu(() => {{ throw new Error("lost"); }});
+        const chosen = [];
+        for (const [wanted, found] of [
+          [null, real], ["webgpu", real], ["webgpu", imitated], [null, imitated], ["wasm", real], [null, null],
+          [null, gpu(() => null)], [null, fails],
+        ]) chosen.push(Object.values(await chooseProvider(wanted, found)));
+        const said = await chooseProvider("cuda", real).catch((error) => error.message);
+        const calls = [];
+        const load = (broken) => async (provider) => {{
+            if (broken === "load" && provider === "webgpu") throw new Error("no file");
+            return {{ InferenceSession: {{ create: async (graph, options) => {{
+                calls.push([graph, options.executionProviders, Object.keys(options.extra)]);
+                if (broken === provider || broken === "all") throw new Error("no memory");
+                return {{ run: async () => {{ throw new Error("lost"); }} }};
+            }} }} }};
+        }};
+        const description = {{ format: "peft_reft.backbone", version: 1, cache: [], cache_dtype: "float32" }};
+        const opened = [];
+        for (const broken of ["none", "webgpu", "load", "all"]) {{
+            const first = {{ provider: "webgpu", why: "" }};
+            const found = await Backbone.open(load(broken), first, description, "graph").catch((error) => error.message);
+            opened.push(found.provider ? [found.provider, found.why, await found.forward({{}}).catch((e) => e.message)] : found);
+        }}
+        console.log(JSON.stringify([chosen, said, opened, calls]));
+    """  # noqa: E501
+    (tmp_path / "program.mjs").write_text(program)
+    done = subprocess.run(["node", "program.mjs"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    chosen, said, opened, calls = json.loads(done.stdout)
+    assert [provider for provider, _ in chosen] == ["webgpu"] * 3 + ["wasm"] * 5
+    assert [why for _, why in chosen[:3]] == [""] * 3 and len({why for _, why in chosen[3:]}) == 5
+    assert chosen[-1][1] == "WebGPU failed: lost"
+    assert "on=cuda is nothing that the page runs on" in said
+    gpu_fails, wasm_fails = "The backbone failed on webgpu: lost. Add ?on=wasm", "The backbone failed on wasm: lost."
+    assert [one[:2] for one in opened[:3]] == [
+        ["webgpu", ""], ["wasm", "WebGPU failed: no memory"], ["wasm", "WebGPU failed: no file"],
+    ]  # fmt: skip
+    assert opened[0][2].startswith(gpu_fails) and opened[1][2] == opened[2][2] == wasm_fails
+    assert opened[3] == "no memory"
+    gpu, wasm = ["graph", ["webgpu"], []], ["graph", ["wasm"], ["session"]]
+    assert calls == [gpu, gpu, wasm, wasm, gpu, wasm]
+
+
 def missing() -> list[str]:
     needed = ("selenium", "onnx", "onnxscript", "onnxruntime")
     found = [name for name in needed if importlib.util.find_spec(name) is None]
@@ -183,15 +233,21 @@ def site(tmp_path_factory):
     server.shutdown()
 
 
-@pytest.fixture
-def page(site, tmp_path):
-    page = browser.Page(site[0], tmp_path / "profile", size=(900, 900))
+@contextlib.contextmanager
+def opened(address, profile, flags=browser.FLAGS):
+    page = browser.Page(address, profile, size=(900, 900), flags=flags)
     try:
         page.wait(lambda: "on w" in page.find("#status").text or page.find("#error").text)
         assert page.find("#error").text == ""
         yield page
     finally:
         page.driver.quit()
+
+
+@pytest.fixture
+def page(site, tmp_path):
+    with opened(site[0], tmp_path / "profile") as page:
+        yield page
 
 
 def ask(page, question):
@@ -246,6 +302,48 @@ def test_the_page_answers_as_the_package_for_every_adapter(page):
     dial(page, 1)
     choose(page, "none")
     assert ask(page, question) == expected(question)
+
+
+# Chromium's own imitation of a graphics processor: slow, and the same code of the page and of the runtime.
+IMITATED = f"{browser.FLAGS} enable-unsafe-webgpu use-webgpu-adapter=swiftshader".replace("disable-gpu ", "")
+
+
+@needs_a_browser
+def test_webgpu_answers_as_the_package(site, tmp_path):
+    with opened(f"{site[0]}?on=webgpu", tmp_path / "profile", IMITATED) as page:
+        assert page.find("#status").text.endswith("on webgpu")
+        for adapter in (None, *ADAPTERS):
+            choose(page, adapter or "none")
+            assert ask(page, "w3 w4 w5") == expected("w3 w4 w5", adapter)
+        assert page.driver.execute_script("return navigator.gpu.requestAdapter().then((found) => !!found)")
+
+
+@needs_a_browser
+@pytest.mark.parametrize(
+    ("query", "flags", "why"),
+    [
+        ("", browser.FLAGS, "WebGPU finds no graphics processor"),
+        ("", IMITATED, "software imitates the graphics processor, which is slower"),
+        ("?on=wasm", IMITATED, "the address asks for it"),
+        ("?on=webgpu", IMITATED, "WebGPU failed: "),
+    ],
+)
+def test_webassembly_takes_over_and_says_why(query, flags, why, site, tmp_path):
+    runtime = site[1] / "vendor" / "ort.webgpu.bundle.min.mjs"
+    broken = without(runtime) if why.startswith("WebGPU failed") else contextlib.nullcontext()
+    with broken, opened(site[0] + query, tmp_path / "profile", flags) as page:
+        assert f"on wasm ({why}" in page.find("#status").text
+        choose(page, "loud")
+        assert ask(page, "w3 w4") == expected("w3 w4", "loud")
+
+
+@contextlib.contextmanager
+def without(file):
+    aside = file.rename(file.with_suffix(".aside"))
+    try:
+        yield
+    finally:
+        aside.rename(file)
 
 
 @needs_a_browser

@@ -187,6 +187,8 @@ def test_a_smaller_adapter_is_padded_and_a_larger_one_refused(model, tmp_path):
         description(model, max_rank=2).inputs(found)
     with pytest.raises(ValueError, match=r"position groups 2, .* at most 1.*--max-groups 2"):
         description(model, max_groups=1).inputs(found)
+    with pytest.raises(ValueError, match=r"together have position groups 4, .* at most 3.*--max-groups 4"):
+        description(model, max_groups=3).inputs(found, found)
     with pytest.raises(ValueError, match="has an adapter inside"):
         description(model, baked="f2+l1").inputs(found)
 

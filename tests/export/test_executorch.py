@@ -24,14 +24,16 @@ ADAPTERS = {"one": ("f2+d2", False), "two": ("l1", True)}
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_one_file_on_xnnpack_answers_for_every_adapter(tmp_path):
+@pytest.mark.parametrize("kind", ["pte", "pte-portable"])
+def test_one_file_answers_for_every_adapter(kind, tmp_path):
     base = tiny_model("llama", num_hidden_layers=2)
     base.generation_config.eos_token_id = None
     settings = {"positions": "f2+d2", "share_weights": False, "layers_to_transform": [1]}
     model = reft_model(base, adapter="one", r=3, task_type="CAUSAL_LM", **settings)
     model.add_adapter("two", ReftConfig(r=1, positions="l1", intervention="direft", task_type="CAUSAL_LM"))
     randomize(model, "two", seed=4, scale=1.0)
-    export_backbone(exportable(model), tmp_path, "pte", max_rank=4, max_groups=2, max_columns=24)
+    export_backbone(exportable(model), tmp_path, kind, max_rank=4, max_groups=2, max_columns=24)
+    assert (b"XnnpackBackend" in (tmp_path / "backbone.pte").read_bytes()) == (kind == "pte")
     run, description = open_backbone(tmp_path)
     ids, seen = torch.tensor([PROMPT]), set()
     for adapter, (positions, share) in ADAPTERS.items():

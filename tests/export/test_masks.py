@@ -5,7 +5,6 @@ import torch
 from conftest import batch, reft_model, tiny_model
 from slow_places import named_tokens, split_by_position, terms_of
 
-from peft_reft import get_interventions
 from peft_reft.export import edit_mask
 
 POSITIONS = ["f2", "l3", "f2+l1", "f1+l3", "m2", "e2", "all", "d", "d2", "f2+m1+l2+e3+d2", "all+d3", "l1+d"]
@@ -65,21 +64,24 @@ def test_a_prompt_of_the_callers_own_length_ends_where_he_says():
     assert got.tolist() != [slow_mask("l1+d", row, n, False) for row, n in zip(mask.tolist(), (3, 3))]
 
 
-@pytest.mark.parametrize("positions", ["f2+l1", "m2+e3", "all"])
-def test_it_names_the_tokens_that_the_package_edits(positions):
-    model = reft_model(tiny_model("llama"), positions=positions, task_type="CAUSAL_LM", layers_to_transform=0)
-    inputs = batch(7, 3, side="left")
-    block = model.get_base_model().model.layers[0]
+@pytest.mark.parametrize("share_weights", [False, True])
+@pytest.mark.parametrize("positions", ["f2+l1", "m2+e3", "all+d3", "d2", "f2+m1+l2+e3+d2"])
+def test_it_names_the_tokens_that_the_package_edits_in_prompts_and_answers(positions, share_weights):
+    base = tiny_model("llama", num_hidden_layers=1)
+    base.generation_config.eos_token_id = None
+    model = reft_model(base, positions=positions, share_weights=share_weights, task_type="CAUSAL_LM")
+    inputs, new = batch(7, 3, side="left"), 7
     states = []
-    handle = block.register_forward_hook(lambda module, args, output: states.append(output))
-    with torch.no_grad():
-        model(**inputs)
+    handle = model.get_base_model().model.layers[0].register_forward_hook(lambda block, args, h: states.append(h))
+    with torch.no_grad(), handle:
+        row = model.generate(**inputs, max_new_tokens=new, do_sample=False)[:, :-1]  # the last token is not run
+        edited, states = torch.cat(states, dim=1), []
+        mask = torch.cat((inputs["attention_mask"], torch.ones(2, new - 1, dtype=torch.long)), dim=1)
         with model.disable_adapter():
-            model(**inputs)
-    handle.remove()
-    assert get_interventions(model)
-    moved = (states[0] - states[1]).abs().amax(-1) > 1e-6
-    assert torch.equal(moved, edit_mask(positions, inputs["attention_mask"], share_weights=True)[..., 0].bool())
+            model(input_ids=row, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+    moved = (edited - states[0]).abs().amax(-1) > 1e-5
+    expected = edit_mask(positions, mask, generated=new - 1, share_weights=share_weights).any(-1)
+    assert torch.equal(moved, expected) and expected.any()
 
 
 @pytest.mark.parametrize(

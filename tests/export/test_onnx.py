@@ -4,9 +4,9 @@ import warnings
 
 import pytest
 import torch
-from conftest import randomize, reft_model, tiny_model
+from conftest import batch, randomize, reft_model, tiny_model
 
-from peft_reft import ReftConfig
+from peft_reft import ReftConfig, set_strength
 from peft_reft.export import (
     adapter_tensors,
     edit_mask,
@@ -87,6 +87,63 @@ def test_logits_are_those_of_the_backbone(exported):
         torch.testing.assert_close(got[keep], wanted[keep], rtol=1e-4, atol=1e-4)
 
 
+ROWS = [("one", 0.5), ("two", 2.0), ("one", 1.5), ("two", 0.0), ("one", -1.0)]  # adapter and strength
+
+
+def of_rows(run, description, files, inputs, strengths, steps=4):
+    """Greedy tokens of a batch whose rows have adapters and strengths of their own, and the logits of each step."""
+    edits = {name: load_adapter_tensors(file) for name, file in files.items()}
+    adapter, past = description.inputs(*edits.values()), description.empty_past(len(ROWS))
+    ids, attention_mask = inputs.values()
+    answer, found = ids[:, :0], []
+    for generated in range(steps):
+        mask = torch.cat(
+            [
+                edit_mask(one.positions, attention_mask, generated=generated, share_weights=one.share_weights)
+                * torch.tensor([s if own == name else 0.0 for own, s in strengths]).view(-1, 1, 1)
+                for name, one in edits.items()
+            ],
+            dim=-1,
+        )
+        columns = ids.shape[1] if past is None or not generated else 1
+        logits, *present = run(ids[:, -columns:], attention_mask, mask[:, -columns:], *adapter.values(), *(past or ()))
+        found.append(logits[:, -1])
+        past = None if past is None else present
+        ids = torch.cat((ids, found[-1].argmax(-1, keepdim=True)), dim=1)
+        attention_mask = torch.cat((attention_mask, attention_mask[:, -1:]), dim=1)
+        answer = ids[:, -generated - 1 :]
+    return answer, torch.stack(found, dim=1)
+
+
+def check_rows(run, description, tmp_path):
+    """Rows of one run against generate with `adapter_names`, and against runs of single rows."""
+    model, files = two_adapters(), {name: tmp_path / f"{name}.safetensors" for name in ADAPTERS}
+    for name, file in files.items():
+        save_adapter_tensors(model, file, torch.float32, adapter_name=name, base_model=description.base_model)
+    inputs, names = batch(7, 4, 6, 7, 5, side="left"), [name for name, _ in ROWS]
+    answer, logits = of_rows(run, description, files, inputs, ROWS)
+    _, even = of_rows(run, description, files, inputs, [(name, 1.0) for name, _ in ROWS])
+    assert all((one - other).abs().max() > 1e-2 for one, other in zip(logits, even))  # each row's strength matters
+    settings = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    for row, (name, strength) in enumerate(ROWS):
+        set_strength(model, strength, name)
+        model.set_adapter(name)
+        alone = {
+            key: value[row : row + 1, value.shape[1] - int(inputs["attention_mask"][row].sum()) :]
+            for key, value in inputs.items()
+        }
+        for one, given, extra in ((0, alone, {}), (row, inputs, {"adapter_names": names})):
+            with torch.no_grad():
+                found = model.generate(**given, **extra, **settings)
+            assert found.sequences[one, -4:].tolist() == answer[row].tolist()
+            wanted = torch.stack(found.logits, dim=1)[one]
+            torch.testing.assert_close(logits[row], wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_each_row_has_a_strength_and_an_adapter_of_its_own_in_one_run(exported, tmp_path):
+    check_rows(*open_backbone(exported), tmp_path)
+
+
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_weights_of_few_bits_leave_the_edits_in_floating_point(dtype, exported, tmp_path, monkeypatch):
     model = two_adapters()
@@ -148,16 +205,18 @@ def test_inputs_that_do_not_fit_the_graph_are_named(exported):
 
 def test_pt2_without_a_cache_and_with_fixed_sizes(tmp_path):
     model = two_adapters()
-    written = export_backbone(exportable(model, cache=False), tmp_path, "pt2", max_rank=4, max_groups=2)
+    written = export_backbone(exportable(model, cache=False), tmp_path, "pt2", max_rank=4, max_groups=3)
     run, description = open_backbone(tmp_path)
     assert written == description and (description.max_rank, description.cache) == (4, None)
     for adapter, (positions, share) in ADAPTERS.items():
         save_adapter_tensors(model, tmp_path / "a.safetensors", torch.float32, adapter_name=adapter)
         tensors = description.inputs(load_adapter_tensors(tmp_path / "a.safetensors"))
         assert greedy_answer(run, PROMPT, tensors, positions, share, None, TOKENS) == answer(model, adapter)
+    check_rows(run, description, tmp_path)
     # Weights that all groups share serve a mask of any group.
     ids, columns = torch.tensor([PROMPT]), torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0, 1.0]])
-    masks = (torch.stack((columns, 0 * columns), -1), torch.stack((0 * columns, columns), -1), columns.unsqueeze(-1))
+    none = 0 * columns
+    masks = (torch.stack((columns, none, none), -1), torch.stack((none, none, columns), -1), columns.unsqueeze(-1))
     one, two, three = (run(ids, torch.ones_like(ids), mask, *tensors.values())[0] for mask in masks)
     assert torch.equal(one, three)
     torch.testing.assert_close(one, two)

@@ -242,25 +242,40 @@ class OwnCheckpoint(torch.nn.Module):
         return torch.utils.checkpoint.checkpoint(run, hidden_states, use_reentrant=self.reentrant)
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_a_users_own_checkpoint_around_blocks_of_positions_all_is_told(reentrant):
+def test_a_users_own_checkpoint_around_blocks_of_positions_all_raises_in_training_and_warns_otherwise(
+    reentrant, training
+):
     """Its second run knows no padding; torch sees by itself that it saves other tensors, if it is not reentrant."""
-    model = reft_model(llama(), **{**CONFIG, "positions": "all"}).train()
+    model = reft_model(llama(), **{**CONFIG, "positions": "all"}).train(training)
     model.enable_input_require_grads()
     layers = model.get_base_model().model.layers
     for number, block in enumerate(layers):
         layers[number] = OwnCheckpoint(block, reentrant)
     loss = model(**labelled(8, 5), use_cache=False).loss
-
-    def backward():
+    told = "outside of its model's forward.*gradient_checkpointing_enable"
+    if training:
+        with pytest.raises(ValueError, match=told):
+            loss.backward()
+        return
+    with pytest.warns(UserWarning, match=told):
         try:
             loss.backward()
         except torch.utils.checkpoint.CheckpointError:
             assert not reentrant
 
-    (told,) = warnings_of(backward)
-    assert "outside of its model's forward" in told
-    assert "gradient_checkpointing_enable" in told
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_block_of_a_module_without_ids_runs_by_itself_in_training(training):
+    """There is no padding that could be edited."""
+    model = reft_model(
+        torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)), positions="all", target_modules=["0", "1"]
+    )
+    block, h = model.get_base_model()[0].train(training), torch.randn(2, 5, 8)
+    assert warnings_of(lambda: block(h).sum().backward()) == []
+    (edit,) = get_interventions(model)["0"]
+    assert edit.bias.grad.abs().max() > 0
 
 
 def test_a_block_that_is_called_by_itself_without_gradients_edits_all_and_says_nothing():

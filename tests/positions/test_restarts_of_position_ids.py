@@ -5,6 +5,8 @@ import torch
 from conftest import batch, logits, reft_model, tiny_model
 from edit_spy import edited_columns
 
+from peft_reft.positions import document_starts
+
 LENGTHS = (5, 4)
 RESTARTED = torch.cat([torch.arange(n) for n in LENGTHS])[None]
 
@@ -27,6 +29,14 @@ def test_without_a_mask_they_are_documents():
         family(), tiny_model("llama"), input_ids=batch(9)["input_ids"], position_ids=RESTARTED, use_cache=False
     )
     assert found == [[0, 4, 5, 8]]
+
+
+@pytest.mark.parametrize(("axes", "begins"), [(4, [0, 5]), (3, None)], ids=["with the text's own", "of images alone"])
+def test_of_several_axes_the_first_of_four_are_the_texts(axes, begins):
+    """Models of images and video: time, height and width, and before them the text's."""
+    position_ids = torch.cat([RESTARTED[None], torch.zeros(axes - 1, 1, 9, dtype=torch.long)])
+    starts, _ = document_starts(torch.ones(1, 9, dtype=torch.bool), position_ids)
+    assert (None if starts is None else starts[0].nonzero().flatten().tolist()) == begins
 
 
 @pytest.mark.parametrize("labelled", [False, True])

@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from peft_reft import ReftConfig
-from peft_reft.tuner.files import read_adapter, read_json, read_tensors
+from peft_reft.info.files import read_adapter, read_json, read_tensors
 from peft_reft.tuner.staging import ABANDONED, STAGE, staged, write_text
 
 FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from transformers import CLIPConfig, LlamaConfig, T5Config, WhisperConfig
 
 from peft_reft import ReftConfig
 from peft_reft.tuner import model_sizes
+from peft_reft.tuner.checkpoint import check_tensors, warn_of_ignored
+from peft_reft.tuner.keys import INTERVENTIONS
 from peft_reft.tuner.model_sizes import check_sizes, most_tokens, vocabulary_of
 from peft_reft.tuner.sizes import shown
 
@@ -354,3 +357,21 @@ def test_tokens_that_are_trained_go_with_the_adapter_whatever_the_base_s_new_row
     again = PeftModel.from_pretrained(grown(2), tmp_path)
     assert torch.equal(logits(again, inputs), logits(model, inputs))
     assert not torch.allclose(logits(grown(2), inputs), logits(grown(1), inputs))
+
+
+@pytest.mark.parametrize(("name", "is_refused"), [(f"layers.0{INTERVENTIONS}0.count", True), ("head.count", False)])
+def test_whole_numbers_are_weights_of_no_intervention_even_where_the_model_has_some(name, is_refused):
+    """A module that is saved in full may hold a counter."""
+    tensors = {name: torch.zeros(2, dtype=torch.long)}
+    with pytest.raises(ValueError, match="weights are floating-point numbers") if is_refused else nullcontext():
+        check_tensors(tensors, current=tensors)
+
+
+def test_tensors_that_are_ignored_are_told_unless_the_model_has_the_same():
+    there = {"lm_head.weight": torch.tensor([1.0, 2.0])}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_ignored({"lm_head.weight": torch.tensor([1.0, 2.0])}, there, "default")
+    for other in (torch.tensor([1.0, 3.0]), torch.tensor([1.0, 2.0]).half(), torch.tensor([1.0])):
+        with pytest.warns(UserWarning, match="are not loaded: lm_head.weight"):
+            warn_of_ignored({"lm_head.weight": other}, there, "default")

@@ -29,3 +29,9 @@ def test_each_setting_that_says_what_weights_mean_is_compared(name):
 def test_modules_in_another_order_mean_the_same():
     one, other = (ReftConfig(modules_to_save=names) for names in (["lm_head", "norm"], ["norm", "lm_head"]))
     assert other_meaning(one, other) is None
+
+
+def test_subspaces_in_another_order_mean_other_rows_of_r():
+    one, other = (ReftConfig(subspaces=dict.fromkeys(names, 2)) for names in (["a", "b"], ["b", "a"]))
+    assert other_meaning(one, one) is None
+    assert other_meaning(one, other).startswith("subspaces is [('a', 2), ('b', 2)] in the new adapter")

@@ -13,8 +13,8 @@ from peft import PeftModel
 from test_files import contents, in_a_child, posix
 
 from peft_reft import ReftConfig
+from peft_reft.info.files import read_adapter
 from peft_reft.tuner import staging
-from peft_reft.tuner.files import read_adapter
 from peft_reft.tuner.staging import READY, staged
 
 CONFIG = {"r": 2, "task_type": "CAUSAL_LM"}

@@ -107,9 +107,23 @@ def test_generate_takes_parts_by_row_and_repeats_them_for_beams():
             set_subspaces(model, part)
             assert torch.equal(model.generate(**inputs, num_beams=beams)[row], together[row])
             set_subspaces(model, None)
+        assert torch.equal(model.generate(**inputs, subspaces=torch.eye(2), num_beams=beams), together)
     assert not torch.equal(
         model.generate(**inputs, subspaces=[[], []]), model.generate(**inputs, subspaces=["german"] * 2)
     )
+
+
+def test_parts_by_row_of_adapters_by_row_act_in_every_group():
+    model, inputs = parted(share_weights=False), batch(6, 6, 6)
+    model.add_adapter("other", ReftConfig(**CONFIG, share_weights=False))
+    randomize(model, "other", seed=7, scale=0.5)
+    names, parts = ["default", "other", "default"], ["german", "formal", {"formal": -2.0}]
+    together = logits(model, inputs, adapter_names=names, subspaces=parts)
+    for row in range(3):
+        one = {name: value[row : row + 1] for name, value in inputs.items()}
+        alone = logits(model, one, adapter_names=names[row : row + 1], subspaces=parts[row : row + 1])
+        torch.testing.assert_close(together[row], alone[0], atol=1e-5, rtol=1e-4)
+    assert (together[0] - logits(model, inputs, adapter_names=names)[0]).abs().max() > 1e-2
 
 
 def test_a_model_s_choice_holds_until_it_is_set_again_and_a_row_s_own_wins():
@@ -482,7 +496,12 @@ def test_a_subclass_that_changes_nothing_has_parts(monkeypatch):
         (["german"], "has 1 entries, but the batch has 2 rows"),
         ("german", "is not one entry per row"),
         ([3, 4], "subspaces holds 3, which is not a name, a list of names"),
-        ([{"german": float("nan")}, None], "subspaces holds"),
+        ([{"german": float("nan")}, None], r"subspaces holds \{'german': nan\}.*finite number"),
+        ([None, {"german": float("-inf")}], r"subspaces holds \{'german': -inf\}"),
+        ([{"german": True}, None], r"subspaces holds \{'german': True\}"),
+        (torch.tensor([[1.0, 0.5], [1.0, float("nan")]]), "subspaces holds nan for 'formal' in row 1.*finite number"),
+        (torch.tensor([[float("inf"), 0.5], [1.0, 1.0]]), "subspaces holds inf for 'german' in row 0"),
+        (torch.ones(2, 2, dtype=torch.bool), "subspaces is a tensor of torch.bool.*finite number"),
         (torch.ones(2, 3), "there are 2 subspaces"),
     ],
 )
@@ -491,6 +510,15 @@ def test_a_call_with_impossible_parts_is_refused(given, message, call):
     model, inputs = parted(), batch(6, 4, side="left")
     with pytest.raises(ValueError, match=message):
         model(**inputs, subspaces=given) if call == "forward" else model.generate(**inputs, subspaces=given)
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.bfloat16])
+def test_strengths_are_numbers_of_any_type(dtype):
+    model, inputs = parted(), batch(6, 4)
+    found = logits(model, inputs, subspaces=torch.tensor([[1, 0], [-1, 2]], dtype=dtype))
+    expected = logits(model, inputs, subspaces=[{"german": 1}, {"german": -1, "formal": 2.0}])
+    torch.testing.assert_close(found, expected)
+    assert (expected[0] - logits(model, inputs, subspaces=[None, None])[0]).abs().max() > 1e-2
 
 
 def test_parts_are_not_swallowed_where_there_are_none():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from peft_reft.blocks.compiled import own_modules
-from peft_reft.blocks.structure import input_embedding, path_of
+from peft_reft.blocks.structure import input_embedding, path_of, paths_around
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,7 @@ def entry_points(model: nn.Module) -> list[EntryPoint]:
     whole = _argument_names(model, "")
     if "input_ids" not in whole and whole & {"input_features", "input_values"}:
         return []
-    path = path_of(model, input_embedding(model))
-    inner: list[str] = []
-    while "." in path:
-        path = path.rpartition(".")[0]
-        inner.insert(0, path)
+    inner = paths_around(path_of(model, input_embedding(model)))[1:]
     per_row = sorted({1, _setting(getattr(model, "config", None), "num_codebooks", 1)})
     found = []
     paths = dict.fromkeys(["", getattr(model, "base_model_prefix", ""), *inner])

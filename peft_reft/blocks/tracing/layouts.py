@@ -6,7 +6,6 @@ followed to where they come out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from peft_reft.blocks.layout import NOT_TOKENS, PLAIN, Layout, layout_from
@@ -66,26 +65,21 @@ def _first_token(model: TracedModel, name: str, layout: Layout) -> int | None:
     """The column of the first token, if the others follow it: the columns that change when another token takes the
     place of the first or of the last one.
     """
-    first, last = _changed_columns(model, name, layout, (0, -1))
-    is_row = first is not None and last is not None and last - first == model.columns(name)[-1] - 1
-    return first if is_row else None
-
-
-def _changed_columns(model: TracedModel, name: str, layout: Layout, places: Sequence[int]) -> list[int | None]:
-    """For each place of a token, the column of a module's output that changes with it; None if that is not one."""
     before, *outputs = (
         trace(model.model, model.entry, *TOKENS[-1], other_at).calls_by_name()[name][0].output
-        for other_at in (None, *places)
+        for other_at in (None, 0, -1)
     )
-    found: list[int | None] = []
+    found: list[int] = []
     for output in outputs:
         if output is None or before is None or output.shape != before.shape:
-            found.append(None)
-            continue
+            return None
         changed = (output != before).movedim((layout.rows, layout.columns), (0, 1)).flatten(2).any(2).any(0)
-        places_changed = changed.nonzero().flatten().tolist()
-        found.append(places_changed[0] if len(places_changed) == 1 else None)
-    return found
+        columns = changed.nonzero().flatten().tolist()
+        if len(columns) != 1:
+            return None
+        found += columns
+    first, last = found
+    return first if last - first == model.columns(name)[-1] - 1 else None
 
 
 def _may_pad(model: TracedModel, name: str) -> bool:

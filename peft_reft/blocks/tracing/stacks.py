@@ -52,15 +52,15 @@ def _last_of_round(model: TracedModel, main: BlockList, lists: Sequence[BlockLis
     if len(main.ran) < 2 or _is_chain(model, main):
         return main
     order = {call.name: number for number, call in enumerate(model.traces[0].calls)}
-    turns = [found for found in lists if len(found.ran) == len(main.ran) and _runs_once(model, found)]
+    turns = [
+        found
+        for found in lists
+        if len(found.ran) == len(main.ran) and all(len(model.calls(name)) == 1 for name in found.ran)
+    ]
     rounds = list(zip(*([order[name] for name in found.ran] for found in turns)))
     if len(turns) < 2 or any(max(one) > min(other) for one, other in pairwise(rounds)):
         return main
     return max(turns, key=lambda found: order[found.ran[0]])
-
-
-def _runs_once(model: TracedModel, found: BlockList) -> bool:
-    return all(len(model.calls(name)) == 1 for name in found.ran)
 
 
 def _is_chain(model: TracedModel, found: BlockList) -> bool:

@@ -21,7 +21,6 @@ class BlockList:
     """A list of modules in the model that ran in the traces.
 
     Attributes:
-        path: the list's name.
         names: the modules that return the hidden state of each entry: the entry, or its last part.
         ran: those of them that ran, in the order of the list.
         size: how many parameters the list has.
@@ -29,7 +28,6 @@ class BlockList:
         leaves: whether an entry has no parts, and so is no block.
     """
 
-    path: str
     names: list[str]
     ran: list[str]
     size: int
@@ -94,21 +92,18 @@ class TracedModel:
                 return decoder
         return [one.columns for one in self.traces]
 
-    def lists(self) -> Iterator[BlockList]:
-        """The outermost lists of modules that ran; a list of lists counts as one."""
-        return self._lists_in("")
-
-    def _lists_in(self, path: str) -> Iterator[BlockList]:
+    def lists(self, path: str = "") -> Iterator[BlockList]:
+        """The outermost lists of modules that ran, below a module; a list of lists counts as one."""
         for name, _ in self.modules[path].named_children():
             inner = f"{path}.{name}" if path else name
             entries = self._entries(inner) if isinstance(self.modules[inner], nn.ModuleList) else []
             names = [self._end_of(entry) for entry in entries]
             ran = [name for name in names if len(self.shapes(name)) == len(self.traces)]
             if not ran:
-                yield from self._lists_in(inner)
+                yield from self.lists(inner)
                 continue
             leaves = not all(any(True for _ in self.modules[entry].children()) for entry in entries)
-            yield BlockList(inner, names, ran, size_of(self.modules[inner]), type(self.modules[entries[0]]), leaves)
+            yield BlockList(names, ran, size_of(self.modules[inner]), type(self.modules[entries[0]]), leaves)
 
     def _entries(self, path: str) -> list[str]:
         """Names of a list's modules; of all of them in their order if it is a list of lists."""

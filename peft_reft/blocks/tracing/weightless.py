@@ -56,17 +56,14 @@ class _ZeroLinear(nn.Module):
         self.out_features = out_features
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return (x[..., :1] * 0).repeat_interleave(
-            self.out_features, dim=-1
-        )  # computed from x, for whoever follows its gradient
+        # Computed from x, for whoever follows its gradient.
+        return (x[..., :1] * 0).repeat_interleave(self.out_features, dim=-1)
 
 
 def _zero_linear(module: nn.Module) -> nn.Module | None:
     """The module to put in place of a linear layer whose weight is no matrix of numbers; None for all others."""
-    weight, sizes = (
-        module._parameters.get("weight"),
-        (getattr(module, "out_features", None), getattr(module, "in_features", None)),
-    )
+    weight = module._parameters.get("weight")
+    sizes = (getattr(module, "out_features", None), getattr(module, "in_features", None))
     if weight is None or not all(isinstance(size, int) for size in sizes) or isinstance(module, nn.Bilinear):
         return None
     usual = weight.shape in (sizes, sizes[::-1]) and weight.is_floating_point() and weight.dtype.itemsize > 1
@@ -119,16 +116,17 @@ def _run_anywhere(config: PretrainedConfig) -> None:
             part.__dict__["_experts_implementation_internal"] = "eager"
 
 
+_aten = torch.ops.aten
+# Which of the arguments is the first factor.
+_PRODUCTS = {_aten.mm.default: 0, _aten.bmm.default: 0, _aten.addmm.default: 1, _aten.baddbmm.default: 1}
+
+
 class _NoLargeProducts(TorchDispatchMode):
     """Returns zeros for products of large matrices, without computing them."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
-            a, b = args[:2]
-            if a.numel() * b.shape[-1] > _LARGE:
-                return a.new_zeros(*a.shape[:-1], b.shape[-1])
-        elif func in (torch.ops.aten.addmm.default, torch.ops.aten.baddbmm.default):
-            a, b = args[1:3]
+        if func in _PRODUCTS:
+            a, b = args[_PRODUCTS[func] :][:2]
             if a.numel() * b.shape[-1] > _LARGE:
                 return a.new_zeros(*a.shape[:-1], b.shape[-1])
         elif func._schema.is_mutable and args and isinstance(args[0], nn.Parameter):

@@ -1,6 +1,6 @@
 """What an adapter's directory says: where it edits, with which factors; or why vLLM cannot serve it.
 
-Files are read by tuner/files.py, settings checked by `ReftConfig`, factors worked out by interventions/. The config is
+Files are read by info/files.py, settings checked by `ReftConfig`, factors worked out by interventions/. The config is
 enough for positions and is read in every process; the weights are read in the workers.
 """
 
@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 
 from peft_reft.blocks import group_by_stack, pick_layers
+from peft_reft.info.files import is_reft_adapter, read_adapter, read_config, weights_file
 from peft_reft.info.reading import interventions_of
 from peft_reft.integrations.vllm.rule import Rule
 from peft_reft.interventions import Factors, Intervention, build_intervention, kind_of, stack_factors, takes_source
 from peft_reft.positions import parse_positions
 from peft_reft.tuner.checkpoint import check_tensors
 from peft_reft.tuner.config import ReftConfig
-from peft_reft.tuner.files import is_reft_adapter, read_adapter, read_config, weights_file
 
 Version = tuple[tuple[int, int], ...]
 

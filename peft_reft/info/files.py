@@ -1,7 +1,7 @@
 """The files of saved adapters, as strangers may have made them: opened with care.
 
 Nothing that is read is executed: configs are JSON, tensors come from safetensors, or from a pickle that may hold
-tensors and nothing else. Writing is the work of staging.py.
+tensors and nothing else. Writing is the work of tuner/staging.py.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from peft_reft.tuner.staging import wait_until_whole
-
-CARD_NAME = "README.md"
 
 
 @dataclass(frozen=True)

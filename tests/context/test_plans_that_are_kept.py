@@ -1,0 +1,74 @@
+"""Plans are kept from call to call: not too many, not of what has changed, and no graph of a call with them."""
+
+import gc
+
+import torch
+from conftest import batch, randomize, reft_model, tiny_model
+from peft import get_peft_model
+
+from peft_reft import ReftConfig, set_strength
+from peft_reft.context.plan import KEPT
+
+CONFIG = {"task_type": "CAUSAL_LM", "r": 2, "positions": "f1+l1"}
+
+
+def two_adapters(**settings):
+    model = get_peft_model(tiny_model("llama"), ReftConfig(**CONFIG, **settings), adapter_name="one")
+    model.add_adapter("two", ReftConfig(**CONFIG, **settings))
+    for seed, name in enumerate(("one", "two")):
+        randomize(model, name, seed=seed)
+    return model.eval()
+
+
+def test_a_few_plans_are_kept_of_any_number_of_strengths():
+    model, inputs = two_adapters(), batch(5)
+    state = model.get_base_model().forward.state
+    for step in range(2 * KEPT):
+        set_strength(model, 1 + step / 8, "one")
+        with torch.no_grad():
+            model(**inputs)
+        assert 1 <= len(state.plans) <= KEPT
+    assert len(state.plans) == KEPT
+
+
+def test_a_model_that_moved_to_another_device_edits_there():
+    """Its modules are the same objects; what a plan remembers of their parameters is not."""
+    model, ids = reft_model(tiny_model("llama"), **CONFIG), batch(5)["input_ids"]
+    with torch.no_grad():
+        model(input_ids=ids)
+        assert model.to("meta")(input_ids=ids.to("meta")).logits.is_meta
+
+
+def recorded():
+    gc.collect()
+    return [one for one in gc.get_objects() if isinstance(one, torch.Tensor) and one.grad_fn is not None]
+
+
+def test_no_graph_of_a_call_is_kept():
+    """Rows with adapters of their own have factors that are put together for one call."""
+    model, inputs = two_adapters(), batch(5, 5)
+    for parameter in (p for name, p in model.named_parameters() if "reft_" in name):
+        parameter.requires_grad_()
+    before = {id(one) for one in recorded()}
+    for names in (["one", "two"], ["two", "__base__"]):
+        loss = model(**inputs, adapter_names=names).logits.sum()
+        assert len(recorded()) > len(before)
+        del loss
+    assert [one.shape for one in recorded() if id(one) not in before] == []
+
+
+def test_dropout_in_rows_with_adapters_of_their_own_drops_entries_of_each_rows_edit():
+    """The first block's edit, of which each entry is gone or doubled."""
+    model, inputs = two_adapters(dropout=0.5, layers_to_transform=0), batch(5, 5)
+    seen = []
+    block = model.get_base_model().model.layers[0]
+    block.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        for training, names in ((False, ["one", "two"]), (True, ["one", "two"]), (False, ["__base__"] * 2)):
+            model.train(training).get_base_model()(**inputs, adapter_names=names)  # PEFT's own class: not in training
+    edited, dropped, plain = seen
+    whole, found = (edited - plain)[:, [0, 4]], (dropped - plain)[:, [0, 4]]
+    gone, doubled = found.abs() < 1e-6, (found - 2 * whole).abs() < 1e-4
+    assert (gone | doubled).all()
+    for row in range(2):
+        assert 0.2 < gone[row].float().mean() < 0.8
