@@ -44,11 +44,14 @@ def main() -> None:
     parser.add_argument("--adapters", nargs="+", type=Path, required=True, help="folders of saved adapters")
     parser.add_argument("--backbones", nargs="+", type=Path, required=True, help="folders of exported backbones")
     parser.add_argument("--tokens", type=int, default=24, help="length of the answers (default: 24)")
+    parser.add_argument(
+        "--questions", type=int, default=len(QUESTIONS), help="how many, for slow runtimes (default: all)"
+    )
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    prompts = [prompt_of(tokenizer, question) for question in QUESTIONS]
+    prompts = [prompt_of(tokenizer, question) for question in QUESTIONS[: options.questions]]
     print(
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, ", end=""
     )

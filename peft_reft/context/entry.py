@@ -24,7 +24,7 @@ from peft_reft.context.generate import STEP
 from peft_reft.context.method import MethodEntry
 from peft_reft.context.opening import Entered, open_context, prompts_in
 from peft_reft.context.replay import Path
-from peft_reft.positions import PositionSpec
+from peft_reft.positions import IGNORED, PositionSpec
 
 # Taken out of the call: the model does not know them.
 OWN_ARGUMENTS = ("intervention_locations", "adapter_names", "subspaces", "source_inputs", STEP)
@@ -163,7 +163,10 @@ class ForwardEntry(MethodEntry):
             for spec in self.state.active_specs():
                 first = replace(spec, turns=None) if spec.turns == "all" else spec
                 prompts = prompts_in(tokens, first, self.entered.role, self.state)
-                covered[spec] = (tokens.valid & (prompts.order == 1) & (prompts.length <= 1)).any(1)
+                # The first token of a document has a label itself, and no other is the prompt's.
+                starts = tokens.valid & (prompts.order == 0) & (tokens.labels != IGNORED)
+                alone = tokens.valid & (prompts.order == 1) & (prompts.length <= 1)
+                covered[spec] = starts.any(1) & alone.any(1)
         notices.look_at_training(context, covered)
 
 

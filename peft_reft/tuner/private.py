@@ -21,8 +21,19 @@ peft CONFIG_KEYS_TO_CHECK                         integrations/hotswap.py       
 peft PeftModel.load_adapter, wrapped              tuner/loading.py                 checks before and after loading
 transformers PeftAdapterMixin.load_adapter, ditto tuner/loading.py                 as above
                                                   a hook of the tuner after loading
+peft PeftModel.save_pretrained, wrapped           tuner/saving.py                  files are written in their places
+                                                  files written beside and renamed
 transformers _gradient_checkpointing_func         context/replay.py                blocks run again in backward
                                                   a context around what a checkpoint runs
+transformers config._attn_implementation_internal blocks/tracing/weightless.py     a trace runs on no device: eager code
+transformers config._experts_implementation_...   blocks/tracing/weightless.py     as above
+                                                  set_attn_implementation on a config
+transformers _true_initial_tokens of a request    integrations/continuous_batching where the prompt of a request ends
+                                                  the prompt's length of a request
+peft _active_adapter, _disable_adapters           context/, causal/                read in each block of each step
+                                                  they are its public properties
+peft BaseTuner's methods for tuners, overridden   tuner/model.py                   as in PEFT's own tuners
+                                                  (the contract of a tuner)
 transformers CallbackHandler.__init__, wrapped    integrations/trainer.py          notices when training starts
                                                   callbacks that a model brings
 """
