@@ -32,9 +32,9 @@ from peft_reft.context.sources import run_sources
 from peft_reft.context.state import ModelState
 from peft_reft.context.within import (
     has_another_mask,
+    note_ids,
     runs_more_or_fewer_tokens,
     runs_other_rows,
-    runs_own_rows_late,
     whole_numbers,
 )
 from peft_reft.positions import PositionSpec, Prompts, Tokens, generated
@@ -92,7 +92,7 @@ def open_context(
             given = replace(given, labels_show_prompts=shows)
         else:
             is_new = has_another_mask(outer, arguments)
-            if runs_own_rows_late(outer, entered.depth, arguments):
+            if note_ids(outer, entered.depth, arguments):
                 notices.object_to(entered.state, entered.module, notices.OTHERS_FIRST, "others first")
     if _predicts(entered, given, arguments, shape, outer):
         labels, shift_labels = arguments.get("labels"), arguments.get("shift_labels")

@@ -66,10 +66,12 @@ def has_another_mask(outer: ForwardContext, arguments: Mapping[str, Any]) -> boo
     return outer.mask is None or arguments.get("input_ids") is not _own_ids(outer)
 
 
-def runs_own_rows_late(outer: ForwardContext, depth: int, arguments: Mapping[str, Any]) -> bool:
-    """Whether a call runs the outer call's own ids after others, which counted as its rows in another form.
+def note_ids(outer: ForwardContext, depth: int, arguments: Mapping[str, Any]) -> bool:
+    """Note down in the outer context which ids a call runs that counts as its rows.
 
-    Only if it matters: if those others had neither labels nor a mask but the outer call's. Notes which ids ran.
+    Returns:
+        Whether they are the outer call's own, and come after others that counted as its rows in another form. Only if
+        that matters: if those others had neither labels nor a mask but the outer call's.
     """
     ids, own = arguments.get("input_ids"), _own_ids(outer)
     if own is None or ids is None:

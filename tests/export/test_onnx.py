@@ -172,9 +172,9 @@ def test_weights_of_few_bits_leave_the_edits_in_floating_point(dtype, exported, 
     # angles' alone, whose factor is no matrix of weights.
     few_bits = {node.output[0] for node in rounded.node if node.op_type == "DequantizeLinear"}
     kept = [node for node in rounded.node if node.op_type == "MatMul" and not few_bits & set(node.input)]
-    assert len(of_states) == 2 * (2 + 2) < len(products)
+    assert 2 * (2 + 2) <= len(of_states) <= 2 * (2 + 2) + 1 < len(products)  # transformers 5.16 has the angles here
     assert {node.name for node in of_states} <= {node.name for node in kept}
-    assert len(kept) <= len(of_states) + 1
+    assert len(kept) <= 2 * (2 + 2) + 1
 
 
 def changed(arguments, number, tensor):
