@@ -163,8 +163,9 @@ class ForwardEntry(MethodEntry):
             for spec in self.state.active_specs():
                 first = replace(spec, turns=None) if spec.turns == "all" else spec
                 prompts = prompts_in(tokens, first, self.entered.role, self.state)
-                # The first token of a document has a label itself, and no other is the prompt's.
-                starts = tokens.valid & (prompts.order == 0) & (tokens.labels != IGNORED)
+                # The first token has a label itself, which TRL takes away in packed documents; no other is the prompt's.
+                has_label = (tokens.labels != IGNORED) | (prompts.document is not None)
+                starts = tokens.valid & (prompts.order == 0) & has_label
                 alone = tokens.valid & (prompts.order == 1) & (prompts.length <= 1)
                 covered[spec] = starts.any(1) & alone.any(1)
         notices.look_at_training(context, covered)
