@@ -163,7 +163,7 @@ class ForwardEntry(MethodEntry):
             for spec in self.state.active_specs():
                 first = replace(spec, turns=None) if spec.turns == "all" else spec
                 prompts = prompts_in(tokens, first, self.entered.role, self.state)
-                # The first token has a label itself, which TRL takes away in packed documents; no other is the prompt's.
+                # The first token has a label (which TRL takes away in packed documents), and no other is the prompt's.
                 has_label = (tokens.labels != IGNORED) | (prompts.document is not None)
                 starts = tokens.valid & (prompts.order == 0) & has_label
                 alone = tokens.valid & (prompts.order == 1) & (prompts.length <= 1)
