@@ -75,6 +75,7 @@ def main(argv: Sequence[str]) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("torch").setLevel(logging.ERROR)  # its exporters' warnings to each other
+    logging.getLogger("onnxruntime").setLevel(logging.ERROR)  # its rounding says what it does with each node
     try:
         if arguments.adapter:
             return _adapter(arguments, paths[0])
