@@ -696,7 +696,11 @@ def test_a_built_in_name_cannot_be_taken(name, registry):
         register_intervention(name, Minimal)
 
 
-@pytest.mark.parametrize("cls", [Minimal(4, 2), dict, "Minimal", None, lambda d, r: Minimal(d, r)], ids=repr)
+@pytest.mark.parametrize(
+    "cls",
+    [Minimal(4, 2), dict, "Minimal", None, lambda d, r: Minimal(d, r)],
+    ids=["instance", "dict", "name", "None", "function"],
+)
 def test_what_is_no_class_of_modules_is_rejected(cls, registry):
     with pytest.raises(TypeError, match=r"not a subclass of torch\.nn\.Module"):
         register_intervention("own", cls)

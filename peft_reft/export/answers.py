@@ -27,6 +27,7 @@ def greedy_answer(
     past: Sequence[Tensor] | None,
     new_tokens: int = 16,
     strength: float = 1.0,
+    given: Sequence[int] | None = None,
 ) -> list[int]:
     """The likeliest tokens behind a prompt, one after the other.
 
@@ -39,6 +40,8 @@ def greedy_answer(
         past: the cache of a new row (`empty_past` of a backbone or its description); None for a backbone without one.
         new_tokens: how many.
         strength: 0 for the backbone alone.
+        given: an answer of `new_tokens` tokens; each token is then the likeliest behind those of the given answer, so
+            that one that differs does not change all that follow.
     """
     row, answer = list(prompt), list[int]()
     columns = row
@@ -49,9 +52,9 @@ def greedy_answer(
         ids, attention_mask = torch.tensor([columns]), torch.ones(1, len(row), dtype=torch.long)
         logits, *present = run(ids, attention_mask, mask, *tensors, *(past or ()))
         answer.append(int(logits[0, -1].argmax()))
-        row = [*row, answer[-1]]
+        row = [*row, answer[-1] if given is None else given[len(answer) - 1]]
         if past is not None:
-            past, columns = present, answer[-1:]
+            past, columns = present, row[-1:]
         else:
             columns = row
     return answer

@@ -105,6 +105,19 @@ def test_answers_are_those_of_generate(family, cache):
     assert answer_of(backbone, tensors, "f2+d2", False) != answer_of(backbone, tensors, "f2+d3", False)
 
 
+@pytest.mark.parametrize("cache", [True, False])
+def test_tokens_behind_a_given_answer_are_those_of_the_model_behind_it(cache):
+    model = reft_model(tiny_model("llama"), positions="f2+d2", share_weights=False, task_type="CAUSAL_LM")
+    own = answer(model)
+    given = [own[0], (own[1] + 1) % 100, *own[2:]]
+    ids, labels = torch.tensor([[*PROMPT, *given]]), torch.tensor([[-100] * len(PROMPT) + given])
+    expected = model(input_ids=ids, labels=labels).logits[0, len(PROMPT) - 1 : -1].argmax(-1).tolist()
+    past = exportable(model).empty_past() if cache else None
+    arguments = (PROMPT, adapter_tensors(model), "f2+d2", False, past, TOKENS)
+    found = greedy_answer(exportable(model, cache=cache), *arguments, given=given)
+    assert found == expected and found[:2] == own[:2] and found[2:] != own[2:]
+
+
 def test_a_window_is_kept_by_the_mask_when_the_cache_holds_the_whole_row():
     models = [reft_model(tiny_model("mistral", sliding_window=size), positions="f1+d2", **CAUSAL) for size in (4, 100)]
     found = [answer_of(exportable(model), adapter_tensors(model), "f1+d2") for model in models]

@@ -28,9 +28,8 @@ def test_a_backbone_is_written_and_compared(folder, tmp_path, capsys):
     argv = [str(folder / "base"), str(tmp_path / "out"), "--format", "pt2", "--no-cache", "--max-columns", "7"]
     assert command.main(argv) == 0
     said = capsys.readouterr().out
-    assert (
-        said.count("4 of 4 tokens equal") == 2
-    )  # behind a prompt of four, of which the last token is not run and "does not change the answer" not in said
+    # Behind a prompt of four; the last token of the answer is not run.
+    assert said.count("4 of 4 tokens equal") == 2 and "does not change the answer" not in said
     assert "backbone.pt2: " in said and " bytes" in said
     found = {file.name for file in (tmp_path / "out").iterdir()}
     assert {"backbone.pt2", "backbone.json", "tokenizer.json", "chat_template.jinja"} <= found
