@@ -293,6 +293,21 @@ def test_locations_of_an_encoder_decoder_are_those_of_its_encoder():
     assert not torch.equal(found, expected)
 
 
+def test_locations_of_an_encoder_leave_generated_tokens_to_the_positions():
+    """What a training forward edits with the same locations: the logits of the answer are equal."""
+    model = reft_model(tiny_model("t5"), positions="f1+d2", task_type="SEQ_2_SEQ_LM")
+    inputs = {**batch(6, 6), "intervention_locations": torch.tensor([[1], [2]])}
+    new = {"max_new_tokens": NEW, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    found = model.generate(**inputs, **new)
+    torch.testing.assert_close(
+        torch.stack(found.logits, 1), logits(model, inputs, labels=found.sequences[:, 1:].contiguous())
+    )
+    with model.disable_adapter():
+        assert not torch.equal(
+            logits(model, inputs, labels=found.sequences[:, 1:].contiguous()), torch.stack(found.logits, 1)
+        )
+
+
 @pytest.mark.parametrize("chunks", [{}, {"prefill_chunk_size": 2}])
 def test_padding_is_inferred_by_the_settings_of_the_call_not_of_the_model(chunks):
     model = family(positions="f2+l2")

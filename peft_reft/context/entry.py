@@ -64,7 +64,7 @@ class ForwardEntry(MethodEntry):
             return self._below_what_replaced_it(*args, **kwargs)
         if outer is not None and outer.idle and outer.depth < self.entered.depth:
             return self.__wrapped__(*args, **kwargs)
-        if STEP in kwargs and kwargs[STEP].edits_nothing:
+        if STEP in kwargs and kwargs[STEP].edits_nothing(self.entered.role):
             del kwargs[STEP]
             context = self.idle
         else:

@@ -131,13 +131,17 @@ class Step(NamedTuple):
     generation: Generation
     past: int
 
-    @property
-    def edits_nothing(self) -> bool:
-        """Whether it holds generated tokens only, and no adapter edits those."""
+    def edits_nothing(self, role: str) -> bool:
+        """Whether it holds generated tokens only, and no adapter edits those.
+
+        Args:
+            role: of the module that runs it. Locations that were given name all there is to edit, but in an
+                encoder-decoder model the encoder's.
+        """
         generation = self.generation
         if generation.tokens is None or self.past < generation.tokens.valid.shape[1]:
             return False
-        return not generation.edits_answers or generation.locations is not None
+        return not generation.edits_answers or (generation.locations is not None and role == "")
 
 
 class GenerateEntry(MethodEntry):

@@ -202,7 +202,7 @@ def _step(context: ForwardContext, step: Step, rows: int, columns: int, argument
     locations = None if context.role == "decoder" else generation.locations
     if past >= total:
         device = token_device(arguments)
-        context.idle = not generation.edits_answers or locations is not None
+        context.idle = step.edits_nothing(context.role)
         context.answers_only = True
         context.prompts_of = lambda spec: generated(rows, columns, past - total, device)
         return context
