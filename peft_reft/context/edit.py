@@ -73,6 +73,6 @@ class Edit(NamedTuple):
 def _call(modules: Sequence[nn.Module], selected: Tensor, keep: Tensor | None = None) -> Tensor:
     """The edits of interventions that are called as modules: of [m, d] for one, of [n, m, d] for several."""
     if selected.dim() == 2:
-        return edit_of(modules[0], selected, keep)
+        return edit_of(modules[0], selected, keep=keep)
     kept = [None] * len(modules) if keep is None else keep
-    return torch.stack([edit_of(module, h, own) for module, h, own in zip(modules, selected, kept)])
+    return torch.stack([edit_of(module, h, keep=own) for module, h, own in zip(modules, selected, kept)])

@@ -20,7 +20,7 @@ from peft_reft.context.arguments import repeats
 from peft_reft.context.plan import Family
 from peft_reft.context.state import ModelState
 from peft_reft.context.subspaces import Choices, strengths
-from peft_reft.interventions import exchange_of
+from peft_reft.interventions import edit_of
 from peft_reft.positions import Places, PositionSpec, columns_of
 
 RULE = (
@@ -203,7 +203,7 @@ class Exchange:
             factor = keep if part is None else keep * self._mask(part, keep)
             for group, module in enumerate(modules):
                 h_G, s_G, k_G = selected[:, group], source[:, group], factor[:, group]
-                edit = exchange_of(module, h_G, s_G) * k_G if k_G.shape[-1] == 1 else exchange_of(module, h_G, s_G, k_G)
+                edit = edit_of(module, h_G, s_G) * k_G if k_G.shape[-1] == 1 else edit_of(module, h_G, s_G, keep=k_G)
                 delta = delta.index_add(1, torch.tensor([group], device=h.device), edit.to(exact).unsqueeze(1))
         delta = delta.masked_fill((keep == 0).all(-1, keepdim=True), 0.0)  # not 0 times what padding may hold
         index = (rows * h.shape[1] + columns).flatten()

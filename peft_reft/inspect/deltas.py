@@ -63,7 +63,7 @@ def deltas_of(layer: ReftLayer, h: Tensor, context: ForwardContext, together: st
                 where = mark > 0
                 if where.any():
                     own = None if keep is None else keep.unsqueeze(1).expand(*h.shape[:2], -1)[where]
-                    edit = edit_of(intervention, h[where], own).to(exact) * mark[where, None] * layer.scaling[name]
+                    edit = edit_of(intervention, h[where], keep=own).to(exact) * mark[where, None] * layer.scaling[name]
                     delta[where] += edit
                     subspace = getattr(intervention, "subspace", None)
                     subspace = subspace[rows] if isinstance(subspace, Tensor) else None

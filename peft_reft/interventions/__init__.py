@@ -5,6 +5,7 @@ Plain torch. Positions, blocks, adapters and models are known elsewhere.
 
 from peft_reft.interventions.batched import FactorMemo, Kind, kind_of, stack_factors
 from peft_reft.interventions.boundless import BoundlessIntervention
+from peft_reft.interventions.called import edit_of
 from peft_reft.interventions.equations import (
     ConsreftIntervention,
     DireftIntervention,
@@ -14,10 +15,9 @@ from peft_reft.interventions.equations import (
     LoreftIntervention,
     NoreftIntervention,
     OdireftIntervention,
-    edit_of,
     low_rank_edit,
 )
-from peft_reft.interventions.interchange import InterchangeIntervention, VanillaIntervention, exchange_of
+from peft_reft.interventions.interchange import InterchangeIntervention, VanillaIntervention
 from peft_reft.interventions.orthonormal import orthonormal_rows
 from peft_reft.interventions.parts import PartedRows
 from peft_reft.interventions.registry import (
@@ -51,7 +51,6 @@ __all__ = [
     "build_intervention",
     "check_parts",
     "edit_of",
-    "exchange_of",
     "intervention_names",
     "kind_of",
     "low_rank_edit",

@@ -256,21 +256,6 @@ class Intervention(PartedRows):
         return h + (self.edit(h) if keep is None else self.edit(h, keep)).to(h.dtype)
 
 
-def edit_of(intervention: nn.Module, h: Tensor, keep: Tensor | None = None) -> Tensor:
-    """What an intervention, built-in or of the user's own, adds to `h` [..., d].
-
-    Args:
-        keep: [..., r], a factor for each direction, which interventions with parts take; None for 1.
-    """
-    is_own = isinstance(intervention, Intervention) and type(intervention).forward is Intervention.forward
-    if is_own and "forward" not in vars(intervention):  # accelerate puts one there that fetches offloaded weights
-        return intervention.edit(h) if keep is None else intervention.edit(h, keep)  # type: ignore[operator]
-    dtype = next((p.dtype for p in intervention.parameters() if p.is_floating_point()), h.dtype)
-    h = h.to(dtype)  # a module with weights in float32 need not know of models in half precision
-    edited: Tensor = intervention(h) if keep is None else intervention(h, keep)
-    return edited - h
-
-
 def _passes_through_zero(act: Callable[[Tensor], Tensor] | None) -> bool:
     """Whether a learned value of zero stays zero under an activation, and can still be trained from there."""
     if act is None:

@@ -67,18 +67,3 @@ class VanillaIntervention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"d={self.d}"
-
-
-def exchange_of(intervention: nn.Module, h: Tensor, source: Tensor, keep: Tensor | None = None) -> Tensor:
-    """What an intervention that takes a source, built-in or of the user's own, adds to `h` [..., d].
-
-    Args:
-        keep: [..., r], a factor for each direction, which interventions with parts take; None for 1.
-    """
-    own = (h, source) if keep is None else (h, source, keep)
-    if hasattr(intervention, "edit") and "forward" not in vars(intervention):
-        edit: Tensor = intervention.edit(*own)  # type: ignore[operator]
-        return edit
-    dtype = next((p.dtype for p in intervention.parameters() if p.is_floating_point()), h.dtype)
-    edited: Tensor = intervention(*(tensor.to(dtype) for tensor in own))
-    return edited - h.to(dtype)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from peft_reft import ReftConfig, get_interventions, set_strength
 from peft_reft.info import adapter_info
 from peft_reft.inspect import inspect_adapter
+from peft_reft.interventions import VanillaIntervention
 from peft_reft.interventions.registry import REGISTRY
 from peft_reft.tuner.injection import state_of
 
@@ -305,9 +306,18 @@ class Half(nn.Module):
     def forward(self, h, source):
         return h + self.share * (source - h)
 
+    def edit(self):
+        raise AssertionError("What a module of one's own has beside its forward is its own business.")
 
-def test_an_intervention_of_one_s_own_may_take_a_source(monkeypatch):
-    monkeypatch.setitem(REGISTRY, "half", Half)
+
+class HalfOfVanilla(VanillaIntervention):
+    def forward(self, h, source):
+        return (h + source) / 2
+
+
+@pytest.mark.parametrize("own", [Half, HalfOfVanilla])
+def test_an_intervention_of_one_s_own_may_take_a_source(monkeypatch, own):
+    monkeypatch.setitem(REGISTRY, "half", own)
     base = tiny_model("llama")
     model = interchange(intervention="half", layers_to_transform=[1])
     sources = states(base, SOURCE, ["model.layers.1"]), OF_SOURCE
