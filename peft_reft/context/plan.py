@@ -117,7 +117,7 @@ class Alike(NamedTuple):
     share_weights: bool | str
     scale: float
     groups: int
-    kinds: tuple[Kind, ...] | None
+    kind: Kind | None  # None if they are to be called as modules, or are not alike
     place: int
     parts: tuple[tuple[str, int], ...]
     chosen: tuple[tuple[str, float], ...] | None
@@ -193,14 +193,15 @@ class Plan:
 
 
 def _alike(layer: Any, name: str, groups: nn.ModuleList) -> Alike:
-    kinds = tuple(dict.fromkeys(kind_of(one) for one in groups))
+    kinds = {kind_of(one) for one in groups}
+    kind = kinds.pop() if len(kinds) == 1 else None
     return Alike(
         layer.position_specs[name],
         layer.share_weights[name],
         layer.scaling[name],
         len(groups),
-        None if None in kinds else kinds,  # type: ignore[arg-type]
-        id(layer) if None in kinds else layer.width,  # those that are called are called one by one
+        kind,
+        id(layer) if kind is None else layer.width,  # those that are called are called one by one
         tuple(layer.subspaces.get(name, {}).items()),
         tuple(layer.chosen_subspaces[name].items()) if name in layer.chosen_subspaces else None,
     )
@@ -211,7 +212,7 @@ def _families(members: Sequence[Member], by_row: bool, once: bool) -> list[Famil
     together: dict[Any, list[Member]] = {}
     for member in members:
         name, alike, layers, _ = member
-        fits = by_row and alike.kinds is not None
+        fits = by_row and alike.kind is not None
         key = alike._replace(scale=1.0, parts=(), chosen=None) if fits else (name, alike)
         together.setdefault((key, tuple(layers)), []).append(member)
     families = []
@@ -225,7 +226,7 @@ def _families(members: Sequence[Member], by_row: bool, once: bool) -> list[Famil
                 scales=[member.alike.scale for member in parts],
                 layers=layers,
                 groups=[list(groups) for groups in zip(*(member.groups for member in parts))],
-                kind=None if alike.kinds is None else alike.kinds[0],
+                kind=alike.kind,
                 memo=None if once else FactorMemo(),
                 parts=[dict(member.alike.parts) for member in parts],
                 chosen=[

@@ -3,10 +3,10 @@
 import gc
 
 import torch
-from conftest import batch, randomize, reft_model, tiny_model
+from conftest import batch, logits, randomize, reft_model, tiny_model
 from peft import get_peft_model
 
-from peft_reft import ReftConfig, set_strength
+from peft_reft import ReftConfig, get_interventions, set_strength
 from peft_reft.context.plan import KEPT
 
 CONFIG = {"task_type": "CAUSAL_LM", "r": 2, "positions": "f1+l1"}
@@ -29,6 +29,18 @@ def test_a_few_plans_are_kept_of_any_number_of_strengths():
             model(**inputs)
         assert 1 <= len(state.plans) <= KEPT
     assert len(state.plans) == KEPT
+
+
+def test_groups_of_an_adapter_that_are_not_alike_are_each_worked_out_as_they_are():
+    def found(change):
+        model = reft_model(tiny_model("llama"), share_weights=False, **CONFIG).train()
+        for _, last in get_interventions(model).values():
+            change(last)
+        return logits(model, batch(5))
+
+    dropped = found(lambda last: setattr(last, "dropout", 1 - 1e-7))  # nothing is left of its edits
+    torch.testing.assert_close(dropped, found(lambda last: last.erase()))
+    assert not torch.allclose(dropped, found(lambda last: None))
 
 
 def test_a_model_that_moved_to_another_device_edits_there():
