@@ -181,12 +181,12 @@ class ReftModel(BaseTuner):
             ValueError: if there is no such adapter, it has no subspaces, or one of that name.
         """
         config = self.peft_config.get(adapter_name)
-        layers = list(reft_layers(self.model, adapter_name).values())
+        layers = reft_layers(self.model, adapter_name)
         if not isinstance(config, ReftConfig) or not layers:
             raise ValueError(f"Adapter {adapter_name} does not exist; the adapters are {sorted(self.peft_config)}.")
         larger = grown(config, name, r)
-        check_shapes(larger, {type(layer.block).__name__: (layer.width, larger.r) for layer in layers})
-        grow(layers, adapter_name, larger)
+        check_shapes(larger, {name: (layer.width, larger.r) for name, layer in layers.items()})
+        grow(list(layers.values()), adapter_name, larger)
         self.peft_config[adapter_name] = larger
         self._forget_plans()
 

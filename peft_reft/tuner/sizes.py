@@ -6,7 +6,7 @@ that an adapter is made for are in model_sizes.py.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -35,7 +35,7 @@ def is_integer(value: object) -> bool:
 
 def is_finite(value: object) -> bool:
     """Whether a value is a finite number; True and False are none here."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def check_rank(name: str, rank: Any) -> None:

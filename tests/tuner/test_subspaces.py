@@ -506,6 +506,7 @@ def test_a_subclass_that_changes_nothing_has_parts(monkeypatch):
         ([3, 4], "subspaces holds 3, which is not a name, a list of names"),
         ([{"german": float("nan")}, None], r"subspaces holds \{'german': nan\}.*finite number"),
         ([None, {"german": float("-inf")}], r"subspaces holds \{'german': -inf\}"),
+        ([None, {"german": 10**400}], r"subspaces holds \{'german': 10000"),
         ([{"german": True}, None], r"subspaces holds \{'german': True\}"),
         (torch.tensor([[1.0, 0.5], [1.0, float("nan")]]), "subspaces holds nan for 'formal' in row 1.*finite number"),
         (torch.tensor([[float("inf"), 0.5], [1.0, 1.0]]), "subspaces holds inf for 'german' in row 0"),
@@ -527,6 +528,16 @@ def test_strengths_are_numbers_of_any_type(dtype):
     expected = logits(model, inputs, subspaces=[{"german": 1}, {"german": -1, "formal": 2.0}])
     torch.testing.assert_close(found, expected)
     assert (expected[0] - logits(model, inputs, subspaces=[None, None])[0]).abs().max() > 1e-2
+
+
+def test_a_part_that_does_not_fit_every_block_leaves_the_adapter_as_it_was():
+    narrow_first = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 8))
+    config = ReftConfig(r=2, positions="all", target_modules=["0", "1"], subspaces={"first": 2})
+    model = randomize(get_peft_model(narrow_first, config))
+    before = model(torch.ones(1, 2, 4))
+    with pytest.raises(ValueError, match="r=4 is not a rank for hidden states of width 3, which '0' returns"):
+        model.add_subspace("default", "second", 2)
+    assert torch.equal(model(torch.ones(1, 2, 4)), before)
 
 
 def test_parts_are_not_swallowed_where_there_are_none():
