@@ -157,6 +157,11 @@ def test_every_description_of_packed_rows_starts_the_same_documents():
     assert padded.tolist() == [[True, False, False, True, False, True, True, False]]  # the rest is by itself
 
 
+def test_numbers_of_documents_of_other_columns_are_refused():
+    with pytest.raises(ValueError, match=r"seq_idx has the shape \(1, 3\), but the batch has 2 rows of 6 columns"):
+        document_starts(torch.ones(2, 6).bool(), seq_idx=torch.tensor([[0, 0, 1]]))
+
+
 def test_bounds_of_documents_run_over_all_rows():
     valid, bounds = torch.ones(2, 4).bool(), torch.tensor([0, 3, 4, 6, 8], dtype=torch.int32)
     starts, count = document_starts(valid, cu_seq_lens=bounds)

@@ -73,8 +73,10 @@ def valid_columns(
     if mask is None:
         return torch.ones(rows, columns, dtype=torch.bool, device=device), None
     if isinstance(mask, Mapping):
-        # Masks by layer type: full attention shows every token, a window only those near by.
-        full = mask.get("full_attention", next(iter(mask.values()), None))
+        # Masks by layer type: full attention shows every token, a window or a chunk only those near by.
+        if "full_attention" not in mask and len(mask) != 1:
+            return None
+        full = mask.get("full_attention", next(iter(mask.values())))
         return valid_columns(full, rows, columns, past, device)
     if not isinstance(mask, Tensor) or mask.shape[0] not in (1, rows):
         return None

@@ -289,6 +289,9 @@ def document_starts(
 
     Returns:
         Bool [B, S] and the most documents a row can hold (None if unknown); (None, None) without any description.
+
+    Raises:
+        ValueError: if `seq_idx` has another shape.
     """
     rows, columns = valid.shape
     if cu_seq_lens is not None:
@@ -297,7 +300,12 @@ def document_starts(
         starts = torch.zeros(total + 1, dtype=torch.bool, device=valid.device)
         starts = starts.index_fill(0, cu_seq_lens.long().clamp(max=total), True)[:total].view(rows, columns)
         return starts, cu_seq_lens.shape[0]
-    if seq_idx is not None and seq_idx.shape == valid.shape:
+    if seq_idx is not None:
+        if seq_idx.shape != valid.shape:
+            raise ValueError(
+                f"seq_idx has the shape {tuple(seq_idx.shape)}, but the batch has {rows} rows of {columns} columns. "
+                "Pass the number of each column's document, [B, S]."
+            )
         changed = seq_idx[:, 1:] != seq_idx[:, :-1]
         return F.pad(changed, (1, 0), value=True), None
     if position_ids is not None and position_ids.dim() == 3 and position_ids.shape[0] == 4:

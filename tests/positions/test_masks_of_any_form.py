@@ -136,6 +136,9 @@ def test_the_mask_of_full_attention_is_the_one_that_is_read():
     valid, starts = valid_columns(masks, 2, 6, 0, looks.device)
     assert valid.sum(1).tolist() == [6, 4]
     assert starts.sum(1).tolist() == [1, 1]
+    assert valid_columns({"sliding_attention": looks}, 2, 6, 0, looks.device)[0].equal(valid)
+    assert valid_columns({**masks, "full_attention": None}, 2, 6, 0, looks.device)[0].all()
+    assert valid_columns({"sliding_attention": looks, "chunked_attention": looks}, 2, 6, 0, looks.device) is None
 
 
 @pytest.mark.parametrize("hidden", [-torch.inf, -1e9, -1e4], ids=str)
