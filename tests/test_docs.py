@@ -103,7 +103,7 @@ def test_first_two_shell_blocks_are_the_two_commands_of_a_fresh_machine():
         assert command.count("\n") == 1, "a command is one line"
         assert command.startswith("python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e ")
     assert '".[examples]"' in quickstart and quickstart.endswith(".venv/bin/python examples/quickstart.py\n")
-    assert '".[dev]"' in tests and tests.endswith(".venv/bin/pytest\n")
+    assert '".[dev]"' in tests and tests.endswith(".venv/bin/pytest -n 2 --dist worksteal\n")
 
 
 def test_pinned_versions_lie_in_the_ranges_of_pyproject():
