@@ -2,11 +2,13 @@
 
 import ast
 import pathlib
+import re
 import sys
 
 import pytest
 
 import peft_reft
+from peft_reft.tuner import private
 
 PACKAGE = pathlib.Path(peft_reft.__file__).parent
 # A folder imports from itself and from those in earlier lines; the names in one line do not know each other.
@@ -112,3 +114,10 @@ def test_importing_the_package_needs_no_trainer_and_no_tool():
 )
 def test_nothing_is_inferred_from_callers_or_from_private_parts_of_torch(word):
     assert [path for path in PACKAGE.rglob("*.py") if word in path.read_text()] == []
+
+
+def test_the_package_and_the_documents_list_the_same_private_parts():
+    page = (PACKAGE.parent / "docs" / "upstream.md").read_text(encoding="utf-8")
+    said = [private.__doc__ or "", page.partition("## What is used until then")[2]]
+    code, document = ({part.strip("*") for part in re.findall(r"\b_[a-zA-Z]\w+\*?", text)} for text in said)
+    assert code == document and "_gradient_checkpointing_func" in code

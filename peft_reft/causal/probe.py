@@ -12,11 +12,11 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from peft_reft.blocks import ModelBlocks
+from peft_reft.blocks import ModelBlocks, own_name, present_names
 from peft_reft.context.sources import Collected
 from peft_reft.context.state import ModelState
 from peft_reft.tuner.config import ReftConfig
-from peft_reft.tuner.injection import attach_entries, predicts_tokens, reft_layers, remove_adapter, state_of
+from peft_reft.tuner.injection import predicts_tokens, rebuild_entries, reft_layers, remove_adapter, state_of
 from peft_reft.tuner.layer import ReftLayer, attach_layer
 from peft_reft.tuner.targets import choose_targets
 
@@ -120,20 +120,21 @@ def probing(
     chosen, _ = choose_targets(config, base, blocks)
     if not chosen:
         raise ValueError(f"target_modules={target_modules!r} names no module of {type(base).__name__}.")
-    names = [name for stack in blocks.stacks() for name in stack] if target_modules is None else []
-    ordered = [name for name in names if name in chosen] or [name for name, _ in base.named_modules() if name in chosen]
+    present = present_names(base)
+    names = [own_name(name) for stack in blocks.stacks() for name in stack] if target_modules is None else []
+    ordered = [name for name in names or present if name in chosen]
     own = {layer: (layer._active_adapter, layer._disable_adapters) for layer in reft_layers(base).values()}
     causal = state.causal
     try:
         lent = {}
         for name in ordered:
             width, layout = blocks.shape_of(name)
-            lent[name] = attach_layer(base.get_submodule(name), width, layout, state)
+            lent[name] = attach_layer(base.get_submodule(present[name]), width, layout, state)
             lent[name].add_adapter(NAME, config, 1)
         blocks.forget_trace()
         state.causal = causal or predicts_tokens(base)
         state.ids_per_row = blocks.ids_per_row
-        attach_entries(base, state)
+        rebuild_entries(base, state)
         for layer in reft_layers(base).values():
             layer._active_adapter, layer._disable_adapters = [NAME], False
         yield Probe(base, lent, state)

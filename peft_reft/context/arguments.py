@@ -17,7 +17,7 @@ from torch import Tensor
 
 from peft_reft.positions import IGNORED, align_shift_labels, document_starts
 
-HIDDEN = -9000.0  # added to a score, it leaves nothing of it
+HIDDEN = -9000.0  # an additive mask below this hides a token: libraries use -10000 or less (-9984 in bfloat16)
 LOCATIONS_RULE = "Pass a LongTensor [B, P] or [B, G, P] of columns of the padded row, -1 = unused."
 
 
@@ -112,7 +112,7 @@ def _of_columns(mask: Tensor, rows: int, columns: int, past: int | Tensor) -> tu
 def _visible(mask: Tensor) -> Tensor:
     """Bool, True where a token may look, from a mask of whole numbers, or of floats that attention adds to its scores.
 
-    Such a mask may hold biases as well; what hides a token is -10000 or less (-9984 in bfloat16).
+    Such a mask may hold biases as well.
     """
     return mask > HIDDEN if mask.is_floating_point() else mask != 0
 

@@ -79,7 +79,7 @@ class BlockEntry(MethodEntry):
                     "forward, where there are none. Call the model as a whole, or use positions='all'."
                 )
             if not specs and torch.is_grad_enabled() and self.state.takes_ids():
-                notices.object_to(self.state, self.module, OUTSIDE, "outside")
+                notices.raise_or_warn(self.state, self.module, OUTSIDE, "outside")
             return layer.edit(h, ForwardContext(self.state, [layer], Given()))
 
         return edit_hidden_state(output, lambda h: layer.layout.edit(h, None, edit))
@@ -110,14 +110,14 @@ def keep_called(block: nn.Module) -> None:
         block.register_forward_pre_hook(KeepsCalled())
 
 
-def release(block: nn.Module) -> None:
+def undo_keep_called(block: nn.Module) -> None:
     """Undo `keep_called`."""
     for key, hook in list(block._forward_pre_hooks.items()):
         if isinstance(hook, KeepsCalled):
             del block._forward_pre_hooks[key]
 
 
-def stand_in(block: nn.Module, state: ModelState) -> None:
+def attach_block_entry(block: nn.Module, state: ModelState) -> None:
     """Put an entry in place of a block's forward, in front of what else is there.
 
     Accelerate, too, puts something in that place, and forgets what was there before when it does so twice.

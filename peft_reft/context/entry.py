@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from peft_reft.context import notices
-from peft_reft.context.block import BlockEntry, stand_in
+from peft_reft.context.block import BlockEntry, attach_block_entry
 from peft_reft.context.forward import ForwardContext, Given
 from peft_reft.context.generate import STEP
 from peft_reft.context.method import MethodEntry
@@ -111,9 +111,9 @@ class ForwardEntry(MethodEntry):
         """Put the blocks' entries back in place, should something else have taken it."""
         displaced = self.path.displaced()
         if displaced is not None:
-            notices.object_to_displaced(self.state, self.module, displaced)
+            notices.raise_or_warn_displaced(self.state, self.module, displaced)
         for layer in self.entered.layers:
-            stand_in(layer.block, self.state)
+            attach_block_entry(layer.block, self.state)
 
     def _below_what_replaced_it(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward, called by what took the entry's place (see `StayOutermost`).

@@ -69,9 +69,9 @@ class ForwardContext:
         tokens: what is known of the tokens, where `prompts_of` takes it from them.
         mask: their attention mask as it was passed.
         passed: the tensors of whole numbers that the call was passed, in lists and dicts too.
-        own_ids_ran_at: how deep the modules lie that have run the call's own ids, at most; -1 if none has.
-        changed_ids: others that counted as those in another form, each with how deep they ran; -1 if labels and a mask
-            came with them.
+        own_ids_ran_at: depth of the deepest module that has run the call's own ids; -1 before any.
+        changed_ids: ids, with the depth of their module, of calls whose ids were taken for the call's own in another
+            form; depth -1 if they brought labels and a mask of their own.
         training: whether the model is in training mode.
         device: of the hidden states, where no tokens tell it.
     """

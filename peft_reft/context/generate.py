@@ -2,10 +2,9 @@
 
 Neither "the first forward" nor "an empty cache" marks the prompt: chunked prefill runs several forwards over it, a
 reused cache starts in its middle, speculative decoding runs guesses along with it, and without a cache every step runs
-it again. So the prompt is taken where the caller hands it over, and each step is told which columns of the row it runs:
-`generate` makes the arguments of its steps, and of nothing else, with `prepare_inputs_for_generation`, and what stands
-in for that method adds a `Step` to them. Other forwards that happen to run meanwhile (of a logits processor, say) get
-none, and are forwards of their own.
+it again. So the prompt is what the caller hands to `generate`. The arguments of its steps, and only those, are made by
+`prepare_inputs_for_generation`: our entry for that method adds a `Step`, which says which columns of the row they run.
+Other forwards that happen to run meanwhile (of a logits processor, say) get none, and are forwards of their own.
 """
 
 from __future__ import annotations

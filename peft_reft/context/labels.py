@@ -41,7 +41,7 @@ def look_at_labels(
         what = list(some.shape) if isinstance(some, Tensor) else type(some).__name__
         message = notices.UNALIGNED_LABELS.format(labels=what, rows=shape[0], columns=shape[1])
         if not state.has_markers():
-            notices.object_to(state, module, message, "unaligned labels")
+            notices.raise_or_warn(state, module, message, "unaligned labels")
     elif found is None and outer is not None and _labels_around(outer, given, shape) is not None:
         if not state.has_markers():
             _object_to_labels_around(state, module, shape, outer)
@@ -66,7 +66,7 @@ def _object_to_labels_around(
         return
     else:
         message = notices.LABELS_OF_OTHER_COLUMNS.format(**names, given=outer.columns, run=shape[1])
-    notices.object_to(state, module, message, "labels around")
+    notices.raise_or_warn(state, module, message, "labels around")
 
 
 def _are_classes(labels: Any) -> bool:

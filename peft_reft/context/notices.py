@@ -40,9 +40,9 @@ LABELS_OF_OTHER_COLUMNS = (
 DECLARE_LABELS = 'say that they do with ReftConfig(task_type="CAUSAL_LM")'
 NAME_TOKENS = "give the tokens the name input_ids in its forward, so that the labels can be aligned with them"
 OTHERS_FIRST = (
-    "A module around a ReFT model ran the ids that it was passed after others of its own making. Those counted as the "
-    "same rows in another form, with the labels and the padding of the call. If they are other rows, run the ids that "
-    "were passed first; if they are the same rows, pass labels and attention_mask on with them."
+    "A module around a ReFT model first ran ids that it made itself, then the ids that it was passed. The labels and "
+    "the padding of the call were used for both. If the first are other rows, run the ids that were passed first; if "
+    "they are the same rows, pass labels and attention_mask on with them."
 )
 UNREADABLE_MASK = (
     "attention_mask ({mask}) does not show which of {rows} rows and {columns} columns are padding, so that positions "
@@ -64,8 +64,9 @@ LABELS_COVER_PROMPTS = (
     "and `bfd_split`) leaves pieces without a prompt: use packing_strategy='bfd'. A ReFT adapter works only at the "
     "places that it was trained for."
 )
+FORWARDS_LOOKED_AT = 3  # training forwards that are looked at, which waits for the device
 NOTHING_EDITED = (
-    "In the first {forwards} training forwards a ReFT model edited no token at all, so that it trains "
+    f"In the first {FORWARDS_LOOKED_AT} training forwards a ReFT model edited no token at all, so that it trains "
     "nothing: the positions name no token of these prompts. Look at a batch's intervention_locations (-1 = unused), "
     "and at the lengths of its prompts."
 )
@@ -79,11 +80,9 @@ MARKER_MISSING = (
     "A row without the marker prompt_end={marker} was given to a ReFT model, without labels or intervention_locations: "
     "the whole row counts as its prompt."
 )
-FORWARDS_BEFORE_NOTHING_EDITED = 3
-FORWARDS_LOOKED_AT = 3  # training forwards that are looked at, which waits for the device
 
 
-def object_to(state: ModelState, module: nn.Module, message: str, key: str) -> None:
+def raise_or_warn(state: ModelState, module: nn.Module, message: str, key: str) -> None:
     """Say that something was given and cannot be used.
 
     Raises:
@@ -94,7 +93,7 @@ def object_to(state: ModelState, module: nn.Module, message: str, key: str) -> N
     state.warn_once(message, key)
 
 
-def object_to_displaced(
+def raise_or_warn_displaced(
     state: ModelState, module: nn.Module, displaced: tuple[str, nn.Module, nn.Module | None]
 ) -> None:
     """Say that an edited module is no longer in its place.
@@ -107,7 +106,7 @@ def object_to_displaced(
     message = DISPLACED.format(name=name, kind=type(child).__name__, found=kind)
     if getattr(found, "original_module", None) is child:
         raise ValueError(message)
-    object_to(state, module, message, "displaced")
+    raise_or_warn(state, module, message, "displaced")
 
 
 def warn_of_unlabelled(state: ModelState, module: nn.Module) -> None:
@@ -153,13 +152,11 @@ def look_at_training(context: ForwardContext, covered: dict[PositionSpec, Tensor
         if (spec.depends_on_the_end or spec.count("f") > 1) and of_rows.any():
             rows = ", ".join(map(str, of_rows.nonzero().flatten().tolist()[:8]))
             state.warn_once(LABELS_COVER_PROMPTS.format(rows=rows, positions=spec), "labels cover prompts")
-    if state.forwards_without_edit >= 0:
-        state.forwards_without_edit = -1 if context.edits_something() else state.forwards_without_edit + 1
-        if state.forwards_without_edit == FORWARDS_BEFORE_NOTHING_EDITED:
-            state.warn_once(NOTHING_EDITED.format(forwards=FORWARDS_BEFORE_NOTHING_EDITED))
-            state.forwards_without_edit = -1
+    state.has_edited = state.has_edited or context.edits_something()
     if state.training_forwards >= FORWARDS_LOOKED_AT:
         state.training_forwards = None
+        if not state.has_edited:
+            state.warn_once(NOTHING_EDITED)
 
 
 def warn_of_subspaces_together(state: ModelState) -> None:

@@ -47,7 +47,7 @@ class Entered:
     """A module that calls enter, and its place in the model.
 
     Attributes:
-        module: it.
+        module: the module that is called.
         state: shared by all modules of a model.
         role: "encoder" or "decoder" in an encoder-decoder model, "router" for the module above both, else "".
         depth: how many modules it lies in: a call of a module at the same or a smaller depth is another call.
@@ -93,7 +93,7 @@ def open_context(
         else:
             is_new = has_another_mask(outer, arguments)
             if note_ids(outer, entered.depth, arguments):
-                notices.object_to(entered.state, entered.module, notices.OTHERS_FIRST, "others first")
+                notices.raise_or_warn(entered.state, entered.module, notices.OTHERS_FIRST, "others first")
     if _predicts(entered, given, arguments, shape, outer):
         labels, shift_labels = arguments.get("labels"), arguments.get("shift_labels")
         given = replace(given, labels_show_prompts=True, labels=labels, shift_labels=shift_labels)
@@ -245,7 +245,7 @@ def _plain(
     read = valid_columns(mask, rows, columns, past, device)
     if read is None:
         message = notices.UNREADABLE_MASK.format(mask=notices.describe(mask), rows=rows, columns=columns)
-        notices.object_to(entered.state, entered.module, message, "unreadable mask")
+        notices.raise_or_warn(entered.state, entered.module, message, "unreadable mask")
         read = torch.ones(rows, columns, dtype=torch.bool, device=device), None
     valid, shown = read
     if labels is None and isinstance(past, Tensor):  # a cache's length that one would have to wait for

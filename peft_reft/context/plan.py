@@ -20,7 +20,7 @@ from peft_reft.context.subspaces import BASE, Choice, Choices, by_direction, str
 from peft_reft.interventions import FactorMemo, Factors, Kind, kind_of, stack_factors
 from peft_reft.positions import Places, PositionSpec
 
-KEPT = 8  # plans: a server, or a trainer with a reference, goes back and forth between a few sets of adapters
+MOST_PLANS = 8  # plans: a server, or a trainer with a reference, goes back and forth between a few sets of adapters
 
 
 @dataclass(eq=False)
@@ -346,7 +346,7 @@ def plan_for(kept: dict[Any, Plan], layers: Sequence[Any], names: Sequence[str] 
     plan = kept.get(signature)
     if plan is None:
         plan = Plan(layers, names)
-        while len(kept) >= KEPT:
+        while len(kept) >= MOST_PLANS:
             kept.pop(next(iter(tuple(kept))), None)  # another thread may be here, too
         kept[signature] = plan
     return plan

@@ -23,7 +23,7 @@ from peft_reft.context.subspaces import Choices, strengths
 from peft_reft.interventions import edit_of
 from peft_reft.positions import Places, PositionSpec, columns_of
 
-RULE = (
+SOURCE_RULE = (
     "Pass the inputs of a call, source_inputs={'input_ids': ..., 'attention_mask': ...}, or such inputs by the name of "
     "a subspace."
 )
@@ -82,7 +82,7 @@ def run_sources(
     if isinstance(given, Collected):  # which was collected before
         return {None: given}
     if not isinstance(given, Mapping) or not given:
-        raise ValueError(f"source_inputs is {type(given).__name__} and not inputs of the model. {RULE}")
+        raise ValueError(f"source_inputs is {type(given).__name__} and not inputs of the model. {SOURCE_RULE}")
     by_name = all(isinstance(value, Mapping) for value in given.values())
     if not _check_adapters(state, names, set(given) if by_name else None):
         return None
@@ -111,7 +111,7 @@ def _check_adapters(state: ModelState, names: Sequence[str] | None, parts: set[s
         )
     if parts is not None and not parts <= known:
         raise ValueError(
-            f"source_inputs are named {sorted(map(str, parts))}, but the subspaces are {sorted(known)}. {RULE}"
+            f"source_inputs are named {sorted(map(str, parts))}, but the subspaces are {sorted(known)}. {SOURCE_RULE}"
         )
     return enabled
 
@@ -224,7 +224,10 @@ class Exchange:
         """
         key = (number, self.family.names[0])
         if key not in collected.states:
-            raise ValueError("A block that is edited did not run in the forward of the source.")
+            raise ValueError(
+                f"Edited block number {number} (from 0) did not run in the forward of the source. Give it inputs of "
+                "the same kind as the call's, or leave that block out with layers_to_transform."
+            )
         states, keep = collected.states[key], collected.keep[key]
         times = repeats(len(states), shape[0])
         if times is None:
@@ -249,7 +252,9 @@ def exchanges(
     collecting: Collected | None,
     choices: Choices | None,
 ) -> Collector | Exchange | None:
-    """What stands for the edit of a family that takes a source: nothing in a call without one.
+    """The `Collector` (in a source's forward) or `Exchange` (in the call) of a family that takes a source.
+
+    None where it edits nothing: in a call without a source, or without a place.
 
     Args:
         find: the places of all rows by spec and `share_weights`; None for nowhere.

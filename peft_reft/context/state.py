@@ -51,6 +51,7 @@ class ModelState:
         unlabelled: nothing showed the prompts of the last forward: neither labels nor locations, nor `generate`.
         warned: the warnings given so far; each is given once.
         training_forwards: so far, while they are looked at; None once they no longer are.
+        has_edited: one of those edited a token.
     """
 
     def __init__(self, blocks: Any):
@@ -65,7 +66,7 @@ class ModelState:
         self.unlabelled = False
         self.warned: set[str] = set()
         self.training_forwards: int | None = 0
-        self.forwards_without_edit = 0
+        self.has_edited = False
 
     def __getstate__(self) -> dict[str, Any]:
         # Plans are found by the identity of modules, which a copied or pickled model does not share.

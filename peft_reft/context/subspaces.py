@@ -20,7 +20,7 @@ Choice = Mapping[str, float] | None  # strengths of the parts that act, by name;
 Choices = Tensor | Sequence[Choice]  # of the rows: a tensor [B, K] for adapters with the same parts
 ENTRY = "a name, a list of names, {name: strength}, [] for none or None for all"
 FINITE = "A strength is a finite number: 0 for none of a part's edit, 1 for the part as trained."
-RULE = f"Pass one entry per row: {ENTRY}; or a tensor of strengths [B, number of subspaces]."
+SUBSPACES_RULE = f"Pass one entry per row: {ENTRY}; or a tensor of strengths [B, number of subspaces]."
 
 
 def choice_of(entry: Any) -> Choice:
@@ -66,9 +66,9 @@ def read_choices(
         ValueError: if there are not as many entries as rows, or a row names what its adapters do not have.
     """
     if isinstance(given, (str, Mapping)) or not isinstance(given, (Tensor, Sequence)):
-        raise ValueError(f"subspaces={given!r} is not one entry per row. {RULE}")
+        raise ValueError(f"subspaces={given!r} is not one entry per row. {SUBSPACES_RULE}")
     if rows is not None and len(given) != rows:
-        raise ValueError(f"subspaces has {len(given)} entries, but the batch has {rows} rows. {RULE}")
+        raise ValueError(f"subspaces has {len(given)} entries, but the batch has {rows} rows. {SUBSPACES_RULE}")
     used = active if names is None else {*names}
     if not used & known.keys():
         raise ValueError(
@@ -86,7 +86,7 @@ def read_choices(
             whose = f"whose adapter {sorted(own - {BASE})} has" if own != {""} else "but the config has"
             raise ValueError(
                 f"subspaces holds {given[row]!r} for row {row}, {whose} "
-                f"{f'the subspaces {sorted(there)}' if there else 'no subspaces'}. {RULE}"
+                f"{f'the subspaces {sorted(there)}' if there else 'no subspaces'}. {SUBSPACES_RULE}"
             )
     return choices
 
@@ -101,7 +101,7 @@ def _check_tensor(given: Tensor, known: Mapping[str, Mapping[str, int]], names: 
     if given.dim() != 2 or given.shape[1] != len(parts):
         raise ValueError(
             f"subspaces is a tensor of shape {tuple(given.shape)}, but there are {len(parts)} subspaces: "
-            f"{list(parts)}. {RULE}"
+            f"{list(parts)}. {SUBSPACES_RULE}"
         )
     if given.dtype == torch.bool or given.is_complex():
         raise ValueError(f"subspaces is a tensor of {given.dtype}. {FINITE}")
@@ -121,7 +121,7 @@ def repeated(choices: Choices, rows: int, in_generate: bool) -> Choices:
     if times == 1:
         return choices
     if times is None or not in_generate:
-        raise ValueError(f"subspaces has {len(choices)} entries, but the batch has {rows} rows. {RULE}")
+        raise ValueError(f"subspaces has {len(choices)} entries, but the batch has {rows} rows. {SUBSPACES_RULE}")
     if isinstance(choices, Tensor):
         return choices.repeat_interleave(times, 0)
     return [choice for choice in choices for _ in range(times)]

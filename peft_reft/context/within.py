@@ -1,7 +1,8 @@
 """Calls within a call, as where a model runs a part twice: whether they run its rows, or others.
 
-What is known for certain is which tensors are the same objects, and in which order calls come. Ids that are not the
-outer call's own, nothing of which tells that they are others, count as its rows in another form: cast, say, or moved.
+What is known for certain is which tensors are the same objects, and in which order calls come. A changed copy of the
+rows (cast, say, or moved) cannot be told from other rows: ids that are not the outer call's own count as a copy, unless
+something shows that they are other rows.
 """
 
 from __future__ import annotations

@@ -172,7 +172,7 @@ def describe(
     own = str(backbone.dtype).removeprefix("torch.")
     return BackboneDescription(
         file=file,
-        base_model=short_name(base_model if base_model is not None else getattr(config, "_name_or_path", "")),
+        base_model=short_name(base_model if base_model is not None else getattr(config, "name_or_path", "")),
         blocks=backbone.blocks,
         width=backbone.width,
         vocabulary=backbone.vocabulary,

@@ -131,7 +131,7 @@ def _of_model(model: nn.Module, adapter_name: str | None) -> EditTensors:
     refuse_other_prompts(name, first.position_specs[name])
     _refuse_more(name, weights_of_its_own(config))
     factors = {block: [_factors(one, name) for one in groups] for block, groups in interventions.items()}
-    base_model = getattr(getattr(base, "config", None), "_name_or_path", None)
+    base_model = getattr(getattr(base, "config", None), "name_or_path", None)
     return _stacked(factors, first.position_specs[name], first.share_weights[name], base_model)
 
 

@@ -156,7 +156,7 @@ class Intervention(PartedRows):
         return self.weight if self.bias is None else self.bias
 
     def hold(self) -> None:
-        """Take back what was switched on of a bias, or of rows, that keep their values."""
+        """Make a bias, or rows, that keep their values untrainable again."""
         super().hold()
         if not self.train_bias:
             self.constant.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Named parts of R: rows that are trained for themselves and combined later, some of which may keep their values.
+"""Named parts of R: rows that are trained separately and combined later, some of which may keep their values.
 
 Parts follow one another. Each is orthonormal by itself and at right angles to those before it, which it never turns:
 they are detached where it is worked out. So a part that is trained beside others comes out as if it were trained alone.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peft_reft.interventions.orthonormal import orthonormal_rows
 
-KEPT = "kept_"  # before the name of a parameter: its rows that keep their values
+KEPT_PREFIX = "kept_"  # before the name of a parameter: its rows that keep their values
 
 
 def ordered_rows(basis: Tensor, parts: Sequence[int]) -> Tensor:
@@ -86,40 +86,44 @@ class PartedRows(nn.Module):
     def rows(self, name: str) -> Tensor:
         """A parameter [r, ...] with all of its rows."""
         own: Tensor = getattr(self, name)  # no parameter in a replica that nn.DataParallel made
-        kept: Tensor | None = getattr(self, KEPT + name, None)
+        kept: Tensor | None = getattr(self, KEPT_PREFIX + name, None)
         return own if kept is None else torch.cat([kept, own])
 
     @property
     def is_split(self) -> bool:
         """Whether the rows that keep their values lie in parameters of their own."""
-        return any(name.startswith(KEPT) for name in self._parameters)
+        return any(name.startswith(KEPT_PREFIX) for name in self._parameters)
 
     def hold(self) -> None:
-        """Take back what was switched on of rows that keep their values."""
+        """Make rows that keep their values untrainable again.
+
+        The first call with a trainable parameter splits each parameter in two, those rows and the rest: optimizers that
+        were made before know the old ones.
+        """
         if self.frozen and not self.is_split and any(own.requires_grad for own in self.parameters()):
             for name, parameter in list(self._parameters.items()):
                 if parameter is not None:
                     whole = parameter.detach()
                     kept = nn.Parameter(whole[: self.frozen].clone(), requires_grad=False)
-                    self.register_parameter(KEPT + name, kept)
+                    self.register_parameter(KEPT_PREFIX + name, kept)
                     rest = nn.Parameter(whole[self.frozen :].clone(), requires_grad=parameter.requires_grad)
                     self._parameters[name] = rest
         for name, parameter in self._parameters.items():
-            if name.startswith(KEPT) and parameter is not None:
+            if name.startswith(KEPT_PREFIX) and parameter is not None:
                 parameter.requires_grad_(False)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in list(self._parameters):
-            if name.startswith(KEPT):
+            if name.startswith(KEPT_PREFIX):
                 kept = destination.pop(prefix + name)
-                whole = prefix + name.removeprefix(KEPT)
+                whole = prefix + name.removeprefix(KEPT_PREFIX)
                 destination[whole] = torch.cat([kept, destination[whole]])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name in self._parameters:
-            if name.startswith(KEPT):
-                key = prefix + name.removeprefix(KEPT)
+            if name.startswith(KEPT_PREFIX):
+                key = prefix + name.removeprefix(KEPT_PREFIX)
                 if key in state_dict:
                     whole = state_dict[key]
                     state_dict[prefix + name], state_dict[key] = whole[: self.frozen], whole[self.frozen :]

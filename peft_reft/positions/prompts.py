@@ -259,7 +259,7 @@ class Tokens:
         number = torch.arange(self.ids.shape[1], device=self.ids.device)
         # The ids of the tokens alone, next to each other: a marker may have padding in its middle.
         tokens = self.ids.gather(1, torch.searchsorted(order, torch.minimum(number, total - 1)))
-        ends = marker_ends(tokens, prompt_end)  # behind the last token it stands again, and nothing is read
+        ends = marker_ends(tokens, prompt_end)  # entries behind the last token repeat it, and are never read
         return ends.gather(1, order.clamp(min=0)) & self.valid
 
 

@@ -170,7 +170,8 @@ class All(Term):
 
 
 def ordinal(number: int) -> str:
-    """
+    """A number as an ordinal.
+
     >>> [ordinal(n) for n in (1, 2, 3, 4, 11, 22)]
     ['1st', '2nd', '3rd', '4th', '11th', '22nd']
     """

@@ -14,8 +14,14 @@ from peft_reft.tuner.config import ReftConfig
 from peft_reft.tuner.layer import ReftLayer, intervention_of
 from peft_reft.tuner.sizes import check_rank, is_finite
 
-SAME = ("positions", "share_weights", "share_layers", "turns", "prompt_end")  # which edits that are summed must share
-APART = ("modules_to_save", "trainable_token_indices")  # which cannot be summed
+MUST_AGREE = (
+    "positions",
+    "share_weights",
+    "share_layers",
+    "turns",
+    "prompt_end",
+)  # which edits that are summed must share
+CANNOT_BE_SUMMED = ("modules_to_save", "trainable_token_indices")  # which cannot be summed
 
 
 def grown(config: ReftConfig, name: str, r: int) -> ReftConfig:
@@ -96,7 +102,7 @@ def check_sum(configs: Mapping[str, Any], adapters: Sequence[str], weights: Sequ
     first = configs[adapters[0]]
     for adapter in adapters:
         config = configs[adapter]
-        for field in SAME:
+        for field in MUST_AGREE:
             if getattr(config, field) != getattr(first, field):
                 raise ValueError(
                     f"Adapters with different {field} cannot be summed to one: {getattr(first, field)!r} in "
@@ -108,7 +114,7 @@ def check_sum(configs: Mapping[str, Any], adapters: Sequence[str], weights: Sequ
                 f"Adapter {adapter!r} has act_fn={config.act_fn!r}: a sum of edits with an activation is not one edit. "
                 "Activate the adapters together instead, with model.base_model.set_adapter([...])."
             )
-        for field in APART:
+        for field in CANNOT_BE_SUMMED:
             if getattr(config, field):
                 raise ValueError(
                     f"Adapter {adapter!r} has {field}={getattr(config, field)!r}, which cannot be summed: only edits "

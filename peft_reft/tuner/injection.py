@@ -38,10 +38,10 @@ def state_of(model: nn.Module) -> ModelState | None:
     return next((layer.state for layer in reft_layers(model).values()), None)
 
 
-def attach_entries(model: nn.Module, state: ModelState) -> None:
-    """Put an entry into every module around the blocks that takes tokens; entries that are there are made anew.
+def rebuild_entries(model: nn.Module, state: ModelState) -> None:
+    """Take all entries off, and put one on every module around the blocks that takes tokens: adapters came or went.
 
-    Without layers nothing is left: neither entries nor what stands in for methods.
+    Layers are numbered anew, and plans forgotten, which depend on the numbers. Without layers no entry is left.
     """
     detach_entries(state, model)
     unwrap_checkpoints(model)
@@ -83,10 +83,10 @@ def attach_entries(model: nn.Module, state: ModelState) -> None:
         )
         attach_entry(ForwardEntry(entered, [name[len(path) + 1 :] if path else name for name in below]))
         if takes_tokens or not path:
-            _stand_in_for_methods(module, state)
+            _attach_method_entries(module, state)
 
 
-def _stand_in_for_methods(module: nn.Module, state: ModelState) -> None:
+def _attach_method_entries(module: nn.Module, state: ModelState) -> None:
     if not hasattr(type(module), "generate"):
         return
     entries: list[type[MethodEntry]] = [GenerateEntry, PrepareEntry, *METHODS]
@@ -133,7 +133,7 @@ def tidy_up(model: nn.Module) -> None:
     for name, layer in reft_layers(model).items():
         if not layer.reft_interventions:
             detach_layer(model.get_submodule(name))
-    attach_entries(model, state)
+    rebuild_entries(model, state)
 
 
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from peft_reft.blocks import PLAIN, Layout, device_and_dtype
-from peft_reft.context.block import CHILD, BlockEntry, release, stand_in
+from peft_reft.context.block import CHILD, BlockEntry, attach_block_entry, undo_keep_called
 from peft_reft.context.forward import ForwardContext
 from peft_reft.context.state import ModelState
 from peft_reft.interventions import Intervention, PartedRows, build_intervention
@@ -215,7 +215,7 @@ def attach_layer(block: nn.Module, width: int, layout: Layout, state: ModelState
     if not isinstance(layer, ReftLayer):
         layer = ReftLayer(block, state, width, layout)
         block.add_module(CHILD, layer)
-    stand_in(block, state)
+    attach_block_entry(block, state)
     return layer
 
 
@@ -224,7 +224,7 @@ def detach_layer(block: nn.Module) -> None:
     delattr(block, CHILD)
     for name in SHOWN:
         block.__dict__.pop(name, None)
-    release(block)
+    undo_keep_called(block)
     entry = block.__dict__.get("forward")
     if isinstance(entry, BlockEntry):
         entry.detach()

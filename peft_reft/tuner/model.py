@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from peft_reft.blocks import ModelBlocks, device_and_dtype, own_name, present_names, refuse_unsound
+from peft_reft.blocks import Layout, ModelBlocks, device_and_dtype, own_name, present_names, refuse_unsound
 from peft_reft.context.state import ModelState
 from peft_reft.tuner.checkpoint import (
     check_tensors,
@@ -46,6 +47,32 @@ from peft_reft.tuner.targets import (
     rank_of,
     warn_of_settings_without_effect,
 )
+
+
+@dataclass(eq=False)
+class Injection:
+    """What one call of `inject_adapter` finds out, for the methods that PEFT calls meanwhile.
+
+    Attributes:
+        adapter_name: of the adapter.
+        state: of the model that it is put into.
+        blocks: the model's blocks.
+        named_by_state_dict: names of the modules that a given state dict has interventions for.
+        matched, excluded: the modules that the config names, and excludes, by the names that PEFT asks for.
+        targets: width, layout and rank of each module to edit, by its own name; None until all of it is checked.
+        prompt_end: the config's marker as token ids.
+        shared: the layer whose interventions the others share.
+    """
+
+    adapter_name: str
+    state: ModelState
+    blocks: ModelBlocks
+    named_by_state_dict: set[str]
+    matched: set[str] = field(default_factory=set)
+    excluded: set[str] = field(default_factory=set)
+    targets: dict[str, tuple[int, Layout, int]] | None = None
+    prompt_end: Sequence[int] = ()
+    shared: ReftLayer | None = None
 
 
 class ReftModel(BaseTuner):
@@ -84,25 +111,24 @@ class ReftModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_adapter_name(adapter_name)
-        self._named_by_state_dict: set[str] = set()
+        named: set[str] = set()
         if kwargs.get("state_dict") is not None:
             # PEFT reads a target's name off each key, as what stands before ".reft_"; there is CHILD in between.
-            self._named_by_state_dict = {
-                own_name(block) for block in blocks_of(filter(is_intervention, kwargs["state_dict"]))
-            }
+            named = {own_name(block) for block in blocks_of(filter(is_intervention, kwargs["state_dict"]))}
             kwargs["state_dict"] = {without_child(key): tensor for key, tensor in kwargs["state_dict"].items()}
-        self._state = state = state_of(model) or ModelState(ModelBlocks(model))
+        state = state_of(model) or ModelState(ModelBlocks(model))
         # A model around the one that has adapters already has names of its own for the same blocks.
-        self._blocks = state.blocks if state.blocks.model is model else ModelBlocks(model)
-        self._adapter_name = adapter_name
-        self._is_checked = False
+        blocks = state.blocks if state.blocks.model is model else ModelBlocks(model)
+        self._injection = injection = Injection(adapter_name, state, blocks, named)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             self.peft_config.pop(adapter_name, None)  # PEFT has entered it by then
-            if self._is_checked:  # layers may have been made
+            if injection.targets is not None:  # layers may have been made
                 remove_adapter(model, adapter_name)
             raise
+        finally:
+            del self._injection
         state.causal = state.causal or is_causal_lm(model, self.peft_config[adapter_name])
         state.ids_per_row = state.blocks.ids_per_row
         tidy_up(model)
@@ -114,32 +140,28 @@ class ReftModel(BaseTuner):
 
     def _prepare_model(self, peft_config: ReftConfig, model: nn.Module) -> None:
         maybe_include_all_linear_layers(peft_config, model)  # PEFT expands "all-linear" after this method only
-        blocks = self._blocks
-        matched, excluded = choose_targets(peft_config, model, blocks)
-        present = present_names(model)  # what PEFT will ask about
-        self._matched, self._excluded = ({present[name] for name in names} for names in (matched, excluded))
+        found = self._injection
+        matched, excluded = choose_targets(peft_config, model, found.blocks)
+        present = present_names(model)
+        found.matched, found.excluded = ({present[name] for name in names} for names in (matched, excluded))
         # A state dict, if given, says where an adapter goes, whatever the config says.
-        targets = sorted(matched | (self._named_by_state_dict & present.keys()))
-        refuse_unsound(model, targets)
-        shapes = {name: blocks.shape_of(name) for name in targets}
-        blocks.forget_trace()
-        self._layouts = {name: layout for name, (_, layout) in shapes.items()}
-        self._targets = {name: (width, rank_of(peft_config, name)) for name, (width, _) in shapes.items()}
-        check_shapes(peft_config, self._targets)  # before anything is changed
-        check_sizes(peft_config, model, self._targets)
-        check_trained_tokens(peft_config, model, {*self._targets, *reft_layers(model)})
-        warn_of_settings_without_effect(peft_config, model, targets)
-        self._prompt_end = prompt_end_ids(
-            peft_config, None, getattr(getattr(model, "config", None), "_name_or_path", None)
-        )
-        self._is_checked = True
-        for layer in reft_layers(model, self._adapter_name).values():  # `get_peft_model` a second time on this model
-            layer.delete_adapter(self._adapter_name)
-        self._shared: list[ReftLayer] = []  # the layer whose interventions the others share; in a list, so that it is
-        # no submodule of the tuner, whose parameters would be saved once more
+        names = sorted(matched | (found.named_by_state_dict & present.keys()))
+        refuse_unsound(model, names)
+        targets = {name: (*found.blocks.shape_of(name), rank_of(peft_config, name)) for name in names}
+        found.blocks.forget_trace()
+        sizes = {name: (width, r) for name, (width, _, r) in targets.items()}
+        check_shapes(peft_config, sizes)  # before anything is changed
+        check_sizes(peft_config, model, sizes)
+        check_trained_tokens(peft_config, model, {*names, *reft_layers(model)})
+        warn_of_settings_without_effect(peft_config, model, names)
+        model_name = getattr(getattr(model, "config", None), "name_or_path", None)
+        found.prompt_end = prompt_end_ids(peft_config, None, model_name)
+        found.targets = targets
+        for layer in reft_layers(model, found.adapter_name).values():  # `get_peft_model` a second time on this model
+            layer.delete_adapter(found.adapter_name)
 
     def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> Any:
-        return ExcludedModule() if key in self._excluded else key in self._matched
+        return ExcludedModule() if key in self._injection.excluded else key in self._injection.matched
 
     def _create_and_replace(
         self,
@@ -150,12 +172,13 @@ class ReftModel(BaseTuner):
         parent: nn.Module,
         current_key: str,
     ) -> None:
-        name = own_name(current_key)
-        width, r = self._targets[name]
-        layer = attach_layer(target, width, self._layouts[name], self._state)
-        layer.add_adapter(adapter_name, peft_config, r, self._prompt_end, *self._shared)
+        found = self._injection
+        assert found.targets is not None
+        width, layout, r = found.targets[own_name(current_key)]
+        layer = attach_layer(target, width, layout, found.state)
+        layer.add_adapter(adapter_name, peft_config, r, found.prompt_end, found.shared)
         if peft_config.share_layers:
-            self._shared = [layer]
+            found.shared = layer
         if adapter_name not in self.active_adapters:
             layer.reft_interventions[adapter_name].requires_grad_(False)
 

@@ -25,9 +25,11 @@ peft PeftModel.save_pretrained, wrapped           tuner/saving.py               
                                                   files written beside and renamed
 transformers _gradient_checkpointing_func         context/replay.py                blocks run again in backward
                                                   a context around what a checkpoint runs
-transformers config._attn_implementation_internal blocks/tracing/weightless.py     a trace runs on no device: eager code
-transformers config._experts_implementation_...   blocks/tracing/weightless.py     as above
+transformers _attn_implementation_internal        blocks/tracing/weightless.py     a trace runs on no device: eager code
+transformers _experts_implementation_internal     blocks/tracing/weightless.py     as above
                                                   set_attn_implementation on a config
+transformers _pad_to_* of models, by name         blocks/structure.py              a model pads its own input
+                                                  a declared "pads to a multiple of"
 transformers _true_initial_tokens of a request    integrations/continuous_batching where the prompt of a request ends
                                                   the prompt's length of a request
 peft _active_adapter, _disable_adapters           context/, causal/                read in each block of each step
@@ -36,6 +38,8 @@ peft BaseTuner's methods for tuners, overridden   tuner/model.py                
                                                   (the contract of a tuner)
 transformers CallbackHandler.__init__, wrapped    integrations/trainer.py          notices when training starts
                                                   callbacks that a model brings
+lm-eval HFLM._model_call, wrapped                 integrations/lm_eval.py          where a context ends is not passed on
+                                                  passing the context's length
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Writing files so that nobody finds half of one, nor the files of two adapters for those of one.
 
 A set of files is written to a directory beside their places and then renamed into them, one by one. No system renames
-several files in one step, so two things make a set of them: an error between two renames takes back those before it,
-and what a killed process left to rename says so by its name, is told to readers, and is finished by the next writer.
+several files in one step, so two things make a set of them. An error between two renames takes back those before it. A
+killed process leaves its files in `.placing-...`: readers then raise, and the next writer puts the files in place.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ TESTED = {"peft": ("0.21.0", "0.22"), "transformers": ("5.16", "5.24"), "trl": (
 
 
 def supported(package: str) -> str:
-    """
+    """The supported range, as pip writes it.
+
     >>> supported("peft")
     'peft>=0.21.0,<0.22'
     """

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from accelerate.utils import compile_regions
 from conftest import batch, logits, randomize, tiny_model
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -82,6 +83,14 @@ def test_collected_states_of_chosen_blocks_modules_places_and_short_rows():
     torch.testing.assert_close(found["model.layers.0.mlp"][0], states["model.layers.0.mlp"][0, [4, 2]])
     with pytest.raises(ValueError, match="names no module"):
         collect(base, inputs, target_modules=["nothing"])
+
+
+def test_collect_on_compiled_blocks():
+    found = collect(compile_regions(tiny_model("llama"), backend="eager"), batch(5, 3), "l1")
+    expected = collect(tiny_model("llama"), batch(5, 3), "l1")
+    assert list(found) == list(expected) == BLOCK_NAMES
+    for name in BLOCK_NAMES:
+        torch.testing.assert_close(found[name], expected[name])
 
 
 def test_collect_on_an_encoder_decoder_model():

@@ -7,7 +7,7 @@ from conftest import batch, logits, randomize, reft_model, tiny_model
 from peft import get_peft_model
 
 from peft_reft import ReftConfig, get_interventions, set_strength
-from peft_reft.context.plan import KEPT
+from peft_reft.context.plan import MOST_PLANS
 
 CONFIG = {"task_type": "CAUSAL_LM", "r": 2, "positions": "f1+l1"}
 
@@ -23,12 +23,12 @@ def two_adapters(**settings):
 def test_a_few_plans_are_kept_of_any_number_of_strengths():
     model, inputs = two_adapters(), batch(5)
     state = model.get_base_model().forward.state
-    for step in range(2 * KEPT):
+    for step in range(2 * MOST_PLANS):
         set_strength(model, 1 + step / 8, "one")
         with torch.no_grad():
             model(**inputs)
-        assert 1 <= len(state.plans) <= KEPT
-    assert len(state.plans) == KEPT
+        assert 1 <= len(state.plans) <= MOST_PLANS
+    assert len(state.plans) == MOST_PLANS
 
 
 def test_groups_of_an_adapter_that_are_not_alike_are_each_worked_out_as_they_are():
