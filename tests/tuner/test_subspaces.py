@@ -457,7 +457,7 @@ def test_inspect_has_a_row_for_each_part():
         ({"subspaces": {}}, "must be a dictionary of ranks by name"),
         ({"subspaces": {"a": 0, "b": 5}}, "is not a rank"),
         ({"subspaces": {"": 5}}, "a name is printable text"),
-        ({"subspaces": [["a", 2], ["a", 3]]}, "names a part twice"),
+        ({"subspaces": [["a", 2], ["a", 3]]}, "has a name twice"),
         ({"rank_pattern": {"layers.1": 2}}, "which rank_pattern"),
         ({"intervention": "noreft"}, "its directions are free"),
         ({"intervention": "direft"}, "its directions are free"),
