@@ -32,6 +32,11 @@ from peft_reft.tuner.injection import reft_layers, tidy_up
 from peft_reft.tuner.keys import is_intervention, without_adapter
 from peft_reft.tuner.staging import wait_until_whole
 
+HALVES = (
+    "Parts of this adapter's R keep their values ({parts}). Where the others are trained, they lie in parameters of "
+    "their own, which transformers cannot load. Leave out is_trainable, and call model.set_adapter(name) afterwards."
+)
+
 
 def wrap_loading() -> None:
     """Wrap the `load_adapter` of PEFT's and of transformers' models."""
@@ -109,7 +114,8 @@ def _transformers_load_adapter(
                 raise ValueError(does_not_fit(model, reason, config))
             check_tensors({key: p for key, p in model.named_parameters() if is_intervention(key, name)})
         return info
-    except BaseException:
+    except BaseException as error:
+        config = getattr(model, "peft_config", {}).get(name)
         if not existed and reft_layers(model, name):
             model.delete_adapter(name)
             tidy_up(model)
@@ -117,6 +123,9 @@ def _transformers_load_adapter(
                 model.set_adapter(active)
             for parameter in model.parameters():
                 parameter.requires_grad_(id(parameter) in trained)
+        keeps_parts = isinstance(config, ReftConfig) and config.frozen_subspaces and not config.inference_mode
+        if keeps_parts and isinstance(error, RuntimeError):  # transformers sets parameters, not a state dict
+            raise ValueError(HALVES.format(parts=config.frozen_subspaces)) from error
         raise
 
 
