@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from trainer_kit import word_tokenizer
 from transformers import DataCollatorForSeq2Seq
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from peft_reft import ReftConfig, ReftDataCollator, get_interventions
 from peft_reft.causal import InterchangeCollator, collect, edit_drift, interchange_accuracy, trace
@@ -240,6 +241,15 @@ def test_a_reft_collator_inside_finds_the_places_of_both():
     made = InterchangeCollator(inner)([{"input_ids": [3, 4, 5], "labels": [-100, -100, 5], "source_input_ids": [6, 7]}])
     assert made["intervention_locations"].tolist() == [[[1]]]
     assert made["source_inputs"]["intervention_locations"].tolist() == [[[1]]]
+
+
+def test_places_that_a_collator_found_by_labels_of_its_own_are_not_used():
+    config = ReftConfig(intervention="interchange", positions="l1", r=2, task_type="CAUSAL_LM")
+    inner = ReftDataCollator(DataCollatorForLanguageModeling(pad_token_id=0), config)  # TRL's: labels are the ids
+    example = {"input_ids": [3, 4, 5, 8], "labels": [-100, -100, -100, 8], "source_input_ids": [6, 7, 9]}
+    made = InterchangeCollator(inner)([example])
+    assert made["intervention_locations"].tolist() == [[[2]]]
+    assert made["source_inputs"].keys() == {"input_ids", "attention_mask"}  # the model finds the prompt's end
 
 
 def test_accuracy_of_a_language_model():
