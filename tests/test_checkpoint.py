@@ -597,6 +597,13 @@ def test_merging_is_refused_with_the_way_out_and_changes_nothing(method, inputs)
     assert torch.equal(logits(model, inputs), expected)
 
 
+def test_what_was_never_merged_can_be_unmerged(inputs):
+    model = reft_model(tiny_model("llama"))
+    before = logits(model, inputs)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, inputs), before)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
 def test_a_disabled_adapter_leaves_logits_bit_for_bit(family):
     base = tiny_model(family)
