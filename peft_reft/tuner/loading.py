@@ -123,9 +123,9 @@ def _transformers_load_adapter(
                 model.set_adapter(active)
             for parameter in model.parameters():
                 parameter.requires_grad_(id(parameter) in trained)
-        if isinstance(error, RuntimeError) and isinstance(config, ReftConfig):
-            if config.frozen_subspaces and not config.inference_mode:  # transformers sets parameters, no state dict
-                raise ValueError(HALVES.format(parts=config.frozen_subspaces)) from error
+        parts = config.frozen_subspaces if isinstance(config, ReftConfig) and not config.inference_mode else None
+        if parts and isinstance(error, RuntimeError):  # transformers sets parameters, not a state dict
+            raise ValueError(HALVES.format(parts=parts)) from error
         raise
 
 
