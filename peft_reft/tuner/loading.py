@@ -37,6 +37,11 @@ HALVES = (
     "their own, which transformers cannot load. Leave out is_trainable, and call model.set_adapter(name) afterwards."
 )
 
+ON_DISK = (
+    "transformers loads no weights of an adapter into blocks that are offloaded to disk, so that nothing would be "
+    "edited in {blocks}. Load the model with a device_map that keeps these blocks in memory."
+)
+
 
 def wrap_loading() -> None:
     """Wrap the `load_adapter` of PEFT's and of transformers' models."""
@@ -84,9 +89,18 @@ def _wait_for_writers(model_id: Any, subfolder: str | None) -> None:
 
 def _is_waiting(model: nn.Module, adapter_name: str) -> bool:
     """Whether an adapter was created to be loaded and has no weights yet."""
-    layers = reft_layers(model, adapter_name).values()
-    parameters = [parameter for layer in layers for parameter in layer.reft_interventions[adapter_name].parameters()]
-    return bool(parameters) and not any(not p.is_meta and bool(p.detach().any()) for p in parameters)
+    layers = reft_layers(model, adapter_name)
+    return bool(layers) and list(layers) == _without_weights(model, adapter_name)
+
+
+def _without_weights(model: nn.Module, adapter_name: str) -> list[str]:
+    """The blocks in which an adapter has parameters, all of them zero or on no device."""
+    found = []
+    for block, layer in reft_layers(model, adapter_name).items():
+        parameters = list(layer.reft_interventions[adapter_name].parameters())
+        if parameters and not any(not p.is_meta and bool(p.detach().any()) for p in parameters):
+            found.append(block)
+    return found
 
 
 def _remove(model: Any, adapter_name: str) -> None:
@@ -112,6 +126,9 @@ def _transformers_load_adapter(
             reason = _missed(model, name, info)
             if reason is not None:
                 raise ValueError(does_not_fit(model, reason, config))
+            left_out = _without_weights(model, name)
+            if left_out and "disk" in getattr(model, "hf_device_map", {}).values():
+                raise ValueError(ON_DISK.format(blocks=", ".join(left_out)))
             check_tensors({key: p for key, p in model.named_parameters() if is_intervention(key, name)})
         return info
     except BaseException as error:
