@@ -541,9 +541,7 @@ def test_transformers_own_loading_into_blocks_on_disk_is_refused(saved, inputs, 
     llama.save_pretrained(tmp_path / "base")
     places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     places |= {f"model.layers.{number}": "disk" if number else "cpu" for number in range(3)}
-    base = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "base", device_map=places, offload_folder=str(tmp_path / "disk")
-    )
+    base = type(llama).from_pretrained(tmp_path / "base", device_map=places, offload_folder=str(tmp_path / "disk"))
     with pytest.raises(ValueError, match=r"nothing would be edited in model\.layers\.1, model\.layers\.2"):
         base.load_adapter(path)
     torch.testing.assert_close(logits(base, inputs), logits(llama, inputs))
