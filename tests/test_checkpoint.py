@@ -536,6 +536,17 @@ def test_transformers_own_failed_load_leaves_an_adapter_intact(misfit, inputs, r
     assert torch.equal(logits(base, inputs), before_logits)
 
 
+def test_transformers_own_loading_into_blocks_on_disk_is_refused(saved, inputs, llama, tmp_path):
+    path, _ = saved
+    llama.save_pretrained(tmp_path / "base")
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{number}": "disk" if number else "cpu" for number in range(3)}
+    base = type(llama).from_pretrained(tmp_path / "base", device_map=places, offload_folder=str(tmp_path / "disk"))
+    with pytest.raises(ValueError, match=r"nothing would be edited in model\.layers\.1, model\.layers\.2"):
+        base.load_adapter(path)
+    torch.testing.assert_close(logits(base, inputs), logits(llama, inputs))
+
+
 # Taking it off.
 
 
@@ -595,6 +606,13 @@ def test_merging_is_refused_with_the_way_out_and_changes_nothing(method, inputs)
         getattr(model, method)()
     assert fingerprint(model) == before
     assert torch.equal(logits(model, inputs), expected)
+
+
+def test_what_was_never_merged_can_be_unmerged(inputs):
+    model = reft_model(tiny_model("llama"))
+    before = logits(model, inputs)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, inputs), before)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])

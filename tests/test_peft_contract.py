@@ -226,6 +226,16 @@ def test_ranks_may_differ_by_module(pattern):
     assert ranks == [4, 2, 4]
 
 
+def test_of_rank_patterns_the_first_that_matches_counts_and_still_does_when_loaded(inputs, tmp_path):
+    patterns = {"model.layers.1": 8, "layers.*": 2}  # PEFT sorts the keys of what it saves
+    model = reft_model(tiny_model("llama"), rank_pattern=patterns, **CAUSAL)
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path))
+    assert list(loaded.peft_config["default"].rank_pattern.items()) == list(patterns.items())
+    assert [groups[0].subspace.shape[0] for groups in get_interventions(loaded).values()] == [2, 8, 2]
+    assert torch.equal(logits(loaded, inputs), logits(model, inputs))
+
+
 def test_all_linear_targets_every_linear_layer_but_the_head(inputs):
     model = reft_model(tiny_model("llama"), target_modules="all-linear", **CAUSAL)
     assert len(get_interventions(model)) == 7 * BLOCKS and "lm_head" not in get_interventions(model)

@@ -44,6 +44,11 @@ def interchange_accuracy(
             for name in ("labels", "source_inputs"):
                 if batch.get(name) is None:
                     raise ValueError(f"A batch has no {name!r}, but {sorted(batch)}. Wrap the collator in one.")
+            if not isinstance(batch["labels"], Tensor):
+                raise ValueError(
+                    f"The labels of a batch are a {type(batch['labels']).__name__}: without a collator the examples "
+                    'must be tensors of one size. Use dataset.with_format("torch"), or pass a collator.'
+                )
             inputs = on_device(dict(batch), model)
             found = hits(output_of(model(**inputs)), inputs["labels"], predicts_tokens(base))
             right, total = right + int(found.sum()), total + len(found)

@@ -50,8 +50,8 @@ class InterchangeCollator:
         subspaces = [example.pop("subspaces", None) for example in features]
         has_labels = any(LABELS in example for example in features)
         batch = self.inner_collator(features)
-        if not has_labels:  # a collator's own, which would take the source's whole prompt for an answer
-            batch.pop(LABELS, None)
+        if not has_labels and batch.pop(LABELS, None) is not None:
+            batch.pop(KEY, None)  # found by a collator's own labels, which take the whole prompt for an answer
         if any(locations is not None for locations in given):
             batch[KEY] = pad_locations(given)
         if any(choice is not None for choice in subspaces):

@@ -79,7 +79,7 @@ class Probe:
         keep = torch.ones(len(columns), 1, 1, dtype=torch.bool, device=states.device)
         sources = Collected({key: states[:, None, None]}, {key: keep})
         rows = {
-            name: value.expand(len(columns), *value.shape[1:]) if isinstance(value, Tensor) else value
+            name: value.expand(len(columns), *value.shape[1:]) if _is_a_row(value) else value
             for name, value in inputs.items()
         }
         places = torch.tensor([[column] for column in columns], device=states.device)
@@ -90,6 +90,10 @@ class Probe:
         finally:
             for other in self.layers.values():
                 other._active_adapter = [NAME]
+
+
+def _is_a_row(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.shape[:1] == (1,)
 
 
 @contextmanager

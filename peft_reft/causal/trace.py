@@ -130,7 +130,8 @@ def trace(
     the classes of a classifier.
 
     Raises:
-        ValueError: if clean and corrupted inputs do not have the same columns.
+        ValueError: if clean and corrupted inputs do not have the same columns, or the metric does not return a number
+            for each row.
     """
     result = Trace()
     clean, corrupted = (on_device(dict(inputs), model) for inputs in (clean, corrupted))
@@ -146,7 +147,7 @@ def trace(
         decoder = [name for name in probe.layers if roles.get(probe.base.get_submodule(name)) == "decoder"]
         blocks = [name for name in probe.layers if name not in decoder]
         for example in range(len(valid)):
-            own = [_row(inputs, example) for inputs in (clean, corrupted)]
+            own = [_row(inputs, example, len(valid)) for inputs in (clean, corrupted)]
             _trace_one(result, probe, example, own[0], own[1], valid[example], blocks, metric, tokenizer, batch_size)
     return result
 
@@ -164,7 +165,8 @@ def _trace_one(
     batch_size: int,
 ) -> None:
     columns = valid.nonzero().flatten().tolist()
-    states = probe.read(clean)
+    # By columns, not as the prompt: labels among the inputs would end that.
+    states = probe.read({**clean, "intervention_locations": torch.tensor([columns], device=valid.device)})
 
     def predicted(output: Any) -> Tensor:
         logits = output_of(output)
@@ -183,7 +185,13 @@ def _trace_one(
         for first in range(0, len(columns), batch_size):
             chunk = columns[first : first + batch_size]
             output = probe.restored(corrupted, block, chunk, found[0, first : first + len(chunk)])
-            values += measure(predicted(output)).tolist()
+            measured = measure(predicted(output))
+            if measured.shape != (len(chunk),):
+                raise ValueError(
+                    f"metric returned {list(measured.shape)} for the logits of {len(chunk)} rows; it must return a "
+                    "number for each row."
+                )
+            values += measured.tolist()
         for position, value in enumerate(values):
             result.rows.append(
                 {
@@ -216,5 +224,7 @@ def _valid(inputs: Mapping[str, Any]) -> Tensor:
     return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
 
-def _row(inputs: Mapping[str, Any], number: int) -> Row:
-    return {k: value[number : number + 1] if isinstance(value, Tensor) else value for k, value in inputs.items()}
+def _row(inputs: Mapping[str, Any], number: int, rows: int) -> Row:
+    """The inputs of one row; those that all rows share stay as they are."""
+    own = {name for name, value in inputs.items() if isinstance(value, Tensor) and value.shape[:1] == (rows,)}
+    return {name: value[number : number + 1] if name in own else value for name, value in inputs.items()}

@@ -118,6 +118,11 @@ class EditableBackbone(Backbone):
             ValueError: for a mask of other rows or columns than the token ids, which torch would stretch over them.
         """
         check_mask(edit_mask, input_ids)
+        if not torch.compiler.is_compiling() and down.shape[1] not in (1, edit_mask.shape[-1]):
+            raise ValueError(
+                f"edit_mask has {edit_mask.shape[-1]} group(s), but the adapter {down.shape[1]}: make it with the "
+                "positions and the share_weights of the adapter."
+            )
         if down.shape[1] == 1 and edit_mask.shape[-1] != 1:
             edit_mask = edit_mask.sum(-1, keepdim=True)  # one intervention for all groups, which have no token twice
 

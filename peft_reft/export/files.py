@@ -214,7 +214,7 @@ def save_adapter_tensors(
     Args:
         model_or_directory: a model with ReFT adapters, or the directory of a saved one.
         path: of the file, such as "pirate.safetensors".
-        dtype: of the stored numbers.
+        dtype: of the stored numbers, torch.float16, float32 or bfloat16.
         adapter_name: of a model's adapters; None for the active one.
         blocks: as for `adapter_tensors`.
         base_model: name of the base model, if it is not to be the one that the adapter says; folders are left out.
@@ -222,6 +222,8 @@ def save_adapter_tensors(
     Raises:
         ValueError: for an adapter that is more than these tensors, or has numbers that `dtype` cannot hold.
     """
+    if dtype not in FLOATS.values():
+        raise ValueError(f"dtype={dtype!r} is none of {', '.join(f'torch.{name}' for name in FLOATS)}.")
     found = read_edits(model_or_directory, adapter_name, blocks)
     tensors = {name: getattr(found, name).to(dtype).contiguous() for name in NAMES}
     odd = next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None)

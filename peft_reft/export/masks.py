@@ -41,7 +41,7 @@ def edit_mask(
         want, a number for all rows or [B, 1, 1]. A decode step takes the last column, `[:, -1:]`.
 
     Raises:
-        ValueError: for what is no notation, or lengths that the rows do not have.
+        ValueError: for what is no notation or sharing, or lengths that the rows do not have.
 
     >>> edit_mask("f1+l1", prompt_length=3)[0].T
     tensor([[1., 0., 0.],
@@ -52,6 +52,12 @@ def edit_mask(
     [0.0, 1.0, 0.0, 1.0]
     """
     spec = parse_positions(positions)
+    known = share_weights in (True, False, "position")
+    if not known or (share_weights == "position" and any(term.width is None for term in spec.terms)):
+        raise ValueError(
+            f"share_weights={share_weights!r} is that of no adapter of positions={positions!r}: it is True, False, or, "
+            "for fN, lM and mK alone, 'position'."
+        )
     if isinstance(generated, bool) or not isinstance(generated, int) or generated < 0:
         raise ValueError(f"generated={generated!r} is no number of tokens; pass 0 for the prompt alone.")
     if attention_mask is None and prompt_length is None:
@@ -87,8 +93,12 @@ def _prompts(
 ) -> Prompts:
     """Each column's place, where a row is a prompt and the tokens generated behind it."""
     lengths = None if prompt_length is None else torch.as_tensor(prompt_length)
-    if lengths is not None and (lengths.is_floating_point() or lengths.dtype == torch.bool or lengths.dim() > 1):
-        raise ValueError(f"prompt_length={prompt_length!r} must be a number of tokens, or one for each row.")
+    if lengths is not None:
+        is_whole = not lengths.is_floating_point() and lengths.dtype != torch.bool and lengths.dim() <= 1
+        if not is_whole or int(lengths.min()) < 1:
+            raise ValueError(
+                f"prompt_length={prompt_length!r} must be a number of tokens above 0, or one for each row."
+            )
     if attention_mask is None:
         assert lengths is not None
         if int(lengths.min()) != int(lengths.max()):
@@ -97,8 +107,14 @@ def _prompts(
                 "which side the shorter ones are padded."
             )
         attention_mask = torch.ones(lengths.numel(), int(lengths.max()) + generated)
-    if attention_mask.dim() != 2:
-        raise ValueError(f"attention_mask has the shape {tuple(attention_mask.shape)}; it must be [rows, columns].")
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        what = f"of shape {tuple(attention_mask.shape)}" if isinstance(attention_mask, Tensor) else attention_mask
+        raise ValueError(f"attention_mask is {what}; it must be a tensor [rows, columns].")
+    if lengths is not None and lengths.numel() not in (1, len(attention_mask)):
+        raise ValueError(
+            f"prompt_length={prompt_length!r} has {lengths.numel()} entries, but the attention_mask has "
+            f"{len(attention_mask)} rows."
+        )
     valid = attention_mask != 0
     order = valid.cumsum(1) - 1
     count = order[:, -1:] + 1  # [B, 1]

@@ -9,7 +9,7 @@ from torch import nn
 
 from peft_reft.interventions import REGISTRY
 from peft_reft.positions import PositionSpec
-from peft_reft.tuner.subspaces import as_subspaces
+from peft_reft.tuner.subspaces import from_pairs
 
 
 def equation_of(kind: str) -> str:
@@ -65,7 +65,7 @@ def subspaces_in_words(config: Mapping[str, Any]) -> str:
     >>> subspaces_in_words({"subspaces": [["german", 4], ["formal", 2]], "frozen_subspaces": ["german"]})
     'german (rank 4, keeps its values), formal (rank 2)'
     """
-    parts, frozen = as_subspaces(config.get("subspaces")), config.get("frozen_subspaces") or []
+    parts, frozen = from_pairs("subspaces", config.get("subspaces")), config.get("frozen_subspaces") or []
     if parts is None:
         return ""
     if not isinstance(parts, dict) or not isinstance(frozen, list):

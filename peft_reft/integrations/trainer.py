@@ -1,4 +1,4 @@
-"""Two warnings about a ReFT adapter in transformers' `Trainer`, and so in TRL's trainers: each is given once.
+"""Three warnings about a ReFT adapter in transformers' `Trainer`, and so in TRL's trainers: each is given once.
 
 They come from a callback. A trainer takes its callbacks from its caller, and hands them to a `CallbackHandler`; adding
 one there is the only way that asks nothing of the user's code, nor that `transformers.trainer` be loaded, which takes
@@ -23,6 +23,11 @@ LOW_RATE = (
     "A ReFT adapter is about to be trained with a learning rate of {:g}. That is a rate for a model's own weights "
     "(TRL's default is 2e-5), at which an adapter hardly leaves its start. Begin with learning_rate=1e-3."
 )
+CUT_ANYWHERE = (
+    "packing_strategy='wrapped' cuts the data into rows anywhere, and the batches do not show where a document begins: "
+    "a ReFT adapter is trained as if each row were one document, with the first prompt in it, which may be the end of "
+    "one. Use packing_strategy='bfd', or packing=False."
+)
 UNLABELLED_EVALUATION = (
     "In evaluation a ReFT model of positions={!r} got neither `labels` nor `intervention_locations`, as with label "
     "smoothing or compute_loss_func: the whole row counts as the prompt, its answer and padding included, so that the "
@@ -33,7 +38,7 @@ UNLABELLED_EVALUATION = (
 
 
 class ReftNotices(TrainerCallback):
-    """Warns of a learning rate that trains nothing, and of an evaluation that does not say where prompts end."""
+    """Warns of a rate that trains nothing, of packing, and of an evaluation that does not say where prompts end."""
 
     def __init__(self) -> None:
         self.given: set[str] = set()
@@ -47,6 +52,14 @@ class ReftNotices(TrainerCallback):
             rate = rate_of(parameters, kwargs.get("optimizer"), args.learning_rate)
             if rate is not None and rate < LOWEST_RATE:
                 self._warn_once("rate", LOW_RATE.format(rate))
+        running = state_of(model)
+        if (
+            parameters
+            and running is not None
+            and getattr(args, "packing", False)
+            and args.packing_strategy == "wrapped"
+        ):
+            running.warn_once(CUT_ANYWHERE, "labels cover prompts")  # as what a row of it may set off
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs.get("model")

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
 from peft_reft.interventions.equations import Factors, Intervention
 from peft_reft.interventions.orthonormal import without_autocast
@@ -41,18 +42,19 @@ def kind_of(intervention: nn.Module) -> Kind | None:
     Returns:
         None for an intervention that has to be called as a module: one of the user's own, one whose activation has
         parameters of its own (PReLU), or one whose parameters cannot be read before its module runs (sharded,
-        offloaded), or are none (a replica of nn.DataParallel).
+        offloaded), or are none (a replica of nn.DataParallel, plain tensors in their place).
     """
     if not isinstance(intervention, Intervention) or intervention.changed_methods():
         return None
     if any(True for child in intervention.children() for _ in child.parameters()):  # an activation that is trained
         return None
-    parameters = intervention._parameters.values()
-    if not parameters or any(
+    own, cls = intervention, type(intervention)
+    parameters = own._parameters.values()
+    if not all(name in own._parameters for name in own.operands) or any(
         p is not None and (type(p) not in (nn.Parameter, Tensor) or p.is_meta or not p.numel()) for p in parameters
     ):
         return None
-    own, cls, basis = intervention, type(intervention), intervention.basis
+    basis = own.basis
     frozen = own.frozen if own.is_split else 0
     choices = (cls.has_source, cls.replaces, cls.orthonormal, own.act_fn, own.train_bias, own.parts, frozen)
     r, d = basis.shape
@@ -107,7 +109,9 @@ class FactorMemo:
             return False
         if torch.is_grad_enabled() and any(stack.requires_grad for stack in stacks):
             return False
-        return torch.func.debug_unwrap(stacks[0]) is stacks[0]  # not within vmap or grad of torch.func
+        if torch.func.debug_unwrap(stacks[0]) is not stacks[0]:  # within vmap or grad of torch.func
+            return False
+        return all(unpack_dual(stack).tangent is None for stack in stacks)  # else they carry forward-mode derivatives
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

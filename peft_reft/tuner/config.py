@@ -18,7 +18,7 @@ from peft_reft.positions import PositionSpec, parse_positions
 from peft_reft.tuner.neighbours import AFTER_SAVING
 from peft_reft.tuner.sizes import check_config_sizes, check_ids, check_rank, is_finite, is_integer, shown
 from peft_reft.tuner.staging import staged
-from peft_reft.tuner.subspaces import as_subspaces, check_subspaces
+from peft_reft.tuner.subspaces import check_subspaces, from_pairs
 
 
 @dataclass
@@ -126,7 +126,8 @@ class ReftConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.REFT
-        self.subspaces = as_subspaces(self.subspaces)
+        self.subspaces = from_pairs("subspaces", self.subspaces)
+        self.rank_pattern = from_pairs("rank_pattern", self.rank_pattern)
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))  # as PEFT's own configs do
@@ -138,10 +139,13 @@ class ReftConfig(PeftConfig):
         return tuple((self.subspaces or {}).values())
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as PEFT saves them; subspaces as pairs, since PEFT sorts the keys of dictionaries."""
+        """The fields as PEFT saves them; as pairs where the order counts, since PEFT sorts the keys of dictionaries."""
         values: dict[str, Any] = super().to_dict()
         if self.subspaces is not None:
             values["subspaces"] = [[name, rank] for name, rank in self.subspaces.items()]
+        patterns = self.rank_pattern or {}
+        if list(patterns) != sorted(patterns):  # of several that match a module, the first counts
+            values["rank_pattern"] = [[pattern, rank] for pattern, rank in patterns.items()]
         return values
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -32,6 +32,16 @@ from peft_reft.tuner.injection import reft_layers, tidy_up
 from peft_reft.tuner.keys import is_intervention, without_adapter
 from peft_reft.tuner.staging import wait_until_whole
 
+HALVES = (
+    "Parts of this adapter's R keep their values ({parts}). Where the others are trained, they lie in parameters of "
+    "their own, which transformers cannot load. Leave out is_trainable, and call model.set_adapter(name) afterwards."
+)
+
+ON_DISK = (
+    "transformers loads no weights of an adapter into blocks that are offloaded to disk, so that nothing would be "
+    "edited in {blocks}. Load the model with a device_map that keeps these blocks in memory."
+)
+
 
 def wrap_loading() -> None:
     """Wrap the `load_adapter` of PEFT's and of transformers' models."""
@@ -79,9 +89,18 @@ def _wait_for_writers(model_id: Any, subfolder: str | None) -> None:
 
 def _is_waiting(model: nn.Module, adapter_name: str) -> bool:
     """Whether an adapter was created to be loaded and has no weights yet."""
-    layers = reft_layers(model, adapter_name).values()
-    parameters = [parameter for layer in layers for parameter in layer.reft_interventions[adapter_name].parameters()]
-    return bool(parameters) and not any(not p.is_meta and bool(p.detach().any()) for p in parameters)
+    layers = reft_layers(model, adapter_name)
+    return bool(layers) and list(layers) == _without_weights(model, adapter_name)
+
+
+def _without_weights(model: nn.Module, adapter_name: str) -> list[str]:
+    """The blocks in which an adapter has parameters, all of them zero or on no device."""
+    found = []
+    for block, layer in reft_layers(model, adapter_name).items():
+        parameters = list(layer.reft_interventions[adapter_name].parameters())
+        if parameters and not any(not p.is_meta and bool(p.detach().any()) for p in parameters):
+            found.append(block)
+    return found
 
 
 def _remove(model: Any, adapter_name: str) -> None:
@@ -107,9 +126,13 @@ def _transformers_load_adapter(
             reason = _missed(model, name, info)
             if reason is not None:
                 raise ValueError(does_not_fit(model, reason, config))
+            left_out = _without_weights(model, name)
+            if left_out and "disk" in getattr(model, "hf_device_map", {}).values():
+                raise ValueError(ON_DISK.format(blocks=", ".join(left_out)))
             check_tensors({key: p for key, p in model.named_parameters() if is_intervention(key, name)})
         return info
-    except BaseException:
+    except BaseException as error:
+        config = getattr(model, "peft_config", {}).get(name)
         if not existed and reft_layers(model, name):
             model.delete_adapter(name)
             tidy_up(model)
@@ -117,6 +140,9 @@ def _transformers_load_adapter(
                 model.set_adapter(active)
             for parameter in model.parameters():
                 parameter.requires_grad_(id(parameter) in trained)
+        parts = config.frozen_subspaces if isinstance(config, ReftConfig) and not config.inference_mode else None
+        if parts and isinstance(error, RuntimeError):  # transformers sets parameters, not a state dict
+            raise ValueError(HALVES.format(parts=parts)) from error
         raise
 
 

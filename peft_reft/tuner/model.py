@@ -314,6 +314,9 @@ class ReftModel(BaseTuner):
             "unload() to get the base model back."
         )
 
+    def unmerge_adapter(self) -> None:
+        """Nothing is to be done: nothing can have been merged."""
+
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Take an auxiliary wrapper (`modules_to_save`, trainable tokens) off again; blocks are never replaced."""
         setattr(parent, child_name, new_module)

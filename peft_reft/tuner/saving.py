@@ -19,6 +19,7 @@ from typing import Any
 
 from huggingface_hub.constants import REPOCARD_NAME
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from peft_reft.tuner.config import ReftConfig
 from peft_reft.tuner.loading import wrap_function
@@ -39,12 +40,17 @@ def _save_pretrained(
     has_reft = any(isinstance(config, ReftConfig) for config in model.peft_config.values())
     if not has_reft or not writes or os.path.isfile(save_directory):
         return pefts(model, save_directory, *args, **kwargs)
+    names = passed.get("selected_adapters") or list(model.peft_config)
+    folders = {"" if name == "default" else name for name in names}
     with staged(save_directory) as stage:
         # A card that is there already is kept, with sections that are written anew.
-        names = passed.get("selected_adapters") or list(model.peft_config)
-        for folder in ("", *(name for name in names if name != "default")):
+        for folder in sorted({"", *folders}):
             card = Path(save_directory, folder, REPOCARD_NAME)
             if card.is_file():
                 (stage / folder).mkdir(exist_ok=True)
                 shutil.copy(card, stage / folder / REPOCARD_NAME)
         pefts(model, str(stage), *args, **kwargs)
+    # Of two files of weights, PEFT reads the safetensors: what an earlier save wrote in the other format goes.
+    other = WEIGHTS_NAME if passed.get("safe_serialization", True) else SAFETENSORS_WEIGHTS_NAME
+    for folder in folders:
+        Path(save_directory, folder, other).unlink(missing_ok=True)

@@ -14,14 +14,14 @@ from peft_reft.tuner.sizes import check_rank, shown
 LONGEST_NAME = 100
 
 
-def as_subspaces(value: Any) -> Any:
-    """The config's `subspaces` as a dictionary: a file holds pairs, whose order nothing sorts."""
+def from_pairs(field: str, value: Any) -> Any:
+    """A field of a config as a dictionary: where the order counts, a file holds pairs, which nothing sorts."""
     if isinstance(value, (list, tuple)):
         pairs = [tuple(pair) if isinstance(pair, (list, tuple)) else (pair,) for pair in value]
         if all(len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
             names = [name for name, _ in pairs]
             if len(set(names)) < len(names):
-                raise ValueError(f"subspaces={shown(value)} names a part twice; each needs a name of its own.")
+                raise ValueError(f"{field}={shown(value)} has a name twice; each must be another one.")
             return dict(pairs)
     return value
 

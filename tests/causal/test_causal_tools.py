@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from trainer_kit import word_tokenizer
 from transformers import DataCollatorForSeq2Seq
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from peft_reft import ReftConfig, ReftDataCollator, get_interventions
 from peft_reft.causal import InterchangeCollator, collect, edit_drift, interchange_accuracy, trace
@@ -186,6 +187,19 @@ def test_tracing_of_several_padded_rows_with_a_metric_and_modules_of_one_s_own()
     assert {row["token_id"] for row in found.rows if row["position"] == 1} == {50}
 
 
+def test_labels_and_inputs_that_rows_share_do_not_change_a_trace():
+    model = tiny_model("llama")
+    clean, corrupted = (batch(5, 5, seed=seed) for seed in (1, 2))
+    labels = clean["input_ids"].masked_fill(torch.arange(5) < 2, -100)
+    more = {"labels": labels, "position_ids": torch.arange(5)[None]}
+    plain, found = (trace(model, {**clean, **own}, {**corrupted, **own}) for own in ({}, more))
+    for one, other in zip(plain.rows, found.rows, strict=True):
+        assert one["value"] == pytest.approx(other["value"], abs=1e-5)
+    assert len({row["value"] for row in plain.rows}) > len(plain.rows) // 2
+    with pytest.raises(ValueError, match=r"metric returned \[\] for the logits of 5 rows"):
+        trace(model, clean, corrupted, lambda logits: logits[:, 3].mean())
+
+
 def test_tracing_a_classifier_and_an_encoder_decoder_model():
     for family, head in (("bert", "classifier"), ("t5", None)):
         base, clean = tiny_model(family, head), batch(5, seed=1)
@@ -251,6 +265,15 @@ def test_a_reft_collator_inside_finds_the_places_of_both():
     assert made["source_inputs"]["intervention_locations"].tolist() == [[[1]]]
 
 
+def test_places_that_a_collator_found_by_labels_of_its_own_are_not_used():
+    config = ReftConfig(intervention="interchange", positions="l1", r=2, task_type="CAUSAL_LM")
+    inner = ReftDataCollator(DataCollatorForLanguageModeling(pad_token_id=0), config)  # TRL's: labels are the ids
+    example = {"input_ids": [3, 4, 5, 8], "labels": [-100, -100, -100, 8], "source_input_ids": [6, 7, 9]}
+    made = InterchangeCollator(inner)([example])
+    assert made["intervention_locations"].tolist() == [[[2]]]
+    assert made["source_inputs"].keys() == {"input_ids", "attention_mask"}  # the model finds the prompt's end
+
+
 def test_accuracy_of_a_language_model():
     base = tiny_model("llama")
     model = get_peft_model(base, ReftConfig(intervention="vanilla", positions="all", task_type="CAUSAL_LM"))
@@ -266,6 +289,8 @@ def test_accuracy_of_a_language_model():
     assert model.training
     with pytest.raises(ValueError, match="has no 'labels'"):
         interchange_accuracy(model, [{"input_ids": rows[0]}])
+    with pytest.raises(ValueError, match=r"labels of a batch are a list: .*with_format"):
+        interchange_accuracy(model, [{name: value.tolist() for name, value in row.items()} for row in data])
     with pytest.raises(ValueError, match="do not fit logits"):
         hits(torch.ones(2, 3), torch.ones(2, 3), causal=False)
 

@@ -162,6 +162,13 @@ def test_a_mask_of_other_columns_is_refused():
             exportable(model, cache=False, baked="default")(*inputs.values(), mask)
 
 
+def test_a_mask_of_fewer_groups_than_the_adapter_is_refused():
+    model = reft_model(tiny_model("llama"), positions="f1+l1", share_weights=False, **CAUSAL)
+    mask = edit_mask("f1+l1", prompt_length=6, share_weights=True)
+    with pytest.raises(ValueError, match=r"edit_mask has 1 group\(s\), but the adapter 2"):
+        exportable(model, cache=False)(*batch(6).values(), mask, *adapter_tensors(model).values())
+
+
 def test_the_model_stays_what_it_was():
     model = reft_model(tiny_model("llama"), positions="f1+l1", task_type="CAUSAL_LM")
     before, hooks = answer(model), [len(module._forward_hooks) for module in model.modules()]

@@ -96,6 +96,13 @@ def test_numbers_too_large_for_half_precision_are_refused(model, tmp_path):
     save_adapter_tensors(model, tmp_path / "a.safetensors", torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float64, "float16"], ids=str)
+def test_types_of_numbers_that_no_file_may_hold_are_refused(dtype, model, tmp_path):
+    with pytest.raises(ValueError, match=r"is none of torch\.float32"):
+        save_adapter_tensors(model, tmp_path / "a.safetensors", dtype)
+    assert not (tmp_path / "a.safetensors").exists()
+
+
 def test_what_is_more_than_edits_is_refused(tmp_path):
     saves_head = reft_model(tiny_model("llama"), modules_to_save=["lm_head"], **SETTINGS)
     with pytest.raises(ValueError, match="modules_to_save"):

@@ -96,6 +96,12 @@ def test_it_names_the_tokens_that_the_package_edits_in_prompts_and_answers(posit
         ({"positions": "f2", "attention_mask": torch.ones(2, 3), "generated": 3}, "a prompt of at least one"),
         ({"positions": "f2", "attention_mask": torch.ones(1, 4), "prompt_length": 2, "generated": 1}, "Row 0"),
         ({"positions": "f2", "attention_mask": torch.ones(3)}, r"shape \(3,\)"),
+        ({"positions": "f2", "attention_mask": [[1, 1]]}, "must be a tensor"),
+        ({"positions": "f2", "attention_mask": torch.ones(2, 3), "prompt_length": [1, 2, 3]}, "3 entries, .* 2 rows"),
+        ({"positions": "f2", "prompt_length": 0}, "above 0"),
+        ({"positions": "f2", "prompt_length": [-1]}, "above 0"),
+        ({"positions": "all", "prompt_length": 3, "share_weights": "position"}, "share_weights='position'"),
+        ({"positions": "f2", "prompt_length": 3, "share_weights": "term"}, "share_weights='term'"),
     ],
 )
 def test_lengths_that_rows_do_not_have_are_refused(arguments, what):

@@ -141,6 +141,32 @@ def test_functional_call_uses_the_parameters_it_is_given():
     assert (got - before).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("how", ["functional_call", "tensors in the place of parameters"])
+def test_forward_mode_derivatives_are_not_those_of_factors_that_are_remembered(how):
+    model, inputs = reft_model(llama(), **CONFIG).requires_grad_(False), batch(6, 4)
+    weights = {n: p for n, p in model.named_parameters() if ".reft." in n and n.endswith("weight")}
+    along = {name: torch.randn_like(weight) for name, weight in weights.items()}
+
+    def moved(step):
+        return functional_call(model, {n: w + step * along[n] for n, w in weights.items()}, (), inputs).logits
+
+    wanted = (moved(1e-3) - moved(-1e-3)) / 2e-3
+    moved(0.0)  # whose factors have no derivative
+    with torch.autograd.forward_ad.dual_level():
+        duals = {n: torch.autograd.forward_ad.make_dual(w.clone(), along[n]) for n, w in weights.items()}
+        if how == "functional_call":
+            output = functional_call(model, duals, (), inputs).logits
+        else:
+            for name, dual in duals.items():
+                intervention = model.get_submodule(name.rpartition(".")[0])
+                del intervention.weight
+                intervention.weight = dual
+            output = model(**inputs).logits
+        found = torch.autograd.forward_ad.unpack_dual(output).tangent
+    torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2)
+    assert wanted.abs().max() > 1
+
+
 # Checkpoints.
 
 

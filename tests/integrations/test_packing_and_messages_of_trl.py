@@ -15,7 +15,7 @@ FIRST, LAST = 3, 90  # "w3" begins every prompt, "user" ends it, and neither is 
 
 
 def documents(rows=8, answer=14):
-    """Prompts of four tokens, and answers of many."""
+    """Prompts of four tokens, and answers of that many or a little less."""
     words = [" ".join(f"w{10 + (row + number) % 70}" for number in range(answer - row % 3)) for row in range(rows)]
     return Dataset.from_list([{"prompt": "w3 w4 w5 user", "completion": f" {text}"} for text in words])
 
@@ -92,6 +92,15 @@ def test_documents_that_were_cut_are_edited_rightly_or_it_is_told_once(how, tmp_
         return
     assert len(told) == 1
     assert "pack" in told[0].lower()
+
+
+def test_rows_that_are_cut_anywhere_are_told_of_where_no_label_shows_it(tmp_path):
+    data = documents(rows=8, answer=4).map(lambda row: {"prompt": "w3 w4 w5 w6 w7 w8 w9 w4 w5 w6 w7 user"})
+    trainer, spy, tokens = watched(tmp_path, data, packing=True, packing_strategy="wrapped", max_length=32)
+    told = warnings_of(trainer.train)
+    assert any(edited != wanted for edited, wanted in edits_and_wanted(spy, tokens))
+    assert len(told) == 1
+    assert "packing_strategy='wrapped' cuts the data into rows anywhere" in told[0]
 
 
 # Chats as `messages`.

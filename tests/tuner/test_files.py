@@ -12,7 +12,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import reft_model, tiny_model
+from conftest import batch, logits, reft_model, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -156,6 +156,18 @@ def test_pickles_are_written_whole_too(tmp_path):
     model.save_pretrained(tmp_path, safe_serialization=False)
     assert sorted(contents(tmp_path)) == ["README.md", "adapter_config.json", "adapter_model.bin"]
     assert len(read_adapter(tmp_path).tensors) == 9
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("name", ["default", "other"])
+def test_weights_that_were_saved_before_in_the_other_format_are_not_found_any_more(name, safe, tmp_path):
+    folder = tmp_path if name == "default" else tmp_path / name
+    for seed, format in ((1, not safe), (2, safe)):
+        model = reft_model(tiny_model("llama"), seed=seed, adapter=name)
+        model.save_pretrained(tmp_path, safe_serialization=format)
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), folder)
+    assert torch.equal(logits(loaded, batch(6, 4)), logits(model, batch(6, 4)))
+    assert len(list(folder.glob("adapter_model*"))) == 1
 
 
 def test_who_is_not_the_main_process_writes_nothing(tmp_path):

@@ -436,6 +436,22 @@ def test_a_grown_adapter_is_stored_in_whole_tensors(tmp_path):
     assert (logits(native.eval(), batch(6, 4)) - logits(model, batch(6, 4))).abs().max() < 1e-5
 
 
+def test_a_grown_adapter_that_transformers_loads_is_trained_after_loading(tmp_path):
+    model = parted()
+    model.add_subspace("default", "polite", 2)
+    randomize(model, seed=3).save_pretrained(tmp_path)
+    inputs = batch(6, 4)
+    base = tiny_model("llama")
+    with pytest.raises(ValueError, match=r"keep their values \(\['german', 'formal'\]\).*call model.set_adapter"):
+        base.load_adapter(str(tmp_path), is_trainable=True)
+    assert torch.equal(logits(base, inputs), logits(tiny_model("llama"), inputs))
+    base.load_adapter(str(tmp_path))
+    base.set_adapter("default")
+    assert torch.equal(logits(base, inputs), logits(model, inputs))
+    shapes = {name.rpartition(".")[2]: tuple(p.shape) for name, p in base.named_parameters() if p.requires_grad}
+    assert shapes == {"basis": (2, 32), "weight": (2, 32), "bias": (2,)}
+
+
 def test_inspect_has_a_row_for_each_part():
     model = parted(layers_to_transform=[1])
     found = inspect_adapter(model, {**batch(5), "subspaces": [{"german": 0.5, "formal": 1.0}]}, effects=False).edits
@@ -457,7 +473,7 @@ def test_inspect_has_a_row_for_each_part():
         ({"subspaces": {}}, "must be a dictionary of ranks by name"),
         ({"subspaces": {"a": 0, "b": 5}}, "is not a rank"),
         ({"subspaces": {"": 5}}, "a name is printable text"),
-        ({"subspaces": [["a", 2], ["a", 3]]}, "names a part twice"),
+        ({"subspaces": [["a", 2], ["a", 3]]}, "has a name twice"),
         ({"rank_pattern": {"layers.1": 2}}, "which rank_pattern"),
         ({"intervention": "noreft"}, "its directions are free"),
         ({"intervention": "direft"}, "its directions are free"),
