@@ -16,8 +16,8 @@ from torch import Tensor
 from peft_reft.context.arguments import repeats
 from peft_reft.context.edit import Edit
 from peft_reft.context.generate import Step
-from peft_reft.context.plan import Family, Plan, plan_for
-from peft_reft.context.sources import Collected, Listed, Sources, exchanges, listed
+from peft_reft.context.plan import Family, families_of, kept_families
+from peft_reft.context.sources import Collected, Collector, Exchange, Listed, Sources, listed
 from peft_reft.context.state import ModelState, names_of_rows
 from peft_reft.context.subspaces import Choices, repeated
 from peft_reft.positions import Places, PositionSpec, Prompts, Tokens, find_prompts, places_at, places_of
@@ -138,26 +138,42 @@ class ForwardContext:
         if self.columns is not None and not self.idle:
             self._edits = self._plan(self.layers)
 
-    def _plan(self, layers: Sequence[Any]) -> list[Edit]:
+    def _plan(self, layers: Sequence[Any]) -> list[Any]:
         assert self.rows is not None and self.columns is not None
         names = self.adapters_of_rows(self.rows)
         if torch.compiler.is_compiling() or not any(layer is layers[0] for layer in self.state.layers):
-            # Not kept: it would be part of the graph; or the layers are a replica's, made for this call alone.
-            plan = Plan(layers, None if names is None else list(dict.fromkeys(names)), once=True)
+            # Not kept: they would be part of the graph; or the layers are a replica's, made for this call alone.
+            families = families_of(layers, None if names is None else list(dict.fromkeys(names)), once=True)
         else:
-            plan = plan_for(self.state.plans, layers, names)
+            families = kept_families(self.state.plans, layers, names)
         choices = self.given.subspaces
         if choices is not None:
             choices = repeated(choices, self.rows, self.given.in_generate)
-        shape = (self.rows, self.columns)
+        edits: list[Any] = []
+        for family in families:
+            rows = family.rows_in(names)
+            if rows == []:
+                continue
+            if family.takes_source:
+                edits += self._exchanges(family, rows, choices)
+            elif self.given.collecting is None:  # the forward of a source is not edited
+                places = self._places(family.spec, family.share_weights)
+                if places is not None:
+                    edits.append(family.edit(places, (self.rows, self.columns), names, rows, self.training, choices))
+        return edits
+
+    def _exchanges(self, family: Family, rows: list[int] | None, choices: Choices | None) -> list[Any]:
+        """What stands for the edit of a family that takes a source; nothing without a source, or without a place."""
         given = self.given
         if given.sources is None and given.collecting is None:
-            return plan.edits(self._places, shape, names, self.training, choices)
-
-        def exchanged(family: Family, rows: Sequence[int]) -> Any:
-            return exchanges(family, self.listed, rows, given.sources, given.collecting, choices)
-
-        return plan.edits(self._places, shape, names, self.training, choices, exchanged, given.collecting is not None)
+            return []
+        places = self.listed(family.spec, family.share_weights)
+        if places is None:
+            return []
+        own = range(len(places.keep)) if rows is None else rows
+        if given.collecting is not None:
+            return [Collector(family, places, own, given.collecting)]
+        return [Exchange(family, places, own, given.sources or {}, choices)]
 
     def listed(self, spec: PositionSpec, share_weights: bool | str) -> Listed | None:
         """Where to edit, by a spec, in the order of the whole row's places; None for nowhere."""

@@ -1,14 +1,14 @@
 """How the adapters of a call are put together: which interventions are worked out at once, and for which rows.
 
-What depends on the adapters alone is planned when they change and kept; what depends on a call is filled in by
-`Plan.edits`. Interventions that differ in their numbers only are a `Family`: their factors are worked out together.
+Interventions that differ in their numbers only are a `Family`: their factors are worked out together. What depends on
+the adapters alone is worked out when they change, and kept; what depends on a call is filled in by `Family.edit`.
 
 Shape letters: B rows, S columns, G position groups, P places per group, L layers, A adapters, d hidden size, r rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -65,6 +65,86 @@ class Family:
         self.takes_source = self.kind is None and getattr(self.distinct[0], "takes_source", False)
         self._split: tuple[Factors, Any, Mapping[int, Any]] | None = None
 
+    def rows_in(self, names: Sequence[str] | None) -> list[int] | None:
+        """The rows that have one of the family's adapters, of rows with adapters of their own; else None for all."""
+        return None if names is None else [row for row, name in enumerate(names) if name in self.names]
+
+    def edit(
+        self,
+        places: Places,
+        shape: tuple[int, int],
+        names: Sequence[str] | None,
+        rows: list[int] | None,
+        training: bool,
+        choices: Choices | None,
+    ) -> Edit:
+        """The family's edit in a call.
+
+        Args:
+            places: of all rows.
+            shape: B and S of the hidden state.
+            names: the adapter of each row; None if all have the same.
+            rows: numbers of the rows that take part; None for all.
+            training: whether entries are dropped.
+            choices: which named parts of R act in each row; None if the call says nothing.
+        """
+        adapters = None  # which of several adapters each row has
+        if names is not None and rows is not None and len(self.names) > 1:
+            adapters = [self.names.index(names[row]) for row in rows]
+        kind = self.kind
+        if kind is not None and places.keep.device != kind.device:
+            places = places.to(kind.device)
+        index, keep = self._flat(places, shape, rows, adapters)
+        if kind is not None:
+            keep = keep.to(self.dtype)
+        if self.parts[0]:
+            keep = self._parted(keep, shape, rows, adapters, choices)
+        blocks = self.blocks(adapters, keep.dim() == 3)
+        if kind is None:
+            return Edit(index, keep, blocks, called=True)
+        dropout = kind.dropout if training else 0.0
+        return Edit(index, keep, blocks, False, dropout, torch.is_autocast_enabled(kind.device.type))
+
+    def _flat(
+        self, places: Places, shape: tuple[int, int], rows: list[int] | None, adapters: list[int] | None
+    ) -> tuple[Tensor | None, Tensor]:
+        """The places as `Edit.places` and `Edit.keep`."""
+        chosen = None if rows is None or len(rows) == shape[0] else _numbers(rows, places.keep.device)
+        columns, keep = places if chosen is None else places.rows(chosen)  # [B, G, P]
+        if adapters is not None and len(set(self.scales)) > 1:
+            scales = torch.tensor([self.scales[adapter] for adapter in adapters], device=keep.device)
+            keep = keep * scales[:, None, None]
+        elif self.scales[0] != 1:
+            keep = keep * self.scales[0]
+        index = None
+        if columns is not None or adapters is not None or chosen is not None:
+            if columns is None:
+                columns = torch.arange(shape[1], device=keep.device).expand(keep.shape)
+            # Not an arange in steps: to a graph of rows of any length, how many steps there are would be a question.
+            row = torch.arange(shape[0], device=keep.device) if chosen is None else chosen
+            index = torch.add(columns, row.view(-1, 1, 1), alpha=shape[1])
+        if adapters is not None:  # an intervention for each row and group
+            return None if index is None else index.flatten(), keep.flatten(0, 1).unsqueeze(-1)
+        # One for each group, or one for all.
+        if keep.shape[1] == 1:
+            return None if index is None else index.flatten(), keep.reshape(-1, 1)
+        index = None if index is None else index.transpose(0, 1).flatten()
+        return index, keep.transpose(0, 1).flatten(1).unsqueeze(-1)
+
+    def _parted(
+        self,
+        keep: Tensor,
+        shape: tuple[int, int],
+        rows: list[int] | None,
+        adapters: list[int] | None,
+        choices: Choices | None,
+    ) -> Tensor:
+        """`Edit.keep` of interventions with named parts, of which not all may act: by direction where that is so."""
+        numbers = range(shape[0]) if rows is None else rows
+        like = keep if keep.is_floating_point() else keep.float()
+        of_rows = strengths(self.parts, self.chosen, choices, numbers, adapters, like)
+        return keep if of_rows is None else by_direction(keep, of_rows, self.count, by_row=adapters is not None)
+
     def blocks(self, adapters: Sequence[int] | None, split: bool) -> Mapping[int, Any]:
         """What each layer multiplies with, or calls: see `Edit.blocks`.
 
@@ -107,6 +187,11 @@ class Family:
         return factors.map(lambda part: part.index_select(0, chosen))
 
 
+def _numbers(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """The numbers on a device that need not wait for them."""
+    return torch.tensor(numbers).to(device, non_blocking=True)
+
+
 class Alike(NamedTuple):
     """What the interventions of an adapter have in common next to some layers.
 
@@ -123,76 +208,8 @@ class Alike(NamedTuple):
     chosen: tuple[tuple[str, float], ...] | None
 
 
-class Member(NamedTuple):
-    """An adapter's part of a family: what its interventions have in common, and the groups next to each layer."""
-
-    name: str
-    alike: Alike
-    layers: list[int]
-    groups: list[nn.ModuleList]
-
-
-class Plan:
-    """The families of the adapters of a call.
-
-    Args:
-        layers: the model's layers.
-        names: the adapters that take part; None for each layer's active ones.
-        once: whether the plan is not kept, so that factors need not be remembered.
-    """
-
-    def __init__(self, layers: Sequence[Any], names: Sequence[str] | None, once: bool = False):
-        members: dict[tuple[str, Alike], Member] = {}
-        for layer in layers:
-            if layer.disable_adapters:
-                continue
-            for name in layer.active_adapters if names is None else names:
-                groups = layer.reft_interventions._modules.get(name)
-                if groups is None or not layer.scaling[name]:
-                    continue
-                alike = _alike(layer, name, groups)
-                member = members.setdefault((name, alike), Member(name, alike, [], []))
-                member.layers.append(layer.number)
-                member.groups.append(groups)
-        self.families = _families(list(members.values()), by_row=names is not None, once=once)
-
-    def edits(
-        self,
-        places_of: Callable[[PositionSpec, bool | str], Places | None],
-        shape: tuple[int, int],
-        rows: Sequence[str] | None,
-        training: bool,
-        choices: Choices | None = None,
-        exchanged: Callable[[Family, Sequence[int]], Any] | None = None,
-        collecting: bool = False,
-    ) -> list[Edit]:
-        """The edits of a call.
-
-        Args:
-            places_of: the places of all rows by spec and `share_weights`; None for nowhere.
-            shape: B and S of the hidden state.
-            rows: the adapter of each row; None for the active ones in every row.
-            training: whether entries are dropped.
-            choices: which named parts of R act in each row; None if the call says nothing.
-            exchanged: what stands for the edit of a family that takes a source, for some rows; None in calls without.
-            collecting: whether this is the forward of a source, which is not edited.
-        """
-        edits: list[Any] = []
-        for family in self.families:
-            if family.takes_source or collecting:
-                if exchanged is not None and family.takes_source:
-                    own = rows is None or [number for number, name in enumerate(rows) if name in family.names]
-                    found = exchanged(family, range(shape[0]) if own is True else own)
-                    edits += [] if found is None else [found]
-                continue
-            chosen = None if rows is None else [number for number, name in enumerate(rows) if name in family.names]
-            places = None if chosen == [] else places_of(family.spec, family.share_weights)
-            if places is not None:
-                edits.append(_edit(family, places, shape, rows, chosen, training, choices))
-        return edits
-
-
-def _alike(layer: Any, name: str, groups: nn.ModuleList) -> Alike:
+def alike(layer: Any, name: str, groups: nn.ModuleList) -> Alike:
+    """What an adapter's interventions next to one layer have in common with others."""
     kinds = {kind_of(one) for one in groups}
     kind = kinds.pop() if len(kinds) == 1 else None
     return Alike(
@@ -207,124 +224,52 @@ def _alike(layer: Any, name: str, groups: nn.ModuleList) -> Alike:
     )
 
 
-def _families(members: Sequence[Member], by_row: bool, once: bool) -> list[Family]:
-    """Put adapters together that differ in their numbers only."""
-    together: dict[Any, list[Member]] = {}
-    for member in members:
-        name, alike, layers, _ = member
-        fits = by_row and alike.kind is not None
-        key = alike._replace(scale=1.0, parts=(), chosen=None) if fits else (name, alike)
-        together.setdefault((key, tuple(layers)), []).append(member)
+def families_of(layers: Sequence[Any], names: Sequence[str] | None, once: bool = False) -> list[Family]:
+    """The families of the adapters of a call.
+
+    Args:
+        layers: the model's layers.
+        names: the adapters that take part, in rows of their own; None for each layer's active ones in all rows.
+        once: whether they are not kept, so that factors need not be remembered.
+    """
+    members: dict[tuple[str, Alike], tuple[list[int], list[nn.ModuleList]]] = {}
+    for layer in layers:
+        if layer.disable_adapters:
+            continue
+        for name in layer.active_adapters if names is None else names:
+            groups = layer.reft_interventions._modules.get(name)
+            if groups is not None and layer.scaling[name]:
+                numbers, lists = members.setdefault((name, alike(layer, name, groups)), ([], []))
+                numbers.append(layer.number)
+                lists.append(groups)
+    # Adapters of rows of their own are put together if they differ in their numbers only.
+    together: dict[Any, list[tuple[str, Alike, list[nn.ModuleList]]]] = {}
+    for (name, own), (numbers, lists) in members.items():
+        fits = names is not None and own.kind is not None
+        key = own._replace(scale=1.0, parts=(), chosen=None) if fits else (name, own)
+        together.setdefault((key, tuple(numbers)), []).append((name, own, lists))
     families = []
-    for parts in together.values():
-        _, alike, layers, _ = parts[0]
+    for (_, layer_numbers), found in together.items():
+        adapters, owns, by_adapter = zip(*found)
         families.append(
             Family(
-                alike.spec,
-                alike.share_weights,
-                names=[member.name for member in parts],
-                scales=[member.alike.scale for member in parts],
-                layers=layers,
-                groups=[list(groups) for groups in zip(*(member.groups for member in parts))],
-                kind=alike.kind,
+                owns[0].spec,
+                owns[0].share_weights,
+                names=list(adapters),
+                scales=[own.scale for own in owns],
+                layers=list(layer_numbers),
+                groups=[list(groups) for groups in zip(*by_adapter)],
+                kind=owns[0].kind,
                 memo=None if once else FactorMemo(),
-                parts=[dict(member.alike.parts) for member in parts],
-                chosen=[
-                    None if chosen is None else dict(chosen) for chosen in (member.alike.chosen for member in parts)
-                ],
+                parts=[dict(own.parts) for own in owns],
+                chosen=[None if own.chosen is None else dict(own.chosen) for own in owns],
             )
         )
     return families
 
 
-def _edit(
-    family: Family,
-    places: Places,
-    shape: tuple[int, int],
-    rows: Sequence[str] | None,
-    chosen: list[int] | None,
-    training: bool,
-    choices: Choices | None,
-) -> Edit:
-    """The edit of a family.
-
-    Args:
-        rows: the adapter of each row; None if all rows have the family's one.
-        chosen: numbers of the rows that take part.
-        choices: which named parts of R act in each row.
-    """
-    adapters = None
-    if rows is not None and chosen is not None and len(family.names) > 1:
-        adapters = [family.names.index(rows[row]) for row in chosen]
-    if family.kind is None:
-        index, keep = _flat(family, places, shape, chosen, None)
-        if family.parts[0]:
-            keep = _parted(family, keep, shape, chosen, None, choices)
-        return Edit(index, keep, family.blocks(None, keep.dim() == 3), called=True)
-    device = family.kind.device
-    if places.keep.device != device:
-        places = places.to(device)
-    index, keep = _flat(family, places, shape, chosen, adapters)
-    blocks = family.blocks(adapters, keep.dim() == 3)
-    keep = keep.to(family.dtype)
-    if family.kind.parts:
-        keep = _parted(family, keep, shape, chosen, adapters, choices)
-    dropout = family.kind.dropout if training else 0.0
-    return Edit(index, keep, blocks, False, dropout, torch.is_autocast_enabled(device.type))
-
-
-def _numbers(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """The numbers on a device that need not wait for them."""
-    return torch.tensor(numbers).to(device, non_blocking=True)
-
-
-def _flat(
-    family: Family, places: Places, shape: tuple[int, int], rows: list[int] | None, adapters: list[int] | None
-) -> tuple[Tensor | None, Tensor]:
-    """The places as `Edit.places` and `Edit.keep`."""
-    several = len(family.names) > 1
-    chosen = None if rows is None or len(rows) == shape[0] else _numbers(rows, places.keep.device)
-    columns, keep = places if chosen is None else places.rows(chosen)  # [B, G, P]
-    if several and adapters is not None and len(set(family.scales)) > 1:
-        scales = torch.tensor([family.scales[adapter] for adapter in adapters], device=keep.device)
-        keep = keep * scales[:, None, None]
-    elif family.scales[0] != 1:
-        keep = keep * family.scales[0]
-    index = None
-    if columns is not None or several or chosen is not None:
-        if columns is None:
-            columns = torch.arange(shape[1], device=keep.device).expand(keep.shape)
-        # Not an arange in steps: to a graph of rows of any length, how many steps there are would be a question.
-        row = torch.arange(shape[0], device=keep.device) if chosen is None else chosen
-        index = torch.add(columns, row.view(-1, 1, 1), alpha=shape[1])
-    if several:  # an intervention for each row and group
-        return None if index is None else index.flatten(), keep.flatten(0, 1).unsqueeze(-1)
-    # One for each group, or one for all.
-    if keep.shape[1] == 1:
-        return None if index is None else index.flatten(), keep.reshape(-1, 1)
-    index = None if index is None else index.transpose(0, 1).flatten()
-    return index, keep.transpose(0, 1).flatten(1).unsqueeze(-1)
-
-
-def _parted(
-    family: Family,
-    keep: Tensor,
-    shape: tuple[int, int],
-    chosen: list[int] | None,
-    adapters: list[int] | None,
-    choices: Choices | None,
-) -> Tensor:
-    """`Edit.keep` of interventions with named parts, of which not all may act: by direction where that is so."""
-    rows = list(range(shape[0])) if chosen is None else chosen
-    like = keep if keep.is_floating_point() else keep.float()
-    of_rows = strengths(family.parts, family.chosen, choices, rows, adapters, like)
-    if of_rows is None:
-        return keep
-    return by_direction(keep, of_rows, family.count, by_row=len(family.names) > 1)
-
-
-def plan_for(kept: dict[Any, Plan], layers: Sequence[Any], names: Sequence[str] | None) -> Plan:
-    """The plan of the adapters that are active now, or of those named; made anew when something about them changed."""
+def kept_families(kept: dict[Any, list[Family]], layers: Sequence[Any], names: Sequence[str] | None) -> list[Family]:
+    """The families of the adapters that are active, or of those named; made anew when something about them changed."""
     if names is not None:
         names = [name for name in dict.fromkeys(names) if name != BASE]
     key: list[Any] = [None if names is None else tuple(names)]
@@ -343,10 +288,10 @@ def plan_for(kept: dict[Any, Plan], layers: Sequence[Any], names: Sequence[str] 
                 kind = None if weight is None else (type(weight), weight.device, weight.dtype, weight.numel())
                 key.append((id(first), layer.scaling[name], id(layer.position_specs[name]), kind))
     signature = tuple(key)
-    plan = kept.get(signature)
-    if plan is None:
-        plan = Plan(layers, names)
+    families = kept.get(signature)
+    if families is None:
+        families = families_of(layers, names)
         while len(kept) >= MOST_PLANS:
             kept.pop(next(iter(tuple(kept))), None)  # another thread may be here, too
-        kept[signature] = plan
-    return plan
+        kept[signature] = families
+    return families

@@ -8,7 +8,7 @@ Shape letters: B rows, S columns, G position groups, P places per group, d hidde
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from peft_reft.context.plan import Family
 from peft_reft.context.state import ModelState
 from peft_reft.context.subspaces import Choices, strengths
 from peft_reft.interventions import edit_of
-from peft_reft.positions import Places, PositionSpec, columns_of
+from peft_reft.positions import Places, columns_of
 
 SOURCE_RULE = (
     "Pass the inputs of a call, source_inputs={'input_ids': ..., 'attention_mask': ...}, or such inputs by the name of "
@@ -141,8 +141,6 @@ def listed(places: Places) -> tuple[Tensor, Tensor]:
 class Collector:
     """Stands where an edit would, and notes down the hidden states at its places instead of editing them."""
 
-    called = True
-
     def __init__(self, family: Family, places: Listed, rows: Sequence[int], collected: Collected):
         self.places, self.rows, self.collected = places, list(rows), collected
         collected.rows = len(places.keep)
@@ -175,8 +173,6 @@ class Exchange:
         sources: what was collected.
         choices: which named parts of R act in each row.
     """
-
-    called = True
 
     def __init__(self, family: Family, places: Listed, rows: Sequence[int], sources: Sources, choices: Choices | None):
         self.family, self.sources = family, sources
@@ -242,33 +238,3 @@ class Exchange:
                 "have, or pass intervention_locations with the call and within source_inputs."
             )
         return F.pad(states, (0, 0, 0, shape[2] - states.shape[2]))  # with places that are not used, or without
-
-
-def exchanges(
-    family: Family,
-    find: Callable[[PositionSpec, bool | str], Listed | None],
-    rows: Sequence[int],
-    sources: Sources | None,
-    collecting: Collected | None,
-    choices: Choices | None,
-) -> Collector | Exchange | None:
-    """The `Collector` (in a source's forward) or `Exchange` (in the call) of a family that takes a source.
-
-    None where it edits nothing: in a call without a source, or without a place.
-
-    Args:
-        find: the places of all rows by spec and `share_weights`; None for nowhere.
-        rows: numbers of the rows that have the family's adapter.
-        sources: of the call.
-        collecting: where the forward of a source notes its hidden states down.
-        choices: which named parts of R act in each row.
-    """
-    if not rows or (sources is None and collecting is None):
-        return None
-    places = find(family.spec, family.share_weights)
-    if places is None:
-        return None
-    if collecting is not None:
-        return Collector(family, places, rows, collecting)
-    assert sources is not None
-    return Exchange(family, places, rows, sources, choices)
