@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ from peft_reft.context.subspaces import BASE, Choice, Choices, by_direction, str
 from peft_reft.interventions import FactorMemo, Factors, Kind, kind_of, stack_factors
 from peft_reft.positions import Places, PositionSpec
 
+DEVICE_AND_DTYPE = attrgetter("device", "dtype")
 MOST_PLANS = 8  # plans: a server, or a trainer with a reference, goes back and forth between a few sets of adapters
 
 
@@ -273,6 +276,7 @@ def kept_families(kept: dict[Any, list[Family]], layers: Sequence[Any], names: S
     if names is not None:
         names = [name for name in dict.fromkeys(names) if name != BASE]
     key: list[Any] = [None if names is None else tuple(names)]
+    weights: list[Tensor] = []
     for layer in layers:
         key.append(layer.number)
         if layer._disable_adapters:
@@ -283,11 +287,10 @@ def kept_families(kept: dict[Any, list[Family]], layers: Sequence[Any], names: S
             groups = own.get(name)
             if groups is not None:
                 first = groups._modules["0"]
-                weight = next(iter(first._parameters.values()), None)
-                # Wrappers for sharding and offloading replace parameters, or their contents; casts, their dtype.
-                kind = None if weight is None else (type(weight), weight.device, weight.dtype, weight.numel())
-                key.append((id(first), layer.scaling[name], id(layer.position_specs[name]), kind))
-    signature = tuple(key)
+                key += id(first), layer.scaling[name], id(layer.position_specs[name]), len(first._parameters)
+                weights += islice(first._parameters.values(), 1)
+    # Wrappers for sharding and offloading replace parameters, or their contents; casts, their dtype.
+    signature = (*key, *map(type, weights), *map(DEVICE_AND_DTYPE, weights), *map(Tensor.numel, weights))
     families = kept.get(signature)
     if families is None:
         families = families_of(layers, names)

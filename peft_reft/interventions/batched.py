@@ -63,9 +63,12 @@ def kind_of(intervention: nn.Module) -> Kind | None:
 
 def stack_factors(interventions: Sequence[Intervention]) -> Factors:
     """The factors [N, ...] of interventions of one kind."""
-    first = interventions[0]
+    return _combine(interventions[0], _stack(interventions))
+
+
+def _combine(first: Intervention, stacks: list[Tensor]) -> Factors:
     with without_autocast(first.basis.device):
-        return first.combine_operands(_stack(interventions))
+        return first.combine_operands(stacks)
 
 
 def _stack(interventions: Sequence[Intervention]) -> list[Tensor]:
@@ -89,15 +92,14 @@ class FactorMemo:
 
     def __call__(self, interventions: Sequence[Intervention]) -> Factors:
         """As `stack_factors`, of the same interventions in every call."""
-        first = interventions[0]
-        with without_autocast(first.basis.device):
-            stacks = _stack(interventions)
-            if not self._may_keep(stacks):
-                return first.combine_operands(stacks)
-            known = self._known
-            if known is None or not all(map(_same, stacks, known[0])):
-                self._known = known = stacks, first.combine_operands(stacks)
+        stacks = _stack(interventions)
+        may_keep, known = self._may_keep(stacks), self._known
+        if may_keep and known is not None and all(map(_same, stacks, known[0])):
             return known[1]
+        factors = _combine(interventions[0], stacks)
+        if may_keep:
+            self._known = stacks, factors
+        return factors
 
     def holds(self, factors: Factors) -> bool:
         """Whether these are the remembered ones."""
