@@ -130,6 +130,23 @@ def test_a_trailing_blank_that_merges_with_the_answer_is_left_out():
     assert len(ends(marker, encode(tokenizer, rendered(tokenizer, chat())))) == len(ANSWERS)
 
 
+@pytest.mark.parametrize(
+    "asks", ["", "{% if messages[0]['content'] is string %}{{ raise_exception('no') }}{% endif %}"]
+)
+def test_templates_whose_messages_are_lists_of_parts(asks):
+    """As those of models that see images: a message that is a text is rendered without its text, or refused."""
+    tokenizer = byte_level()
+    tokenizer.chat_template = asks + (
+        "{% for m in messages %}{{ m['role'] }}: {% for part in m['content'] %}{% if part['type'] == 'image' %}<image>"
+        "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    marker = chat_prompt_end(tokenizer)
+    assert tokenizer.decode(marker).endswith("assistant:")
+    parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in chat()]
+    assert len(ends(marker, encode(tokenizer, rendered(tokenizer, parts)))) == len(ANSWERS)
+
+
 def test_a_vocabulary_without_common_words_offers_its_own():
     words = {name: n for n, name in enumerate(["<unk>", "user", "assistant", *(f"w{i}" for i in range(20))])}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))

@@ -351,6 +351,12 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_base_model_is_unchanged
     changed(usable, inputs)
 
 
+def test_an_adapter_that_is_loaded_around_a_peft_model_is_refused_with_the_way_out(saved):
+    path, _ = saved
+    with pytest.raises(ValueError, match=r"has adapters already: .*with model\.load_adapter"):
+        PeftModel.from_pretrained(reft_model(tiny_model("llama")), path, adapter_name="second")
+
+
 def test_a_failed_load_beside_an_adapter_leaves_that_one_intact(misfit, inputs):
     path, model_changes, message = misfit
     model = reft_model(tiny_model("llama", **model_changes), **CAUSAL)

@@ -21,6 +21,7 @@ import transformers
 from conftest import BLOCKS, HIDDEN, VOCAB, batch, inputs_of, logits, randomize, reft_model, tiny_model
 from edit_spy import warnings_of
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+from peft.helpers import disable_input_dtype_casting
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from reference import columns_to_edit, edit_vector
 from torch import nn
@@ -224,6 +225,13 @@ def test_ranks_may_differ_by_module(pattern):
     model = get_peft_model(tiny_model("llama"), ReftConfig(r=4, rank_pattern={pattern: 2}))
     ranks = [interventions[0].subspace.shape[0] for interventions in get_interventions(model).values()]
     assert ranks == [4, 2, 4]
+
+
+def test_what_switches_the_casts_of_other_methods_leaves_an_adapter_alone(inputs):
+    model = reft_model(tiny_model("llama"), **CAUSAL)
+    before = logits(model, inputs)
+    with disable_input_dtype_casting(model):
+        assert torch.equal(logits(model, inputs), before)
 
 
 def test_of_rank_patterns_the_first_that_matches_counts_and_still_does_when_loaded(inputs, tmp_path):

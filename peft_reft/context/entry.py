@@ -57,6 +57,8 @@ class ForwardEntry(MethodEntry):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         running = self.state.running
+        if args and args[0] is self.module:  # accelerate's unwrap_model binds to the model what it takes for a function
+            args = args[1:]
         if running.replica is not None:
             return self._of_replica()(*args, **kwargs)
         outer = running.context

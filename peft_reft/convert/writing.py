@@ -1,4 +1,4 @@
-"""Writing a converted adapter: a new directory as a whole, an old one file by file, and of that only files of ours."""
+"""Writing a converted adapter: a new directory as a whole, an existing one file by file, and of that our files only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from peft_reft.convert.conversion import Conversion, ConversionError
 from peft_reft.info.files import is_reft_adapter, read_json
-from peft_reft.tuner.staging import staged
+from peft_reft.tuner.staging import STAGE, staged
 
 PYREFT_CONFIG, PYREFT_HEAD = "config.json", "pytorch_model.bin"
 CONVERTED = "## Converted from "  # the heading by which a card of ours is known
@@ -36,7 +36,7 @@ def new_directory(dst: Path, overwrite: bool, src: Path, pyreft: bool = False) -
     """
     dst = Path(os.path.abspath(dst))
     check_free(dst, overwrite, src, pyreft)
-    if is_filled(dst):
+    if dst.is_dir():  # an empty one, too, which may be where somebody works, or the root of a disk
         with staged(dst) as stage:
             yield stage
             check_free(dst, overwrite, src, pyreft)
@@ -80,8 +80,8 @@ def check_free(dst: Path, overwrite: bool, src: Path, pyreft: bool = False) -> N
 
 
 def is_filled(directory: Path) -> bool:
-    """Whether there is something in a directory, if it is one."""
-    return directory.is_dir() and any(directory.iterdir())
+    """Whether there is something in a directory, if it is one, but for what is being written to it."""
+    return directory.is_dir() and any(not entry.name.startswith(STAGE) for entry in directory.iterdir())
 
 
 def is_pyreft_config(path: Path) -> bool:

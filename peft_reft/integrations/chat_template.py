@@ -71,6 +71,14 @@ class Template:
     def __init__(self, tokenizer: Any):
         self.renderer = tokenizer
         self.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's own
+        self.in_parts = False  # whether a message is a list of parts, as in templates of models that see images
+        if not self._shows_text():
+            self.in_parts = True
+            self.in_parts = self._shows_text()
+
+    def _shows_text(self) -> bool:
+        question = [{"role": "user", "content": COMMON_WORDS[0]}]
+        return self.accepts(question) and COMMON_WORDS[0] in self.text(question)
 
     def accepts(self, chat: Sequence[Message]) -> bool:
         """Whether the template renders these roles."""
@@ -82,8 +90,11 @@ class Template:
 
     def text(self, chat: Sequence[Message], prompt: bool = False) -> str:
         """The rendered conversation; with `prompt`, made ready for `generate` to answer."""
+        messages: list[Any] = list(chat)
+        if self.in_parts:
+            messages = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in chat]
         try:
-            rendered = self.renderer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=prompt)
+            rendered = self.renderer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
         except Exception as error:  # jinja2's own classes, and whatever a template raises
             roles = [message["role"] for message in chat]
             raise ValueError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 
+from peft import PeftModel
 from peft.config import PeftConfig
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -62,6 +63,11 @@ def mismatch(saved: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[in
 
 def does_not_fit(model: object, reason: str, config: PeftConfig) -> str:
     """The message of the error for an adapter that does not fit a model."""
+    if isinstance(model, PeftModel):
+        return (
+            f"This ReFT adapter does not fit {type(model).__name__}, which has adapters already: {reason}. Load "
+            "another one with model.load_adapter(path, adapter_name)."
+        )
     return (
         f"This ReFT adapter does not fit {type(model).__name__}: {reason}. Load it into the model it was "
         f"trained on (base_model_name_or_path={config.base_model_name_or_path!r})."

@@ -78,6 +78,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.subspaces: dict[str, dict[str, int]] = {}  # ranks by name, for adapters that have parts
         self.chosen_subspaces: dict[str, dict[str, float]] = {}  # their strengths, where not all are on
         self._block = (block,)  # in a tuple, so that it is no submodule
+        self.cast_input_dtype_enabled = True  # which PEFT's disable_input_dtype_casting switches; nothing is cast here
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from peft import PeftModel
 from peft.config import PeftConfig
-from torch import nn
+from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
 from peft_reft.tuner.checkpoint import (
@@ -26,6 +26,7 @@ from peft_reft.tuner.checkpoint import (
     intervention_shapes,
     mismatch,
     other_meaning,
+    warn_of_ignored,
 )
 from peft_reft.tuner.config import ReftConfig
 from peft_reft.tuner.injection import reft_layers, tidy_up
@@ -119,10 +120,12 @@ def _transformers_load_adapter(
     existed = bool(reft_layers(model, name))
     active: list[str] = next((layer.active_adapters for layer in reft_layers(model).values()), [])
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    before = _tensors_in(model)
     try:
         info = original(model, peft_model_id, adapter_name, *args, **kwargs)
         config = getattr(model, "peft_config", {}).get(name)
         if not existed and isinstance(config, ReftConfig):
+            warn_of_ignored(*_put_back(before), name)
             reason = _missed(model, name, info)
             if reason is not None:
                 raise ValueError(does_not_fit(model, reason, config))
@@ -133,6 +136,8 @@ def _transformers_load_adapter(
         return info
     except BaseException as error:
         config = getattr(model, "peft_config", {}).get(name)
+        if isinstance(config, ReftConfig):
+            _put_back(before)
         if not existed and reft_layers(model, name):
             model.delete_adapter(name)
             tidy_up(model)
@@ -144,6 +149,31 @@ def _transformers_load_adapter(
         if parts and isinstance(error, RuntimeError):  # transformers sets parameters, not a state dict
             raise ValueError(HALVES.format(parts=parts)) from error
         raise
+
+
+def _tensors_in(model: nn.Module) -> list[tuple[str, dict[str, Any], str, Tensor]]:
+    """The parameters and buffers of a model: their names, and in which dictionary each is under which key."""
+    return [
+        (f"{path}.{key}" if path else key, held, key, tensor)
+        for path, module in model.named_modules()
+        for held in (module._parameters, module._buffers)
+        for key, tensor in held.items()
+        if tensor is not None
+    ]
+
+
+def _put_back(before: list[tuple[str, dict[str, Any], str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Give a model its own tensors back, where transformers has put some of an adapter's file in their place.
+
+    Returns:
+        Those of the file, and the model's own, by name.
+    """
+    loaded, own = {}, {}
+    for name, held, key, tensor in before:
+        found = held.get(key)
+        if found is not None and found is not tensor:
+            loaded[name], own[name], held[key] = found, tensor, tensor
+    return loaded, own
 
 
 def _missed(model: nn.Module, adapter_name: str, info: Any) -> str | None:

@@ -7,6 +7,7 @@ killed process leaves its files in `.placing-...`: readers then raise, and the n
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -139,6 +140,8 @@ def _put_in_place(file: Path, target: Path) -> None:
         if target.is_symlink():
             # The file that it points to may be on another file system: copy next to that one first.
             real = Path(os.path.realpath(target))
+            if real.is_symlink():
+                raise OSError(errno.ELOOP, "This link leads to itself", str(target))
             with tempfile.TemporaryDirectory(prefix=STAGE, dir=real.parent) as beside:
                 _put_in_place(Path(shutil.copy(file, beside)), real)
             file.unlink()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.utils import convert_outputs_to_fp32, extract_model_from_parallel
 from conftest import batch, randomize, reft_model, tiny_model
 from edit_spy import spied
 
@@ -59,6 +60,21 @@ def test_locations_and_adapter_names_are_taken_by_every_way_of_calling(way):
         callee(model)(**inputs, intervention_locations=torch.tensor([[2, 3], [4, -1]]))
         callee(model)(**inputs, adapter_names=["__base__", next(iter(model.peft_config))])
     assert calls == [[[2, 3], [4]], [[], [0, 6]]]
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_a_model_that_accelerate_has_wrapped_and_unwrapped_is_called_as_before(called):
+    """With mixed precision accelerate replaces `forward`; unwrapping binds what was there before to the model."""
+    model, inputs = ways_of_calling()["add_adapter: model(...)"][0](), batch(10, 7)
+    model._original_forward = model.forward  # as Accelerator.prepare
+    model.forward = convert_outputs_to_fp32(model.forward)
+    if called:
+        model(**inputs)
+    model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    with spied(model, tiny_model("llama")) as calls, torch.no_grad():
+        model(**inputs)
+        model(*inputs.values())
+    assert calls == [[[0, 9], [0, 6]]] * 2
 
 
 @pytest.mark.parametrize("positions", ["f1+l1", "all"])

@@ -27,6 +27,16 @@ def contents(directory):
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_empty_directory_stays_the_same_one(overwrite, tmp_path, monkeypatch):
+    """It may be where somebody works, who would be left in a directory that is gone."""
+    monkeypatch.chdir(tmp_path)
+    from_adapterhub(SHARED, ".", overwrite=overwrite)
+    assert set(os.listdir(".")) == OURS
+    with pytest.raises(ConversionError, match="exists"):
+        from_adapterhub(SHARED, ".")
+
+
 def test_a_user_s_other_files_stay(tmp_path):
     from_adapterhub(SHARED, tmp_path / "a")
     mine = {"thesis.txt": "years", "checkpoint-5/optimizer.pt": "a", "tokenizer.json": "{}", "training_args.bin": "x"}

@@ -137,6 +137,14 @@ def test_saving_again_keeps_permissions_and_links(tmp_path):
     assert contents(tmp_path / "real") == contents(tmp_path / "wanted")
 
 
+@posix
+def test_a_link_that_leads_to_itself_is_told(tmp_path):
+    (tmp_path / "adapter_model.safetensors").symlink_to("adapter_model.safetensors")
+    with pytest.raises(OSError, match=r"leads to itself.*adapter_model\.safetensors"):
+        reft_model(tiny_model("llama")).save_pretrained(tmp_path)
+    assert os.listdir(tmp_path) == ["adapter_model.safetensors"]
+
+
 def test_several_adapters_and_what_the_user_wrote_beside_them(tmp_path):
     model = reft_model(tiny_model("llama"))
     model.add_adapter("second", ReftConfig(positions="l2"))

@@ -254,6 +254,34 @@ def test_no_key_of_a_stranger_reaches_the_base(key, good, tmp_path):
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # the second has one tensor for the embedding and the head
+def test_no_key_of_a_stranger_reaches_the_base_of_transformers_own_loading(family, fails, tmp_path):
+    def base():
+        return tiny_model(family, tie_word_embeddings=family == "gpt2")
+
+    model = reft_model(base(), **CAUSAL)
+    model.save_pretrained(tmp_path / "good")
+    wanted, before = logits(model, INPUTS), base()
+    strange = {f"base_model.model.{name}": torch.full_like(p, 7.0) for name, p in before.named_parameters()}
+
+    def spoil(tensors):
+        own = {key: tensor * float("nan") if fails else tensor for key, tensor in tensors.items()}
+        return {**strange, **own}
+
+    path, loaded = spoilt(tmp_path / "good", tmp_path, spoil), base()
+    with pytest.warns(UserWarning, match="tensors that are not the adapter's, and that are not loaded"):
+        if fails:
+            with pytest.raises(ValueError, match="not a number"):
+                loaded.load_adapter(path)
+        else:
+            loaded.load_adapter(path)
+            assert torch.equal(logits(loaded, INPUTS), wanted)
+            loaded.disable_adapters()
+    assert torch.equal(logits(loaded, INPUTS), logits(before, INPUTS))
+    assert family != "gpt2" or loaded.lm_head.weight is loaded.transformer.wte.weight
+
+
 def test_no_key_of_a_stranger_reaches_another_adapter_or_what_a_copy_was_made_of(tmp_path):
     def classifier():
         return tiny_model("bert", "classifier")
