@@ -1,6 +1,6 @@
 """What ReFT learns from a reward with TRL's GRPOTrainer, beside LoRA, each at its own learning rate of four.
 
-    python benchmarks/reinforcement.py            # two tasks, seven methods: half an hour of one CPU core
+    python benchmarks/reinforcement.py            # two tasks, nine methods: a quarter of an hour of one CPU core
     python benchmarks/reinforcement.py --quick    # one rate, few steps: a minute
 
 One small Llama, trained here, answers two kinds of prompts of four digits. They differ in where a better answer is
@@ -60,16 +60,22 @@ def reft(positions: str, **changes: Any) -> ReftConfig:
     return ReftConfig(**{"r": 4, "positions": positions, "task_type": "CAUSAL_LM", **changes})
 
 
+def lora(r: int) -> LoraConfig:
+    return LoraConfig(r=r, lora_alpha=2 * r, target_modules=common.Q_V, task_type="CAUSAL_LM")
+
+
 def methods() -> dict[str, PeftConfig]:
     """New configs: PEFT writes into those that it is given."""
     return {
-        "LoRA r4 q,v": LoraConfig(r=4, lora_alpha=8, target_modules=common.Q_V, task_type="CAUSAL_LM"),
+        "LoRA r4 q,v": lora(4),
         "LoReFT f1+l1": reft("f1+l1"),
         "LoReFT all": reft("all"),
         "LoReFT f1+l1+d": reft("f1+l1+d"),
         "LoReFT all+d": reft("all+d"),
         "LoReFT f1+l1, random start": reft("f1+l1", init_weights=False),
         "LoReFT f1+l1+d, random start": reft("f1+l1+d", init_weights=False),
+        "LoRA r2 q,v": lora(2),
+        "LoReFT r8 all": reft("all", r=8),
     }
 
 
