@@ -7,7 +7,7 @@ One small Llama, trained here, answers two kinds of prompts of four digits. They
 decided:
 
 - `turn`: half of its answers repeat the digits, half turn them round. Reward 1 for turned round: the answer's first
-  token decides, and the base model goes on as it began.
+  token decides, and the base model goes on as it began, mostly without a mistake.
 - `even`: six random digits. Reward: the share of even ones. Every token decides.
 
 Seed 0 tries every learning rate; the other seeds train each method at the rate that earned most, with another start,
@@ -108,6 +108,12 @@ def reward(task: str, prompt: str, answer: str) -> float:
     return float(said == digits[::-1])
 
 
+def begins_right(task: str, prompt: str, answer: str) -> bool:
+    """Whether the answer's first token is one that earns."""
+    first = answer.split()[:1]
+    return first == prompt.split()[LENGTH : LENGTH + 1] if task == "turn" else first in [[word] for word in "02468"]
+
+
 def base_model(steps: int) -> LlamaForCausalLM:
     """A Llama of hidden 64 and two blocks that answers both kinds."""
     model = common.llama(
@@ -173,15 +179,18 @@ def trainer_of(
 
 
 @torch.no_grad()
-def mean_reward(model: torch.nn.Module, task: str) -> float:
-    """Of 256 sampled answers to prompts that were not trained."""
+def measured(model: torch.nn.Module, task: str) -> Row:
+    """Of 256 sampled answers to prompts that were not trained: their mean reward, and how many begin right."""
     prompts, _ = rows_of(task, 256, torch.Generator().manual_seed(2))
     torch.manual_seed(3)
     settings = {"max_new_tokens": SAID + 1, "do_sample": True, "top_k": 0, "pad_token_id": 0}
     said = model.eval().generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), **settings)
     tokenizer = word_tokenizer()
     texts = [tokenizer.batch_decode(part, skip_special_tokens=True) for part in (prompts, said[:, prompts.shape[1] :])]
-    return sum(reward(task, prompt, answer) for prompt, answer in zip(*texts)) / len(prompts)
+    return {
+        "reward": round(sum(reward(task, *pair) for pair in zip(*texts)) / len(prompts), 4),
+        "begun": round(sum(begins_right(task, *pair) for pair in zip(*texts)) / len(prompts), 4),
+    }
 
 
 @torch.no_grad()
@@ -222,7 +231,7 @@ def train(base: LlamaForCausalLM, task: str, name: str, lr: float, seed: int, st
     curve = [round(line["reward"], 4) for line in trainer.state.log_history if "reward" in line]
     norms = [round(float(line["grad_norm"]), 5) for line in trainer.state.log_history if "grad_norm" in line]
     return {
-        "reward": round(mean_reward(trainer.model, task), 4),
+        **measured(trainer.model, task),
         "curve": curve,
         "gradient norms": norms,
         "trained": trained,
@@ -255,9 +264,19 @@ def seeds_table(record: dict[str, Any]) -> str:
             if found:
                 ends, ways = [row["reward"] for row in found], [statistics.mean(row["curve"]) for row in found]
                 each = ", ".join(f"{value:.2f}" for value in sorted(ends))
+                begun = mean_and_spread([row["begun"] for row in found]) if "begun" in found[0] else "-"
                 trained = f"{found[0]['trained']:,}"
-                rows.append([task, name, trained, f"{lr:g}", mean_and_spread(ends), each, mean_and_spread(ways)])
-    header = ["task", "method", "trained", "best rate", "reward of other prompts", "by seed", "mean over all steps"]
+                rows.append([task, name, trained, f"{lr:g}", mean_and_spread(ends), each, begun, mean_and_spread(ways)])
+    header = [
+        "task",
+        "method",
+        "trained",
+        "best rate",
+        "reward of other prompts",
+        "by seed",
+        "first token right",
+        "on the way",
+    ]
     return common.markdown_table(header, rows)
 
 
@@ -274,7 +293,7 @@ def markdown(record: dict[str, Any]) -> str:
             }
             cells.append(", ".join(f"{rate}: {found[rate]:.2f}" for rate in sorted(found, key=float)) or "-")
         lines.append([name, *cells])
-    base = ["base model", *(f"{value:.2f}" for value in record["base"].values())]
+    base = ["base model", *(f"{row['reward']:.2f}" for row in record["base"].values())]
     table = common.markdown_table(["reward by learning rate, seed 0", *record["base"]], [base, *lines])
     parts = ["# Reinforcement learning", table, "## Other seeds at the best rate", seeds_table(record)]
     return "\n\n".join([*parts, f"`{record['command']}`: {common.heading(record)}\n"])
@@ -305,7 +324,8 @@ def main() -> None:
     if path.exists() and not given.quick:
         earlier = json.loads(path.read_text())
         record |= {"base": earlier["base"], "trainings": earlier["trainings"]}
-        record["command"] = f"{earlier['command']}, then {record['command']}"
+        commands = [*earlier["command"].split(", then "), record["command"]]
+        record["command"] = ", then ".join(dict.fromkeys(commands))
     with tempfile.TemporaryDirectory() as folder:
         run(given, names, record, None if given.quick else path, folder)
 
@@ -342,7 +362,7 @@ def run(given: argparse.Namespace, names: list[str], record: dict[str, Any], pat
         say(f"{name}: sampling and scoring differ by {gap:.1e} nats, the adapter makes {effect:.2f}")
         if gap > 1e-3 * effect:
             raise RuntimeError(f"{name}: what is scored is not the policy that was sampled from")
-    record["base"] |= {task: mean_reward(base, task) for task in given.tasks.split(",")}
+    record["base"] |= {task: measured(base, task) for task in given.tasks.split(",")}
     say(f"rewards of the base model: {record['base']}")
     for task, name, lr, seed in trainings(given, names, record["trainings"]):
         if time.process_time() > 60 * given.minutes:
