@@ -114,6 +114,25 @@ def long_answers(folder: Path) -> Fact:
     return Fact(words, reft, lora, "python -m benchmarks.smollm2.long_answers --model smollm2")
 
 
+def reward(folder: Path) -> Fact:
+    """What GRPO taught a small model, by where the reward is decided; each method at its best rate, seed 0 left out."""
+
+    def of(task: str, name: str) -> tuple[str, int]:
+        found = [
+            row["reward"]
+            for key, row in newest("reinforcement", folder)["trainings"].items()
+            if key.startswith(f"{task} | {name} | ") and " | seed " in key
+        ]
+        return f"{statistics.mean(found):.3f} ± {statistics.stdev(found):.3f}", len(found)
+
+    every, first = of("even", "LoReFT f1+l1+d"), of("turn", "LoReFT all")
+    lora = of("even", "LoRA r4 q,v"), of("turn", "LoRA r4 q,v")
+    seeds = min(count for _, count in (every, first, *lora))
+    words = f"GRPO, small model, rank 4: reward decided by every token; by the first; {seeds} seeds"
+    reft = f"{every[0]} (`f1+l1+d`); {first[0]} (`all`)"
+    return Fact(words, reft, "; ".join(shown for shown, _ in lora), "python benchmarks/reinforcement.py")
+
+
 def of_overhead(folder: Path, figure: str, words: str, unit: str) -> Fact:
     """One figure of overhead.py."""
     for part, content in newest("overhead", folder)["parts"].items():
@@ -178,6 +197,7 @@ def facts(folder: Path = RESULTS) -> list[Fact]:
         accuracy(folder),
         five_examples(folder),
         long_answers(folder),
+        reward(folder),
         *(of_overhead(folder, *row) for row in overhead),
         *(of_gpu(folder, *row) for row in gpu),
     ]

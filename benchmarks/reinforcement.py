@@ -1,14 +1,17 @@
 """What ReFT learns from a reward with TRL's GRPOTrainer, beside LoRA, each at its own learning rate of four.
 
-    python benchmarks/reinforcement.py            # two tasks, seven methods: ten minutes of one CPU core
+    python benchmarks/reinforcement.py            # two tasks, nine methods: a quarter of an hour of one CPU core
     python benchmarks/reinforcement.py --quick    # one rate, few steps: a minute
 
 One small Llama, trained here, answers two kinds of prompts of four digits. They differ in where a better answer is
 decided:
 
 - `turn`: half of its answers repeat the digits, half turn them round. Reward 1 for turned round: the answer's first
-  token decides, and the base model goes on as it began.
+  token decides, and the base model goes on as it began, mostly without a mistake.
 - `even`: six random digits. Reward: the share of even ones. Every token decides.
+
+Seed 0 tries every learning rate; the other seeds train each method at the rate that earned most, with another start,
+other prompts and other samples. Means are over the other seeds alone: seed 0 chose the rate, and its best is flattered.
 
 Every finished training is written at once and not run again by the same command. The first lines check that sampling
 and scoring are one policy: log-probabilities of sampled tokens in `generate` against TRL's forward for the loss.
@@ -18,11 +21,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
+import statistics
 import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,22 +53,29 @@ ZERO = WORDS.index("0")
 TASKS = ("even", "turn")
 RATES = (1.6e-2, 4e-3, 6.4e-2, 1e-3)  # the likeliest first: a run that is cut has these
 ROWS, GROUP = 32, 8  # answers of a step, answers to one prompt
+Row = dict[str, Any]  # what one training gave
 
 
 def reft(positions: str, **changes: Any) -> ReftConfig:
     return ReftConfig(**{"r": 4, "positions": positions, "task_type": "CAUSAL_LM", **changes})
 
 
+def lora(r: int) -> LoraConfig:
+    return LoraConfig(r=r, lora_alpha=2 * r, target_modules=common.Q_V, task_type="CAUSAL_LM")
+
+
 def methods() -> dict[str, PeftConfig]:
     """New configs: PEFT writes into those that it is given."""
     return {
-        "LoRA r4 q,v": LoraConfig(r=4, lora_alpha=8, target_modules=common.Q_V, task_type="CAUSAL_LM"),
+        "LoRA r4 q,v": lora(4),
         "LoReFT f1+l1": reft("f1+l1"),
         "LoReFT all": reft("all"),
         "LoReFT f1+l1+d": reft("f1+l1+d"),
         "LoReFT all+d": reft("all+d"),
         "LoReFT f1+l1, random start": reft("f1+l1", init_weights=False),
         "LoReFT f1+l1+d, random start": reft("f1+l1+d", init_weights=False),
+        "LoRA r2 q,v": lora(2),
+        "LoReFT r8 all": reft("all", r=8),
     }
 
 
@@ -93,6 +106,12 @@ def reward(task: str, prompt: str, answer: str) -> float:
     if task == "even":
         return sum(int(word) % 2 == 0 for word in said if word.isdigit()) / max(len(said), SAID)
     return float(said == digits[::-1])
+
+
+def begins_right(task: str, prompt: str, answer: str) -> bool:
+    """Whether the answer's first token is one that earns."""
+    first = answer.split()[:1]
+    return first == prompt.split()[LENGTH : LENGTH + 1] if task == "turn" else first in [[word] for word in "02468"]
 
 
 def base_model(steps: int) -> LlamaForCausalLM:
@@ -127,10 +146,11 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def trainer_of(
-    base: LlamaForCausalLM, task: str, config: PeftConfig, lr: float, steps: int, folder: str
+    base: LlamaForCausalLM, task: str, config: PeftConfig, lr: float, steps: int, folder: str, seed: int = 0
 ) -> GRPOTrainer:
     tokenizer = word_tokenizer()
-    prompts, _ = rows_of(task, 512, torch.Generator().manual_seed(1))
+    prompts, _ = rows_of(task, 512, torch.Generator().manual_seed(1 + 1000 * seed))
+    torch.manual_seed(seed)  # the adapter's start; TRL seeds later
 
     def rewarded(prompts: list[str], completions: list[str], **others: Any) -> list[float]:
         """TRL hands more over by name, such as the ids."""
@@ -147,7 +167,7 @@ def trainer_of(
             folder,
             learning_rate=lr,
             max_steps=steps,
-            seed=0,
+            seed=seed,
             per_device_train_batch_size=ROWS,
             num_generations=GROUP,
             max_completion_length=SAID + 1,
@@ -159,15 +179,18 @@ def trainer_of(
 
 
 @torch.no_grad()
-def mean_reward(model: torch.nn.Module, task: str) -> float:
-    """Of 256 sampled answers to prompts that were not trained."""
+def measured(model: torch.nn.Module, task: str) -> Row:
+    """Of 256 sampled answers to prompts that were not trained: their mean reward, and how many begin right."""
     prompts, _ = rows_of(task, 256, torch.Generator().manual_seed(2))
     torch.manual_seed(3)
     settings = {"max_new_tokens": SAID + 1, "do_sample": True, "top_k": 0, "pad_token_id": 0}
     said = model.eval().generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), **settings)
     tokenizer = word_tokenizer()
     texts = [tokenizer.batch_decode(part, skip_special_tokens=True) for part in (prompts, said[:, prompts.shape[1] :])]
-    return sum(reward(task, prompt, answer) for prompt, answer in zip(*texts)) / len(prompts)
+    return {
+        "reward": round(sum(reward(task, *pair) for pair in zip(*texts)) / len(prompts), 4),
+        "begun": round(sum(begins_right(task, *pair) for pair in zip(*texts)) / len(prompts), 4),
+    }
 
 
 @torch.no_grad()
@@ -198,26 +221,67 @@ def largest_gap(base: LlamaForCausalLM, config: PeftConfig, folder: str) -> tupl
     return float((sampled - scored).abs().max()), float((plain - scored).abs().max())
 
 
-def train(base: LlamaForCausalLM, task: str, name: str, lr: float, steps: int, folder: str) -> dict[str, Any]:
-    """One training: its rewards on the way, and the reward of answers to other prompts before and after."""
-    begin = time.monotonic()
-    trainer = trainer_of(base, task, methods()[name], lr, steps, folder)
+def train(base: LlamaForCausalLM, task: str, name: str, lr: float, seed: int, steps: int, folder: str) -> Row:
+    """One training: its rewards on the way, and the reward of answers to other prompts afterwards."""
+    begin = time.process_time()
+    trainer = trainer_of(base, task, methods()[name], lr, steps, folder, seed)
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     curve = [round(line["reward"], 4) for line in trainer.state.log_history if "reward" in line]
     norms = [round(float(line["grad_norm"]), 5) for line in trainer.state.log_history if "grad_norm" in line]
     return {
-        "reward": round(mean_reward(trainer.model, task), 4),
+        **measured(trainer.model, task),
         "curve": curve,
         "gradient norms": norms,
         "trained": trained,
-        "seconds": round(time.monotonic() - begin, 1),
+        "CPU seconds": round(time.process_time() - begin, 1),
     }
 
 
+def key_of(task: str, name: str, lr: float, seed: int) -> str:
+    return f"{task} | {name} | {lr:g}" + (f" | seed {seed}" if seed else "")
+
+
+def best_rate(trainings: dict[str, Row], task: str, name: str, rates: Iterable[float]) -> float:
+    """The rate with the highest reward of seed 0; of equal ones the likeliest, which `rates` names first."""
+    return max(rates, key=lambda lr: trainings.get(key_of(task, name, lr, 0), {"reward": -1.0})["reward"])
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """With the standard deviation over seeds."""
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+
+
+def seeds_table(record: dict[str, Any]) -> str:
+    """Each method at its best rate, by task: seeds that did not choose it, at the end and on the way."""
+    rows = []
+    for task in record["base"]:
+        for name in methods():
+            lr = best_rate(record["trainings"], task, name, RATES)
+            begin = key_of(task, name, lr, 0) + " | seed "
+            found = [row for key, row in record["trainings"].items() if key.startswith(begin)]
+            if found:
+                ends, ways = [row["reward"] for row in found], [statistics.mean(row["curve"]) for row in found]
+                each = ", ".join(f"{value:.2f}" for value in sorted(ends))
+                begun = mean_and_spread([row["begun"] for row in found]) if "begun" in found[0] else "-"
+                trained = f"{found[0]['trained']:,}"
+                rows.append([task, name, trained, f"{lr:g}", mean_and_spread(ends), each, begun, mean_and_spread(ways)])
+    header = [
+        "task",
+        "method",
+        "trained",
+        "best rate",
+        "reward of other prompts",
+        "by seed",
+        "first token right",
+        "on the way",
+    ]
+    return common.markdown_table(header, rows)
+
+
 def markdown(record: dict[str, Any]) -> str:
-    """The best rate of each method, by task, and all rates."""
+    """All rates of each method, by task; then other seeds at the best."""
     lines = []
     for name in methods():
         cells = []
@@ -225,13 +289,14 @@ def markdown(record: dict[str, Any]) -> str:
             found = {
                 key.split(" | ")[2]: row["reward"]
                 for key, row in record["trainings"].items()
-                if key.startswith(f"{task} | {name} | ")
+                if key.startswith(f"{task} | {name} | ") and "seed" not in key
             }
             cells.append(", ".join(f"{rate}: {found[rate]:.2f}" for rate in sorted(found, key=float)) or "-")
         lines.append([name, *cells])
-    base = ["base model", *(f"{value:.2f}" for value in record["base"].values())]
-    table = common.markdown_table(["reward by learning rate", *record["base"]], [base, *lines])
-    return f"# Reinforcement learning\n\n{table}\n\n`{record['command']}`: {common.heading(record)}\n"
+    base = ["base model", *(f"{row['reward']:.2f}" for row in record["base"].values())]
+    table = common.markdown_table(["reward by learning rate, seed 0", *record["base"]], [base, *lines])
+    parts = ["# Reinforcement learning", table, "## Other seeds at the best rate", seeds_table(record)]
+    return "\n\n".join([*parts, f"`{record['command']}`: {common.heading(record)}\n"])
 
 
 def main() -> None:
@@ -239,7 +304,9 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--methods", help="names, separated by semicolons; default all")
     parser.add_argument("--rates", default=",".join(map(str, RATES)), help="learning rates, separated by commas")
+    parser.add_argument("--seeds", type=int, default=3, help="others than 0, of each method at its best rate")
     parser.add_argument("--steps", type=int, default=100, help="of a training")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="of CPU time, after which no training begins")
     parser.add_argument("--output", type=Path, help="the JSON file (default: in benchmarks/results)")
     parser.add_argument("--quick", action="store_true", help="40 steps of three methods at 1.6e-2, nothing written")
     given = parser.parse_args()
@@ -257,9 +324,24 @@ def main() -> None:
     if path.exists() and not given.quick:
         earlier = json.loads(path.read_text())
         record |= {"base": earlier["base"], "trainings": earlier["trainings"]}
-        record["command"] = f"{earlier['command']}, then {record['command']}"
+        commands = [*earlier["command"].split(", then "), record["command"]]
+        record["command"] = ", then ".join(dict.fromkeys(commands))
     with tempfile.TemporaryDirectory() as folder:
         run(given, names, record, None if given.quick else path, folder)
+
+
+def trainings(
+    given: argparse.Namespace, names: list[str], found: dict[str, Row]
+) -> Iterator[tuple[str, str, float, int]]:
+    """Task, method, rate and seed of each training that is not found: all rates, then the other seeds at the best."""
+    rates = RATES[:1] if given.quick else tuple(map(float, given.rates.split(",")))
+    for seed in range(1 if given.quick else 1 + given.seeds):
+        for task in given.tasks.split(","):
+            for number in range(len(rates) if seed == 0 else 1):
+                for name in names:
+                    lr = best_rate(found, task, name, rates) if seed else rates[number]
+                    if key_of(task, name, lr, seed) not in found:
+                        yield task, name, lr, seed
 
 
 def run(given: argparse.Namespace, names: list[str], record: dict[str, Any], path: Path | None, folder: str) -> None:
@@ -269,27 +351,28 @@ def run(given: argparse.Namespace, names: list[str], record: dict[str, Any], pat
         path: of the JSON file; None to print only.
         folder: for trainers, which want one.
     """
-    begin = time.monotonic()
+
+    def say(words: str) -> None:
+        print(f"[{time.process_time():6.1f} s] {words}", flush=True)
+
     base = base_model(300 if given.quick else 600)
-    print(f"[{time.monotonic() - begin:6.1f} s] the base model is trained", flush=True)
+    say("the base model is trained")
     for name in ("LoReFT f1+l1", "LoReFT all+d", "LoRA r4 q,v"):
         gap, effect = record["gaps"][name] = largest_gap(base, methods()[name], folder)
-        print(f"{name}: sampling and scoring differ by {gap:.1e} nats, the adapter makes {effect:.2f}", flush=True)
+        say(f"{name}: sampling and scoring differ by {gap:.1e} nats, the adapter makes {effect:.2f}")
         if gap > 1e-3 * effect:
             raise RuntimeError(f"{name}: what is scored is not the policy that was sampled from")
-    record["base"] |= {task: mean_reward(base, task) for task in given.tasks.split(",")}
-    print(record["base"], flush=True)
-    for task in given.tasks.split(","):
-        for lr in RATES[:1] if given.quick else map(float, given.rates.split(",")):
-            for name in names:
-                key = f"{task} | {name} | {lr:g}"
-                if key in record["trainings"]:
-                    continue
-                record["trainings"][key] = row = train(base, task, name, lr, 40 if given.quick else given.steps, folder)
-                print(f"[{time.monotonic() - begin:6.1f} s] {key}: {row}", flush=True)
-                if path is not None:
-                    path.write_text(json.dumps(record, indent=1) + "\n")
-                    path.with_suffix(".md").write_text(markdown(record))
+    record["base"] |= {task: measured(base, task) for task in given.tasks.split(",")}
+    say(f"rewards of the base model: {record['base']}")
+    for task, name, lr, seed in trainings(given, names, record["trainings"]):
+        if time.process_time() > 60 * given.minutes:
+            break
+        row = train(base, task, name, lr, seed, 40 if given.quick else given.steps, folder)
+        record["trainings"][key_of(task, name, lr, seed)] = row
+        say(f"{key_of(task, name, lr, seed)}: {row}")
+        if path is not None:
+            path.write_text(json.dumps(record, indent=1) + "\n")
+            path.with_suffix(".md").write_text(markdown(record))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ def write(store: Store, folder: Path) -> None:
     """Write report.md into the folder, and accuracy.png if there is anything to see and matplotlib."""
     methods = by_name(store)
     parts = [f"# Results\n\n{store.setup}", "## Accuracy, %", accuracy_table(methods)]
+    if table := answer_table(methods):
+        parts += ["## What was learned of the answer, by learning rate", table]
     if methods and (picture := accuracy_picture(methods, folder)):
         parts.append(f"![accuracy against trained numbers]({picture})")
     if (folder / "cost.json").exists():
@@ -61,6 +63,25 @@ def accuracy_table(methods: dict[str, dict[float, Results]]) -> str:
     header = ["method", "trained", "lr", "seeds"]
     header += [f"{task}, {how}" for task in tasks for how in ("generated", "likeliest")]
     return common.markdown_table([*header, "validation nats by learning rate"], rows)
+
+
+def answer_table(methods: dict[str, dict[float, Results]]) -> str:
+    """For each learning rate the validation loss of whole answers, and how many generated ones are in the format.
+
+    Cells that were measured before there was such a loss are left out; "" if no others are there.
+    """
+    rows = []
+    for name, rates in methods.items():
+        measured = {lr: results[0] for lr, results in sorted(rates.items()) if "answer" in results[0]["validation"]}
+        if measured:
+            nats = ", ".join(f"{lr:g}: {result['validation']['answer']:.3f}" for lr, result in measured.items())
+            shares = ", ".join(
+                f"{lr:g}: {100 * statistics.mean(test['in_format'] for test in result['test'].values()):.0f} %"
+                for lr, result in measured.items()
+            )
+            rows.append([name, nats, shares])
+    header = ["method", "validation, nats per token of the answer", "generated answers in the format"]
+    return common.markdown_table(header, rows) if rows else ""
 
 
 def accuracy_picture(methods: dict[str, dict[float, Results]], folder: Path) -> str | None:
