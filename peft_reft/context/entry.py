@@ -15,16 +15,15 @@ from types import CodeType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from peft_reft.context import notices
 from peft_reft.context.block import BlockEntry, attach_block_entry
 from peft_reft.context.forward import ForwardContext, Given
 from peft_reft.context.generate import STEP
 from peft_reft.context.method import MethodEntry
-from peft_reft.context.opening import Entered, open_context, prompts_in
+from peft_reft.context.opening import Entered, open_context
 from peft_reft.context.replay import Path
-from peft_reft.positions import IGNORED, PositionSpec
+from peft_reft.context.training import look_at_training
 
 # Taken out of the call: the model does not know them.
 OWN_ARGUMENTS = ("intervention_locations", "adapter_names", "subspaces", "source_inputs", STEP)
@@ -79,7 +78,7 @@ class ForwardEntry(MethodEntry):
         finally:
             running.context = outer
         if self.module.training and self.state.training_forwards is not None and is_recorded():
-            self._look_at_training(context)
+            look_at_training(context)
         return output
 
     def enter(self, outer: ForwardContext | None, args: Sequence[Any], kwargs: dict[str, Any]) -> ForwardContext:
@@ -155,22 +154,6 @@ class ForwardEntry(MethodEntry):
         entry = object.__new__(ForwardEntry)
         entry.__dict__.update(self.__dict__, **changes)
         return entry
-
-    def _look_at_training(self, context: ForwardContext) -> None:
-        if context.idle or context.given.step is not None or self.entered.role == "router":
-            return
-        covered: dict[PositionSpec, Tensor] = {}
-        tokens = context.tokens
-        if tokens is not None and tokens.labels is not None and self.entered.role == "":
-            for spec in self.state.active_specs():
-                first = replace(spec, turns=None) if spec.turns == "all" else spec
-                prompts = prompts_in(tokens, first, self.entered.role, self.state)
-                # The first token has a label (which TRL takes away in packed documents), and no other is the prompt's.
-                has_label = (tokens.labels != IGNORED) | (prompts.document is not None)
-                starts = tokens.valid & (prompts.order == 0) & has_label
-                alone = tokens.valid & (prompts.order == 1) & (prompts.length <= 1)
-                covered[spec] = starts.any(1) & alone.any(1)
-        notices.look_at_training(context, covered)
 
 
 def is_recorded() -> bool:

@@ -1,7 +1,6 @@
-"""What a model says about its calls: what was given and cannot be used, and training that does not do what it seems to.
+"""What a model says about its calls: what was given and cannot be used.
 
-In training, what was given and cannot be used is an error: a wrong position trains without one. Otherwise each notice
-is a warning, once per model.
+In training that is an error: a wrong position trains without one. Otherwise each notice is a warning, once per model.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_reft.context.forward import ForwardContext
 from peft_reft.context.state import ModelState
 from peft_reft.positions import PositionSpec
 
@@ -54,27 +52,6 @@ DISPLACED = (
     "tuner's adapter was put on it, ReFT edits the output without that adapter's part, and its weights are saved under "
     "names that no other model has; if it was replaced, nothing is edited there. Add such an adapter first and "
     "ReFT then, or let ReFT edit whole blocks (leave target_modules out)."
-)
-LABELS_COVER_PROMPTS = (
-    "The labels of row(s) {rows} begin with their second token, so that the prompt is one token long: the adapter is "
-    "trained to edit that token, while `generate` will edit {positions} of the real prompt. Keep the prompt out of "
-    "the labels: give the trainer `prompt` and `completion` columns; or set completion_only_loss=True or "
-    "assistant_only_loss=True (where the chat template marks answers); or name the marker that ends every prompt, "
-    "ReftConfig(prompt_end=chat_prompt_end(tokenizer)). Packing that cuts documents (TRL's packing_strategy `wrapped` "
-    "and `bfd_split`) leaves pieces without a prompt: use packing_strategy='bfd'. A ReFT adapter works only at the "
-    "places that it was trained for."
-)
-FORWARDS_LOOKED_AT = 3  # training forwards that are looked at, which waits for the device
-NOTHING_EDITED = (
-    f"In the first {FORWARDS_LOOKED_AT} training forwards a ReFT model edited no token at all, so that it trains "
-    "nothing: the positions name no token of these prompts. Look at a batch's intervention_locations (-1 = unused), "
-    "and at the lengths of its prompts."
-)
-SUBSPACES_TOGETHER = (
-    "A training forward of a ReFT model got no `subspaces`, so that every row trains all of {names}. To train them "
-    "apart, give the data set a column `subspaces`, wrap the trainer's collator in peft_reft.ReftDataCollator("
-    "collator, config), and pass remove_unused_columns=False; packing drops such a column. To train one of them, or "
-    "all together on purpose, say so with peft_reft.set_subspaces(model, [...])."
 )
 MARKER_MISSING = (
     "A row without the marker prompt_end={marker} was given to a ReFT model, without labels or intervention_locations: "
@@ -134,43 +111,6 @@ def warn_of_missing_marker(state: ModelState, spec: PositionSpec, found: Tensor 
         return
     if found is None or (found.device.type == "cpu" and not found.any(1).all()):
         state.warn_once(message)
-
-
-def look_at_training(context: ForwardContext, covered: dict[PositionSpec, Tensor]) -> None:
-    """Look at one of the first training forwards of a model, after it has run.
-
-    Args:
-        covered: by spec, bool [B], the rows whose labels leave a prompt of one token.
-    """
-    state = context.state
-    if state.training_forwards is None:
-        return
-    state.training_forwards += 1
-    if context.given.subspaces is None:
-        warn_of_subspaces_together(state)
-    for spec, of_rows in covered.items():
-        if (spec.depends_on_the_end or spec.count("f") > 1) and of_rows.any():
-            rows = ", ".join(map(str, of_rows.nonzero().flatten().tolist()[:8]))
-            state.warn_once(LABELS_COVER_PROMPTS.format(rows=rows, positions=spec), "labels cover prompts")
-    state.has_edited = state.has_edited or context.edits_something()
-    if state.training_forwards >= FORWARDS_LOOKED_AT:
-        state.training_forwards = None
-        if not state.has_edited:
-            state.warn_once(NOTHING_EDITED)
-
-
-def warn_of_subspaces_together(state: ModelState) -> None:
-    """Say so if the parts of an active adapter are trained together and nothing says that they are to be."""
-    for layer in state.layers:
-        for name in () if layer.disable_adapters else layer.active_adapters:
-            parts = layer.subspaces.get(name, ())
-            if len(parts) > 1 and name not in layer.chosen_subspaces and _is_trained(layer, name):
-                state.warn_once(SUBSPACES_TOGETHER.format(names=list(parts)), "subspaces together")
-                return
-
-
-def _is_trained(layer: Any, name: str) -> bool:
-    return any(parameter.requires_grad for parameter in layer.reft_interventions[name].parameters())
 
 
 def describe(mask: Any) -> str:

@@ -1,0 +1,89 @@
+"""What a model says of its first training forwards: training that does not do what it seems to.
+
+They are looked at after they have run, which waits for the device; after a few no more are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from peft_reft.context.forward import ForwardContext
+from peft_reft.context.opening import prompts_in
+from peft_reft.context.state import ModelState
+from peft_reft.positions import IGNORED, PositionSpec
+
+FORWARDS_LOOKED_AT = 3  # training forwards that are looked at, which waits for the device
+NOTHING_EDITED = (
+    f"In the first {FORWARDS_LOOKED_AT} training forwards a ReFT model edited no token at all, so that it trains "
+    "nothing: the positions name no token of these prompts. Look at a batch's intervention_locations (-1 = unused), "
+    "and at the lengths of its prompts."
+)
+LABELS_COVER_PROMPTS = (
+    "The labels of row(s) {rows} begin with their second token, so that the prompt is one token long: the adapter is "
+    "trained to edit that token, while `generate` will edit {positions} of the real prompt. Keep the prompt out of "
+    "the labels: give the trainer `prompt` and `completion` columns; or set completion_only_loss=True or "
+    "assistant_only_loss=True (where the chat template marks answers); or name the marker that ends every prompt, "
+    "ReftConfig(prompt_end=chat_prompt_end(tokenizer)). Packing that cuts documents (TRL's packing_strategy `wrapped` "
+    "and `bfd_split`) leaves pieces without a prompt: use packing_strategy='bfd'. A ReFT adapter works only at the "
+    "places that it was trained for."
+)
+SUBSPACES_TOGETHER = (
+    "A training forward of a ReFT model got no `subspaces`, so that every row trains all of {names}. To train them "
+    "apart, give the data set a column `subspaces`, wrap the trainer's collator in peft_reft.ReftDataCollator("
+    "collator, config), and pass remove_unused_columns=False; packing drops such a column. To train one of them, or "
+    "all together on purpose, say so with peft_reft.set_subspaces(model, [...])."
+)
+
+
+def look_at_training(context: ForwardContext) -> None:
+    """Look at one of the first training forwards of a model, after it has run."""
+    state = context.state
+    if state.training_forwards is None or context.idle or context.given.step is not None or context.role == "router":
+        return
+    covered = {} if context.role else rows_with_covered_prompts(context)
+    state.training_forwards += 1
+    if context.given.subspaces is None:
+        warn_of_subspaces_together(state)
+    for spec, of_rows in covered.items():
+        if (spec.depends_on_the_end or spec.count("f") > 1) and of_rows.any():
+            rows = ", ".join(map(str, of_rows.nonzero().flatten().tolist()[:8]))
+            state.warn_once(LABELS_COVER_PROMPTS.format(rows=rows, positions=spec), "labels cover prompts")
+    state.has_edited = state.has_edited or context.edits_something()
+    if state.training_forwards >= FORWARDS_LOOKED_AT:
+        state.training_forwards = None
+        if not state.has_edited:
+            state.warn_once(NOTHING_EDITED)
+
+
+def rows_with_covered_prompts(context: ForwardContext) -> dict[PositionSpec, Tensor]:
+    """By spec, bool [B]: the rows whose labels leave a prompt of one token."""
+    tokens = context.tokens
+    covered: dict[PositionSpec, Tensor] = {}
+    if tokens is None or tokens.labels is None:
+        return covered
+    for spec in context.state.active_specs():
+        first = replace(spec, turns=None) if spec.turns == "all" else spec
+        prompts = prompts_in(tokens, first, context.role, context.state)
+        # The first token has a label (which TRL takes away in packed documents), and no other is the prompt's.
+        has_label = (tokens.labels != IGNORED) | (prompts.document is not None)
+        starts = tokens.valid & (prompts.order == 0) & has_label
+        alone = tokens.valid & (prompts.order == 1) & (prompts.length <= 1)
+        covered[spec] = starts.any(1) & alone.any(1)
+    return covered
+
+
+def warn_of_subspaces_together(state: ModelState) -> None:
+    """Say so if the parts of an active adapter are trained together and nothing says that they are to be."""
+    for layer in state.layers:
+        for name in () if layer.disable_adapters else layer.active_adapters:
+            parts = layer.subspaces.get(name, ())
+            if len(parts) > 1 and name not in layer.chosen_subspaces and _is_trained(layer, name):
+                state.warn_once(SUBSPACES_TOGETHER.format(names=list(parts)), "subspaces together")
+                return
+
+
+def _is_trained(layer: Any, name: str) -> bool:
+    return any(parameter.requires_grad for parameter in layer.reft_interventions[name].parameters())
