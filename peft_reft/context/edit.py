@@ -19,7 +19,7 @@ class Edit(NamedTuple):
     """What is added to the hidden states [B, S, d] after some blocks, the places in common and the factors of each.
 
     Attributes:
-        places: long [n * m], the edited vectors of the state as [B * S, d], those of each of n interventions in a row;
+        indices: long [n * m], the edited vectors of the state as [B * S, d], those of each of n interventions in a row;
             None: all of its vectors, for each intervention.
         keep: [m, 1], or [n, m, 1] for several interventions, a factor for each vector's edit: 0 for places that only
             fill up the shape. Where R has parts that do not all act alike, r in the place of 1.
@@ -30,7 +30,7 @@ class Edit(NamedTuple):
         autocast: whether autocast has to be kept out of the products.
     """
 
-    places: Tensor | None
+    indices: Tensor | None
     keep: Tensor
     blocks: Mapping[int, Any]
     called: bool = False
@@ -43,14 +43,14 @@ class Edit(NamedTuple):
         Args:
             factors: of the block, one of `blocks`.
         """
-        places, keep, _, called, dropout, autocast = self
+        indices, keep, _, called, dropout, autocast = self
         if called and keep.device != h.device:  # where such a module runs is known only now
-            keep, places = keep.to(h.device), None if places is None else places.to(h.device)
+            keep, indices = keep.to(h.device), None if indices is None else indices.to(h.device)
         flat = h.flatten(0, 1)
-        selected = flat if places is None else flat.index_select(0, places)
+        selected = flat if indices is None else flat.index_select(0, indices)
         several = keep.dim() == 3
         if several:
-            selected = selected.expand(len(keep), -1, -1) if places is None else selected.unflatten(0, keep.shape[:2])
+            selected = selected.expand(len(keep), -1, -1) if indices is None else selected.unflatten(0, keep.shape[:2])
         if called:
             delta = _call(factors, selected) * keep if keep.shape[-1] == 1 else _call(factors, selected, keep)
         elif autocast:
@@ -62,12 +62,12 @@ class Edit(NamedTuple):
             delta = F.dropout(delta, dropout)
         if delta.dtype != h.dtype:
             delta = delta.to(h.dtype)
-        if places is None:
+        if indices is None:
             return out + (delta.sum(0) if several else delta).view_as(h)
         if several:
             delta = delta.flatten(0, 1)
-        # Whole rows of [B * S, d]: faster than along the columns, and autograd keeps the places, not h.
-        return (flat if out is h else out.flatten(0, 1)).index_add(0, places, delta).view_as(h)
+        # Whole rows of [B * S, d]: faster than along the columns, and autograd keeps the indices, not h.
+        return (flat if out is h else out.flatten(0, 1)).index_add(0, indices, delta).view_as(h)
 
 
 def _call(modules: Sequence[nn.Module], selected: Tensor, keep: Tensor | None = None) -> Tensor:

@@ -62,7 +62,7 @@ class Family:
                     places[id(groups)] = len(places)
                     self.distinct += groups
         # [L][A]: which of the distinct lists of groups
-        self.places = [[places[id(groups)] for groups in row] for row in self.groups]
+        self.which = [[places[id(groups)] for groups in row] for row in self.groups]
         self.count = len(self.groups[0][0])  # G
         self.dtype = None if self.kind is None else torch.promote_types(self.kind.dtype, torch.float32)  # of factors
         self.takes_source = self.kind is None and getattr(self.distinct[0], "takes_source", False)
@@ -111,7 +111,7 @@ class Family:
     def _flat(
         self, places: Places, shape: tuple[int, int], rows: list[int] | None, adapters: list[int] | None
     ) -> tuple[Tensor | None, Tensor]:
-        """The places as `Edit.places` and `Edit.keep`."""
+        """The places as `Edit.indices` and `Edit.keep`."""
         chosen = None if rows is None or len(rows) == shape[0] else _numbers(rows, places.keep.device)
         columns, keep = places if chosen is None else places.rows(chosen)  # [B, G, P]
         if adapters is not None and len(set(self.scales)) > 1:
@@ -162,7 +162,7 @@ class Family:
         known = self._split  # read once: another thread may replace it
         if known is not None and known[0] is factors and known[1] == key:
             return known[2]
-        whole, count, chosen = factors, self.count, [row[0] for row in self.places]
+        whole, count, chosen = factors, self.count, [row[0] for row in self.which]
         if adapters is not None:
             whole, chosen = self._of_rows(factors, adapters), list(range(len(self.layers)))
             count *= len(adapters)
@@ -183,7 +183,7 @@ class Family:
     def _of_rows(self, factors: Factors, adapters: Sequence[int]) -> Factors:
         """The factors [L * B * G, ...] of rows with adapters of their own."""
         groups = range(self.count)
-        wanted = [row[adapter] * self.count + group for row in self.places for adapter in adapters for group in groups]
+        wanted = [row[adapter] * self.count + group for row in self.which for adapter in adapters for group in groups]
         if wanted == list(range(factors.up.shape[0])):  # as they lie
             return factors
         chosen = _numbers(wanted, factors.up.device)

@@ -67,7 +67,7 @@ class Path:
     def __init__(self, root: nn.Module, blocks: Iterable[str]):
         self.root = root
         self.links: dict[tuple[int, str], tuple[nn.Module, str, nn.Module]] = {}
-        self.places: list[tuple[nn.Module, str, nn.Module]] = []  # of the blocks themselves
+        self.blocks: list[tuple[nn.Module, str, nn.Module]] = []  # of the blocks themselves
         for block in blocks:
             parent = root
             for name in block.split("."):
@@ -75,14 +75,14 @@ class Path:
                 assert child is not None
                 place = self.links[id(parent), name] = (parent, name, child)
                 parent = child
-            self.places.append(place)
+            self.blocks.append(place)
 
     def displaced(self) -> tuple[str, nn.Module, nn.Module | None] | None:
         """A block whose place something else has taken: its name, itself, and what is there.
 
         What only wraps it, for sharding or compiling, has not.
         """
-        for parent, name, child in self.places:
+        for parent, name, child in self.blocks:
             found = parent._modules.get(name)
             if found is not child and (found is None or _replaces(found, child)):
                 return name, child, found
