@@ -16,8 +16,9 @@ from torch import Tensor
 from peft_reft.context.arguments import repeats
 from peft_reft.context.edit import Edit
 from peft_reft.context.generate import Step
+from peft_reft.context.passed import NOTHING, Passed
 from peft_reft.context.plan import Family, families_of, kept_families
-from peft_reft.context.sources import Collected, Collector, Exchange, Listed, Sources, listed
+from peft_reft.context.sources import Collected, Collector, Exchange, Listed, listed
 from peft_reft.context.state import ModelState, names_of_rows
 from peft_reft.context.subspaces import Choices, repeated
 from peft_reft.positions import Places, PositionSpec, Prompts, Tokens, find_prompts, places_at, places_of
@@ -30,10 +31,7 @@ class Given:
     Attributes:
         labels, shift_labels: as passed.
         labels_show_prompts: the labels were passed to a module that predicts tokens with them.
-        locations: `intervention_locations` as [B, G, P], or None.
-        adapter_names: the adapter of each row, or None for the active ones in every row.
-        subspaces: which named parts of R act in each row; None for those that are set for the model.
-        sources: hidden states of other inputs, for interventions that take a source.
+        passed: our own arguments.
         collecting: where this call, the forward of a source, notes its hidden states down.
         step: which step of a running `generate` the call is, if it is one.
         in_generate: the call was made while `generate` runs.
@@ -42,10 +40,7 @@ class Given:
     labels: Any = None
     shift_labels: Any = None
     labels_show_prompts: bool = False
-    locations: Tensor | None = None
-    adapter_names: list[str] | None = None
-    subspaces: Choices | None = None
-    sources: Sources | None = None
+    passed: Passed = NOTHING
     collecting: Collected | None = None
     step: Step | None = None
     in_generate: bool = False
@@ -146,7 +141,7 @@ class ForwardContext:
             families = families_of(layers, None if names is None else list(dict.fromkeys(names)), once=True)
         else:
             families = kept_families(self.state.plans, layers, names)
-        choices = self.given.subspaces
+        choices = self.given.passed.subspaces
         if choices is not None:
             choices = repeated(choices, self.rows, self.given.in_generate)
         edits: list[Any] = []
@@ -165,7 +160,7 @@ class ForwardContext:
     def _exchanges(self, family: Family, rows: list[int] | None, choices: Choices | None) -> list[Any]:
         """What stands for the edit of a family that takes a source; nothing without a source, or without a place."""
         given = self.given
-        if given.sources is None and given.collecting is None:
+        if given.passed.sources is None and given.collecting is None:
             return []
         places = self.listed(family.spec, family.share_weights)
         if places is None:
@@ -173,7 +168,7 @@ class ForwardContext:
         own = range(len(places.keep)) if rows is None else rows
         if given.collecting is not None:
             return [Collector(family, places, own, given.collecting)]
-        return [Exchange(family, places, own, given.sources or {}, choices)]
+        return [Exchange(family, places, own, given.passed.sources or {}, choices)]
 
     def listed(self, spec: PositionSpec, share_weights: bool | str) -> Listed | None:
         """Where to edit, by a spec, in the order of the whole row's places; None for nowhere."""
@@ -181,10 +176,10 @@ class ForwardContext:
         if self.answers_only:
             return None
         step = None if self.role == "encoder" else self.given.step
-        locations = None if self.locations is None else self.given.locations
+        locations = None if self.locations is None else self.given.passed.locations
         if step is not None:
             generation = step.generation
-            locations = None if self.role == "decoder" else generation.locations
+            locations = None if self.role == "decoder" else generation.passed.locations
         if locations is not None:
             locations = locations.repeat_interleave(self.rows // len(locations), 0)
             places = self._places_given(spec, share_weights, locations)
@@ -238,7 +233,7 @@ class ForwardContext:
 
     def adapters_of_rows(self, rows: int) -> list[str] | None:
         """The adapter of each of `rows` rows, which may be the given ones each several times; None if not by row."""
-        names = self.given.adapter_names
+        names = self.given.passed.adapter_names
         if names is None or len(names) == rows:
             return names
         times = repeats(len(names), rows)

@@ -16,16 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peft_reft.context.arguments import (
-    check_locations,
-    past_length,
-    token_shape,
-    valid_columns,
-)
+from peft_reft.context.arguments import past_length, token_shape, valid_columns
 from peft_reft.context.method import MethodEntry
-from peft_reft.context.sources import Sources, run_sources
+from peft_reft.context.passed import NOTHING, Passed, read_passed
 from peft_reft.context.state import ModelState, names_of_rows
-from peft_reft.context.subspaces import Choices
 from peft_reft.positions import PositionSpec, Prompts, Tokens, mark
 
 STEP = "reft_generation_step"  # the argument of a forward that says so; taken out before the model sees it
@@ -37,11 +31,8 @@ class Generation:
 
     Attributes:
         tokens: the rows of the prompt; None until an encoder-decoder's decoder has started.
-        rows: how many prompts the caller passed; None if that is not known.
-        locations: what the caller passed as `intervention_locations`, [B, G, P], or None.
-        adapter_names: the adapter of each row, or None.
-        subspaces: which named parts of R act in each row, or None.
-        sources: hidden states of other inputs, or None.
+        shape: rows and columns of the prompts that the caller passed; None if that is not known.
+        passed: what else the caller passed.
         edits_answers: some adapter edits generated tokens too.
         guesses: the first step may hold guessed tokens behind the prompt.
         in_chunks: the prompt is run in several steps.
@@ -52,11 +43,8 @@ class Generation:
     def __init__(self, state: ModelState, tokens: Tokens | None):
         self.state = state
         self.tokens = tokens
-        self.rows: int | None = None
-        self.locations: Tensor | None = None
-        self.adapter_names: list[str] | None = None
-        self.subspaces: Choices | None = None
-        self.sources: Sources | None = None
+        self.shape: tuple[int, int] | None = None
+        self.passed = NOTHING
         self.edits_answers = state.edits_answers()
         self.guesses = self.in_chunks = self.started = False
         self.decoder_columns: int | None = None
@@ -140,7 +128,7 @@ class Step(NamedTuple):
         generation = self.generation
         if generation.tokens is None or self.past < generation.tokens.valid.shape[1]:
             return False
-        return not generation.edits_answers or (generation.locations is not None and role == "")
+        return not generation.edits_answers or (generation.passed.locations is not None and role == "")
 
 
 class GenerateEntry(MethodEntry):
@@ -157,27 +145,23 @@ class GenerateEntry(MethodEntry):
         source_inputs: Any = None,
         **kwargs: Any,
     ) -> Any:
-        names = list(inspect.signature(self.__wrapped__).parameters)
-        generation = self._generation({**dict(zip(names, args)), **kwargs}, intervention_locations)
+        parameters = list(inspect.signature(self.__wrapped__).parameters)
+        generation = self._generation({**dict(zip(parameters, args)), **kwargs}, intervention_locations)
         running = self.state.running
         outer = running.generation
-        if adapter_names is not None:
-            generation.adapter_names = self.state.check_adapter_names(adapter_names)
-        elif outer is not None:
-            generation.adapter_names = outer.adapter_names
-        if intervention_locations is None and outer is not None and not outer.started:
-            generation.locations = outer.locations  # that `generate` only passes the call on
-        by_row = generation.adapter_names or running.adapter_names
-        if by_row is not None and outer is None and generation.rows not in (None, len(by_row)):
-            raise ValueError(names_of_rows(len(by_row), generation.rows))
-        if subspaces is not None:
-            generation.subspaces = self.state.check_subspaces(subspaces, generation.rows, by_row)
-        elif outer is not None and not outer.started:
-            generation.subspaces = outer.subspaces
-        if source_inputs is not None:
-            generation.sources = run_sources(self.module, self.state, source_inputs, by_row, generation.rows)
-        elif outer is not None and not outer.started:
-            generation.sources = outer.sources
+        inherited = NOTHING if outer is None else outer.passed
+        if outer is not None and outer.started:  # it does more than pass the call on to a part
+            inherited = Passed(adapter_names=inherited.adapter_names)
+        own = {
+            "intervention_locations": intervention_locations,
+            "adapter_names": adapter_names,
+            "subspaces": subspaces,
+            "source_inputs": source_inputs,
+        }
+        generation.passed = read_passed(self.module, self.state, own, generation.shape, inherited)
+        names = generation.passed.adapter_names or running.adapter_names
+        if names is not None and outer is None and generation.shape is not None and generation.shape[0] != len(names):
+            raise ValueError(names_of_rows(len(names), generation.shape[0]))
         running.generation = generation
         self.state.unlabelled = False
         try:
@@ -193,11 +177,8 @@ class GenerateEntry(MethodEntry):
             ids = self._ids(arguments) if arguments.get("inputs_embeds") is None else None
             tokens = Tokens(valid, ids=ids if ids is not None and ids.shape == valid.shape else None, given=True)
         generation = Generation(self.state, tokens)
-        generation.rows = None if valid is None else valid.shape[0]
-        if locations is not None:
-            shape = None if valid is None else (valid.shape[0], valid.shape[1])
-            generation.locations = check_locations(locations, shape, 0)
-        elif tokens is not None:
+        generation.shape = None if valid is None else (valid.shape[0], valid.shape[1])
+        if locations is None and tokens is not None:
             self._take_back_earlier_turns(tokens, arguments.get("past_key_values"))
         guesses = [arguments.get("assistant_model"), *(self._setting(name, arguments) for name in GUESSING)]
         generation.guesses = any(guess is not None and guess is not False for guess in guesses)

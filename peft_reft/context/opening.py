@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from peft_reft.context import notices
 from peft_reft.context.arguments import (
     aligned_labels,
-    check_locations,
     documents,
     has_state,
     past_length,
@@ -28,7 +27,7 @@ from peft_reft.context.arguments import (
 from peft_reft.context.forward import ForwardContext, Given
 from peft_reft.context.generate import STEP, Step
 from peft_reft.context.labels import look_at_labels
-from peft_reft.context.sources import run_sources
+from peft_reft.context.passed import NOTHING, Passed, read_passed
 from peft_reft.context.state import ModelState
 from peft_reft.context.within import (
     has_another_mask,
@@ -104,7 +103,7 @@ def open_context(
     state, role = entered.state, entered.role
     context = ForwardContext(state, entered.layers, given, role, entered.depth, training=entered.module.training)
     if role == "router" or shape is None:
-        context.locations = given.locations
+        context.locations = given.passed.locations
         return context
     context.rows, context.columns = shape
     context.passed = list(whole_numbers(arguments.values()))
@@ -117,40 +116,22 @@ def open_context(
 
 def _given(entered: Entered, arguments: Mapping[str, Any], own: Mapping[str, Any], shape: Shape) -> Given:
     """What the outermost call was given: by its caller, or by that of the `generate` that makes it."""
-    state, running = entered.state, entered.state.running
+    running = entered.state.running
     generation = running.generation
     collecting, running.collecting = running.collecting, None
     step: Step | None = own.get(STEP)
-    # `generate` runs an encoder without making a step of it, and other forwards of the model as calls of their own.
-    of_generation = generation if step is not None or entered.role == "encoder" else None
-    locations = own.get("intervention_locations")
-    if locations is not None:
-        past = past_length(arguments, shape[1] if shape else 0, 0)
-        locations = check_locations(locations, shape, past, may_repeat=collecting is not None)
-    elif generation is not None and entered.role == "encoder":
-        locations = generation.locations
-    elif step is not None and entered.role == "router":
-        locations = step.generation.locations
-    names = own.get("adapter_names")
-    if names is not None:
-        names = state.check_adapter_names(names)
-    elif generation is not None and generation.adapter_names is not None:
-        names = generation.adapter_names
-    else:
-        names = running.adapter_names
-    subspaces = own.get("subspaces")
-    if subspaces is not None:
-        subspaces = state.check_subspaces(subspaces, shape[0] if shape else None, names)
-    elif of_generation is not None:
-        subspaces = of_generation.subspaces
-    sources = own.get("source_inputs")
-    if sources is not None:
-        sources = run_sources(entered.module, state, sources, names, shape[0] if shape else None)
-    elif of_generation is not None:
-        sources = of_generation.sources
+    inherited = NOTHING if generation is None else generation.passed
+    if step is None and entered.role != "encoder":  # which `generate` runs without making a step of it
+        inherited = Passed(adapter_names=inherited.adapter_names)  # a call of its own, made meanwhile
+    elif entered.role not in ("encoder", "router"):
+        inherited = inherited._replace(locations=None)  # those are cut to the step's columns
+    is_located = own.get("intervention_locations") is not None
+    past = past_length(arguments, shape[1] if shape else 0, 0) if is_located else 0
+    passed = read_passed(entered.module, entered.state, own, shape, inherited, past, may_repeat=collecting is not None)
+    if passed.adapter_names is None:
+        passed = passed._replace(adapter_names=running.adapter_names)
     labels, shift_labels = arguments.get("labels"), arguments.get("shift_labels")
-    in_generate = generation is not None
-    return Given(labels, shift_labels, False, locations, names, subspaces, sources, collecting, step, in_generate)
+    return Given(labels, shift_labels, False, passed, collecting, step, in_generate=generation is not None)
 
 
 def _predicts(
@@ -171,7 +152,7 @@ def _predicts(
     if shape is None:
         return False  # a module whose tokens, and labels if any, are in arguments of its own making
     state.unlabelled = False
-    if given.step is None and given.locations is None and not _is_paged(state, arguments):
+    if given.step is None and given.passed.locations is None and not _is_paged(state, arguments):
         look_at_labels(state, entered.module, given, arguments, shape, outer)
     return True
 
@@ -199,7 +180,7 @@ def _step(context: ForwardContext, step: Step, rows: int, columns: int, argument
     generation, past = step
     assert generation.tokens is not None
     given, total = generation.tokens.valid.shape
-    locations = None if context.role == "decoder" else generation.locations
+    locations = None if context.role == "decoder" else generation.passed.locations
     if past >= total:
         device = token_device(arguments)
         context.idle = step.edits_nothing(context.role)
@@ -232,7 +213,7 @@ def _plain(
     entered: Entered, context: ForwardContext, rows: int, columns: int, arguments: Mapping[str, Any]
 ) -> ForwardContext:
     past: int | Tensor = 0 if entered.role == "encoder" else past_length(arguments, columns, 0)
-    locations = None if entered.role == "decoder" else context.given.locations
+    locations = None if entered.role == "decoder" else context.given.passed.locations
     if locations is not None:
         context.locations, context.past = window_of(locations, past, columns), past
         return context

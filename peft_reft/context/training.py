@@ -45,7 +45,7 @@ def look_at_training(context: ForwardContext) -> None:
         return
     covered = {} if context.role else rows_with_covered_prompts(context)
     state.training_forwards += 1
-    if context.given.subspaces is None:
+    if context.given.passed.subspaces is None:
         warn_of_subspaces_together(state)
     for spec, of_rows in covered.items():
         if (spec.depends_on_the_end or spec.count("f") > 1) and of_rows.any():

@@ -88,7 +88,7 @@ def directions_of(
         row [B, r], None where all act as trained.
     """
     parts = layer.subspaces.get(name, {})
-    given = context.given.subspaces
+    given = context.given.passed.subspaces
     choices = None if given is None else repeated(given, len(h), context.given.in_generate)
     like = torch.ones(1, device=h.device)
     acting = None
