@@ -7,6 +7,7 @@ import pytest
 import reference
 import torch
 from conftest import EOS, PAD, VOCAB, logits, reft_model, tiny_model
+from edit_spy import spied
 from transformers import DataCollatorForTokenClassification, default_data_collator
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -273,6 +274,35 @@ def test_turns_choose_whose_prompt_is_edited(turns, named):
 def test_what_cannot_be_wrapped_is_refused(inner, config, message):
     with pytest.raises(TypeError, match=message):
         ReftDataCollator(inner, config)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
+def test_masks_of_pairs_of_tokens_show_padding_and_documents(dtype):
+    """Two documents in a row, and padding in front of it; a collator of one's own may make such masks."""
+    document = torch.tensor([-1, -1, 0, 0, 0, 1, 1, 1, 1])
+    seen = (document.unsqueeze(1) == document) & (document >= 0) & torch.ones(9, 9, dtype=torch.bool).tril()
+    mask = seen[None, None] if dtype is torch.bool else torch.where(seen, 0.0, -1e9)[None, None]
+    labels = torch.tensor([[-100, -100, -100, -100, 7, -100, -100, -100, 8]])
+    batch = {"input_ids": torch.arange(9)[None] + 3, "attention_mask": mask, "labels": labels}
+    got = collate(inner=lambda rows: dict(batch), positions="f1+l1", share_weights=False)
+    assert got["intervention_locations"].tolist() == [[[2, 5], [3, 7]]]
+    with spied(model := reft_model(tiny_model("llama"), task_type="CAUSAL_LM"), tiny_model("llama")) as calls:
+        model(**got)
+        model(**batch)
+    assert calls == [[[2, 3, 5, 7]]] * 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"attention_mask": torch.ones(1, 4)}, r"attention_mask \(a float32 tensor of shape \[1, 4\]\)"),
+        ({"labels": torch.ones(2, 5, dtype=torch.long)}, r"labels of shape \[2, 5\] cannot be aligned"),
+    ],
+)
+def test_what_does_not_go_with_the_token_ids_is_refused(wrong, message):
+    batch = {"input_ids": torch.ones(2, 6, dtype=torch.long), "attention_mask": torch.ones(2, 6), **wrong}
+    with pytest.raises(ValueError, match=message):
+        collate(inner=lambda rows: dict(batch))
 
 
 def test_a_batch_without_token_ids_is_refused():

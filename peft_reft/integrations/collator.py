@@ -13,6 +13,8 @@ import torch
 from peft.utils.peft_types import TaskType
 from torch import Tensor
 
+from peft_reft.context.arguments import valid_columns
+from peft_reft.context.notices import UNALIGNED_LABELS, UNREADABLE_MASK, describe
 from peft_reft.context.subspaces import read_choices
 from peft_reft.positions import IGNORED, Tokens, align_shift_labels, document_starts, locate, parse_positions
 from peft_reft.tuner.config import ReftConfig, prompt_end_ids
@@ -112,10 +114,15 @@ class ReftDataCollator:
                 f"{sorted(batch)}{'' if ids is None else f' with input_ids={type(ids).__name__}'}."
             )
         mask = batch.get("attention_mask")
-        valid = mask.bool() if isinstance(mask, Tensor) and mask.shape == ids.shape else torch.ones_like(ids).bool()
+        rows, columns = ids.shape
+        read = valid_columns(mask, rows, columns, 0, ids.device)
+        if read is None:
+            raise ValueError(UNREADABLE_MASK.format(mask=describe(mask), rows=rows, columns=columns))
+        valid, shown = read
         starts, num_documents = document_starts(
             valid, batch.get("position_ids"), batch.get("seq_idx"), batch.get("cu_seq_lens_q")
         )
+        starts = shown if starts is None else starts
         if starts is not None:
             counts = (starts & valid).sum(1)
             starts, num_documents = (starts, int(counts.max())) if counts.max() > 1 else (None, None)
@@ -142,6 +149,8 @@ class ReftDataCollator:
         completion_mask = batch.get("completion_mask")  # of which TRL's preference trainers make the labels
         if isinstance(completion_mask, Tensor) and completion_mask.shape == shape:
             return batch["input_ids"].masked_fill(completion_mask == 0, IGNORED)
+        if self.config.task_type == TaskType.CAUSAL_LM and isinstance(labels, Tensor) and labels.dim() == 2:
+            raise ValueError(UNALIGNED_LABELS.format(labels=list(labels.shape), rows=shape[0], columns=shape[1]))
         return None
 
     # Standing in for the wrapped collator.

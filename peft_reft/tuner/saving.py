@@ -22,6 +22,7 @@ from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from peft_reft.tuner.config import ReftConfig
+from peft_reft.tuner.injection import reft_layers
 from peft_reft.tuner.loading import wrap_function
 from peft_reft.tuner.staging import staged
 
@@ -41,6 +42,12 @@ def _save_pretrained(
     if not has_reft or not writes or os.path.isfile(save_directory):
         return pefts(model, save_directory, *args, **kwargs)
     names = passed.get("selected_adapters") or list(model.peft_config)
+    for name in names:
+        if isinstance(model.peft_config.get(name), ReftConfig) and not reft_layers(model, name):
+            raise ValueError(
+                f"The adapter {name!r} is no longer in the model, so that it would be saved without weights: unload() "
+                "gives the base model back. Save an adapter before."
+            )
     folders = {"" if name == "default" else name for name in names}
     with staged(save_directory) as stage:
         # A card that is there already is kept, with sections that are written anew.

@@ -178,6 +178,16 @@ def test_weights_that_were_saved_before_in_the_other_format_are_not_found_any_mo
     assert len(list(folder.glob("adapter_model*"))) == 1
 
 
+def test_an_adapter_that_was_unloaded_is_not_saved_over_a_good_one(tmp_path):
+    model = reft_model(tiny_model("llama"))
+    model.save_pretrained(tmp_path)
+    before = contents(tmp_path)
+    model.unload()
+    with pytest.raises(ValueError, match=r"'default' is no longer in the model.*unload\(\)"):
+        model.save_pretrained(tmp_path)
+    assert contents(tmp_path) == before
+
+
 def test_who_is_not_the_main_process_writes_nothing(tmp_path):
     reft_model(tiny_model("llama")).save_pretrained(tmp_path / "new", is_main_process=False)
     assert contents(tmp_path) == {}
