@@ -8,10 +8,12 @@ import reference
 import torch
 from conftest import EOS, PAD, VOCAB, logits, reft_model, tiny_model
 from edit_spy import spied
-from transformers import DataCollatorForTokenClassification, default_data_collator
+from trainer_kit import word_tokenizer
+from transformers import DataCollatorForSeq2Seq, DataCollatorForTokenClassification, default_data_collator
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from peft_reft import ReftConfig, ReftDataCollator
+from peft_reft.causal import InterchangeCollator
 from peft_reft.positions import IGNORED
 
 
@@ -188,6 +190,21 @@ def test_locations_of_the_data_set_pass_untouched():
         [[2, 0, 1]],
     ]
     assert data[0]["intervention_locations"] == [1, 3]
+
+
+def test_locations_of_the_data_set_move_with_padding_in_front():
+    tokenizer = word_tokenizer()
+    tokenizer.padding_side = "left"
+    data = examples((5, 3), (3, 2))
+    data[1] |= {"intervention_locations": [[0], [2]]}
+    inner = DataCollatorForSeq2Seq(tokenizer)
+    got = collate(inner=inner, data=data)
+    assert got["intervention_locations"].tolist() == [[[-1], [-1]], [[2], [4]]]
+    bases = [{**example, "source_input_ids": [5] * 7} for example in data]
+    bases[0] |= {"source_input_ids": [4, 6, 7], "source_intervention_locations": [[0], [-1]]}
+    made = InterchangeCollator(inner)(bases)
+    assert made["intervention_locations"].tolist() == [[[-1], [-1]], [[2], [4]]]
+    assert made["source_inputs"]["intervention_locations"].tolist() == [[[4], [-1]], [[-1], [-1]]]
 
 
 def test_locations_by_group_of_the_data_set_pass_untouched():

@@ -227,6 +227,16 @@ def test_ranks_may_differ_by_module(pattern):
     assert ranks == [4, 2, 4]
 
 
+def test_several_adapters_of_which_one_is_not_there_are_not_activated():
+    model = reft_model(tiny_model("llama"), **CAUSAL)
+    model.add_adapter("second", ReftConfig(**CAUSAL))
+    with pytest.raises(ValueError, match=r"Adapter secnod not found; the adapters are \['default', 'second'\]"):
+        model.base_model.set_adapter(["default", "secnod"])
+    assert model.active_adapters == ["default"]
+    model.base_model.set_adapter(["default", "second"])
+    assert model.active_adapters == ["default", "second"]
+
+
 def test_what_switches_the_casts_of_other_methods_leaves_an_adapter_alone(inputs):
     model = reft_model(tiny_model("llama"), **CAUSAL)
     before = logits(model, inputs)

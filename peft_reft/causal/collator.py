@@ -49,11 +49,12 @@ class InterchangeCollator:
         given = [example.pop(KEY, None) for example in features]
         subspaces = [example.pop("subspaces", None) for example in features]
         has_labels = any(LABELS in example for example in features)
+        rows = [example.get("input_ids") for example in features]
         batch = self.inner_collator(features)
         if not has_labels and batch.pop(LABELS, None) is not None:
             batch.pop(KEY, None)  # found by a collator's own labels, which take the whole prompt for an answer
         if any(locations is not None for locations in given):
-            batch[KEY] = pad_locations(given)
+            batch[KEY] = pad_locations(given, rows, batch.get("input_ids"))
         if any(choice is not None for choice in subspaces):
             batch["subspaces"] = subspaces
         return batch

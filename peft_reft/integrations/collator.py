@@ -37,7 +37,7 @@ class ReftDataCollator:
     of columns for "all"). The end of the prompt is taken from `labels`, `shift_labels` or, with TRL's preference
     trainers, `completion_mask`. Batches of TRL's KTO trainer get no locations if they do not hold for their
     `KL_input_ids` too; that trainer passes labels. Examples that bring `intervention_locations` of their own ([P] or
-    [G, P]) keep them.
+    [G, P], columns of the example) keep them, moved by the padding that is put in front of the example.
 
     Examples that say which of the config's `subspaces` are theirs, in a column of that name (a name, a list of names,
     {name: strength}, None for all), give the batch `subspaces`: their strengths [B, K] for K subspaces in the config's
@@ -96,8 +96,9 @@ class ReftDataCollator:
         given = [f.get(KEY) if isinstance(f, Mapping) else None for f in features]
         if any(locations is not None for locations in given):
             features = [{name: value for name, value in f.items() if name != KEY} for f in features]
+            rows = [f.get("input_ids") for f in features]
             batch = self.inner_collator(features, *args, **kwargs)
-            batch[KEY] = pad_locations(given)
+            batch[KEY] = pad_locations(given, rows, batch.get("input_ids"))
             return batch
         batch = self.inner_collator(features, *args, **kwargs)
         if KEY not in batch:
@@ -187,11 +188,26 @@ def _same_for_kl_rows(locations: Tensor, batch: Mapping[str, Any], find: Callabl
     return "input_ids" not in second or torch.equal(locations, find(second))
 
 
-def pad_locations(rows: list[Any]) -> Tensor:
-    """Locations of several examples ([P] or [G, P] each, or None) as a LongTensor [B, G, P] padded with -1."""
-    tensors = [torch.as_tensor([] if row is None else row, dtype=torch.long) for row in rows]
+def pad_locations(given: list[Any], rows: list[Any], padded: Any) -> Tensor:
+    """Locations of several examples as those of their batch.
+
+    Args:
+        given: of each example, [P] or [G, P] each, or None.
+        rows: the token ids of each example, or None.
+        padded: the token ids of the batch [B, S]; None if it has none.
+
+    Returns:
+        Long [B, G, P] padded with -1, moved by the columns that were put in front of an example.
+    """
+    tensors = [torch.as_tensor([] if one is None else one, dtype=torch.long) for one in given]
     tensors = [tensor.reshape(-1, tensor.shape[-1]) if tensor.numel() else tensor.new_empty(0, 0) for tensor in tensors]
-    padded = torch.full((len(rows), max(t.shape[0] for t in tensors), max(t.shape[1] for t in tensors)), -1)
-    for row, tensor in zip(padded, tensors):
+    found = torch.full((len(given), max(t.shape[0] for t in tensors), max(t.shape[1] for t in tensors)), -1)
+    for row, tensor in zip(found, tensors):
         row[: tensor.shape[0], : tensor.shape[1]] = tensor
-    return padded
+    if isinstance(padded, Tensor) and padded.dim() == 2 and len(padded) == len(rows):
+        for locations, own, whole in zip(found, rows, padded.tolist()):
+            own = [] if own is None else list(map(int, own))
+            more = len(whole) - len(own)
+            if own and more > 0 and whole[: len(own)] != own and whole[more:] == own:
+                locations[locations >= 0] += more
+    return found

@@ -17,16 +17,25 @@ from torch import Tensor, nn
 from peft_reft.tuner.checkpoint import cannot_replace, intervention_shapes, mismatch, other_meaning
 from peft_reft.tuner.config import ReftConfig
 from peft_reft.tuner.injection import reft_layers
-from peft_reft.tuner.loading import wrap_function
+from peft_reft.tuner.loading import wait_for_writers, wrap_function
 from peft_reft.tuner.model import ReftModel
 from peft_reft.tuner.private import insert_adapter_name_into_state_dict
 
 
 def register() -> None:
     """Let PEFT's `hotswap_adapter` take ReFT's adapters."""
+    wrap_function(hotswap, "hotswap_adapter", swap_when_whole)
     wrap_function(hotswap, "hotswap_adapter_from_state_dict", swap_by_type)
     # Nothing for PEFT to compare: it does so with the active adapter, which need not be the one that is replaced.
     hotswap.CONFIG_KEYS_TO_CHECK[PeftType["REFT"]] = []
+
+
+def swap_when_whole(
+    original: Any, model: Any, model_name_or_path: str, adapter_name: str, *args: Any, **kwargs: Any
+) -> None:
+    """As PEFT's `hotswap_adapter`, when no save to that directory is about to put its files in place."""
+    wait_for_writers(model_name_or_path, kwargs.get("subfolder"))
+    original(model, model_name_or_path, adapter_name, *args, **kwargs)
 
 
 def swap_by_type(

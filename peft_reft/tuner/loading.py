@@ -65,7 +65,7 @@ def _peft_load_adapter(original: Any, model: Any, model_id: Any, adapter_name: s
     current = model.peft_config.get(adapter_name)
     is_new = current is None or _is_waiting(model, adapter_name)
     try:
-        _wait_for_writers(model_id, kwargs.get("subfolder"))
+        wait_for_writers(model_id, kwargs.get("subfolder"))
         if isinstance(current, ReftConfig) and not is_new:
             saved = PeftConfig.from_pretrained(model_id, **kwargs)  # which takes what is for it
             reason = other_meaning(saved, current) if saved.peft_type == current.peft_type else "it is of another type"
@@ -82,7 +82,7 @@ def _peft_load_adapter(original: Any, model: Any, model_id: Any, adapter_name: s
         raise
 
 
-def _wait_for_writers(model_id: Any, subfolder: str | None) -> None:
+def wait_for_writers(model_id: Any, subfolder: str | None) -> None:
     """Raise ValueError for a directory in which a save was interrupted between two files."""
     if isinstance(model_id, (str, os.PathLike)) and os.path.isdir(model_id):
         wait_until_whole(Path(model_id, subfolder or ""))
@@ -115,7 +115,7 @@ def _remove(model: Any, adapter_name: str) -> None:
 def _transformers_load_adapter(
     original: Any, model: Any, peft_model_id: Any = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
 ) -> Any:
-    _wait_for_writers(peft_model_id, (kwargs.get("adapter_kwargs") or {}).get("subfolder"))
+    wait_for_writers(peft_model_id, (kwargs.get("adapter_kwargs") or {}).get("subfolder"))
     name = "default" if adapter_name is None else adapter_name
     existed = bool(reft_layers(model, name))
     active: list[str] = next((layer.active_adapters for layer in reft_layers(model).values()), [])

@@ -182,6 +182,18 @@ class ReftModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.reft_interventions[adapter_name].requires_grad_(False)
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's: the adapters that are active, whose edits are summed.
+
+        Raises:
+            ValueError: for a name of none, which PEFT passes over.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        unknown = sorted({*names} - self.peft_config.keys())
+        if unknown:
+            raise ValueError(f"Adapter {', '.join(unknown)} not found; the adapters are {sorted(self.peft_config)}.")
+        super().set_adapter(adapter_name, inference_mode)
+
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._forget_plans()

@@ -16,6 +16,7 @@ peft _get_input_embeddings_name                   tuner/targets.py              
                                                   a public function
 peft _insert_adapter_name_into_state_dict         integrations/hotswap.py          names in a swapped state dict
 peft hotswap_adapter_from_state_dict, wrapped     integrations/hotswap.py          only LoRA is swapped
+peft hotswap_adapter, wrapped                     integrations/hotswap.py          it may read files of two saves
 peft CONFIG_KEYS_TO_CHECK                         integrations/hotswap.py          as above
                                                   hotswap by peft type
 peft PeftModel.load_adapter, wrapped              tuner/loading.py                 checks before and after loading

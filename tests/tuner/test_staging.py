@@ -10,6 +10,7 @@ import torch
 from conftest import batch, logits, reft_model, tiny_model
 from model_state import assert_as_before, state_of
 from peft import PeftModel
+from peft.utils.hotswap import hotswap_adapter
 from test_files import contents, in_a_child, posix
 
 from peft_reft import ReftConfig
@@ -110,6 +111,7 @@ def test_a_kill_between_two_renames_is_told_and_finished_by_the_next_save(nth, s
     for load in (
         lambda: PeftModel.from_pretrained(base, tmp_path / "old"),
         lambda: base.load_adapter(str(tmp_path / "old")),
+        lambda: hotswap_adapter(base, str(tmp_path / "old"), "default"),
         lambda: read_adapter(tmp_path / "old"),
     ):
         with pytest.raises(ValueError, match=told):
