@@ -77,7 +77,8 @@ def installed(python: Path) -> dict[str, str]:
 def run_tests(name: str, python: Path, tests: list[str], report: Path) -> Result:
     """Run tests in the project's folder; what pytest prints is shown as it comes."""
     begin = time.monotonic()
-    command = [python, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
+    pytest = ["-m", "pytest", "-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider"]
+    command = [python, *pytest, f"--junitxml={report}", *tests]
     subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
     if not report.exists():
         raise SystemExit(f"pytest ended without a report; the command was: {' '.join(map(str, command))}")

@@ -92,7 +92,7 @@ def measure(module: Intervention | None) -> tuple[float | None, float | None, fl
     if module.act is not None:
         return error, None, None
     basis = up if module.orthonormal else module.basis  # whose rows are made orthonormal before they are rounded
-    factors = module.combine(basis, None if module.bias is None else module.weight, module.constant)
+    factors = module.combine(basis, module.weight, module.bias)
     gain = 0.0
     if factors.down is not None:
         # The squares of the singular values of down up [d, d] are eigenvalues of an r by r matrix.

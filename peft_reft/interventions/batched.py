@@ -68,7 +68,7 @@ def stack_factors(interventions: Sequence[Intervention]) -> Factors:
 
 def _combine(first: Intervention, stacks: list[Tensor]) -> Factors:
     with without_autocast(first.basis.device):
-        return first.combine_operands(stacks)
+        return first.combine(*stacks)
 
 
 def _stack(interventions: Sequence[Intervention]) -> list[Tensor]:

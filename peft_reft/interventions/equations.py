@@ -209,41 +209,37 @@ class Intervention(PartedRows):
         """The activation of the learned value."""
         return None if self.act_fn is None else self.activation
 
-    def combine(self, basis: Tensor, weight: Tensor | None, bias: Tensor) -> Factors:
-        """Work out what does not depend on h, for this intervention or for many alike at once.
+    def combine(self, basis: Tensor, weight: Tensor, bias: Tensor | None = None) -> Factors:
+        """Work out what does not depend on h, for this intervention or for many alike at once, from the `operands`.
 
         Args:
             basis: [..., r, d].
-            weight: [..., r, d], None if the learned value is a constant.
-            bias: [..., r], b.
+            weight: [..., r, d]; b itself [..., r] if the learned value is a constant.
+            bias: [..., r], b; None for such a constant.
 
         Returns:
             Factors with the same leading dimensions, in at least single precision.
         """
         up = self.directions(basis)
         up = up.to(torch.promote_types(up.dtype, torch.float32))
-        bias = (bias if self.train_bias else bias.detach()).to(up.dtype)
-        if weight is None:
+        constant = weight if bias is None else bias
+        constant = (constant if self.train_bias else constant.detach()).to(up.dtype)
+        if bias is None:
             down = -up.mT if self.replaces else None
-            return Factors(down, bias if self.act is None else self.act(bias), up)
+            return Factors(down, constant if self.act is None else self.act(constant), up)
         weight = weight.to(up.dtype)
         if self.act is not None:
-            return Factors(weight.mT, bias, up, up.mT if self.replaces else None, self.act)
-        return Factors((weight - up if self.replaces else weight).mT, bias, up)  # (Wh + b) - Rh = (W - R)h + b
+            return Factors(weight.mT, constant, up, up.mT if self.replaces else None, self.act)
+        return Factors((weight - up if self.replaces else weight).mT, constant, up)  # (Wh + b) - Rh = (W - R)h + b
 
     @property
     def operands(self) -> tuple[str, ...]:
-        """The names of the parameters that `combine_operands` takes, in this order."""
+        """The names of the parameters that `combine` takes, in this order."""
         return ("basis", "weight") if self.bias is None else ("basis", "weight", "bias")
-
-    def combine_operands(self, values: Sequence[Tensor]) -> Factors:
-        """As `combine`, from the values of the `operands`: without a source, `weight` is b."""
-        basis, weight, *bias = values
-        return self.combine(basis, weight, bias[0]) if bias else self.combine(basis, None, weight)
 
     def factors(self) -> Factors:
         """What this intervention multiplies with, all rows together."""
-        return self.combine_operands([self.rows(name) for name in self.operands])
+        return self.combine(*(self.rows(name) for name in self.operands))
 
     def edit(self, h: Tensor, keep: Tensor | None = None) -> Tensor:
         """What is added to `h` [..., d], in at least single precision; `keep` [..., r] is a factor per direction."""
