@@ -31,7 +31,9 @@ def load(folder: Path) -> tuple[nn.Module, Any]:
 def write(store: Store, report: Callable[[Cells], str], draw: Callable[[Cells, Path], None], picture: Path) -> None:
     """report.md and environment.json beside the cells, and the picture if matplotlib is there."""
     folder, cells = store.path.parent, list(store.cells.values())
-    environment = common.environment() | {"command": " ".join(["python -m", *sys.orig_argv[2:]])}
+    spec = sys.modules["__main__"].__spec__
+    program = sys.argv[0] if spec is None else f"-m {spec.name}"
+    environment = common.environment() | {"command": " ".join(["python", program, *sys.argv[1:]])}
     if "--report" not in sys.argv:
         (folder / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
     (folder / "report.md").write_text(report(cells))
