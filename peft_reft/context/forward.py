@@ -159,16 +159,17 @@ class ForwardContext:
 
     def _exchanges(self, family: Family, rows: list[int] | None, choices: Choices | None) -> list[Any]:
         """What stands for the edit of a family that takes a source; nothing without a source, or without a place."""
-        given = self.given
-        if given.passed.sources is None and given.collecting is None:
+        sources, collecting = self.given.passed.sources, self.given.collecting
+        if sources is None and collecting is None:
             return []
         places = self.listed(family.spec, family.share_weights)
         if places is None:
             return []
         own = range(len(places.keep)) if rows is None else rows
-        if given.collecting is not None:
-            return [Collector(family, places, own, given.collecting)]
-        return [Exchange(family, places, own, given.passed.sources or {}, choices)]
+        if collecting is not None:
+            return [Collector(family, places, own, collecting)]
+        assert sources is not None
+        return [Exchange(family, places, own, sources, choices)]
 
     def listed(self, spec: PositionSpec, share_weights: bool | str) -> Listed | None:
         """Where to edit, by a spec, in the order of the whole row's places; None for nowhere."""

@@ -44,7 +44,7 @@ def look_at_labels(
             notices.raise_or_warn(state, module, message, "unaligned labels")
     elif found is None and outer is not None and _labels_around(outer, given, shape) is not None:
         if not state.has_markers():
-            _object_to_labels_around(state, module, shape, outer)
+            _raise_or_warn_of_labels_around(state, module, shape, outer)
     elif state.unlabelled and not _are_classes(given.labels):
         notices.warn_of_unlabelled(state, module)
 
@@ -55,7 +55,7 @@ def _labels_around(outer: ForwardContext, given: Given, shape: tuple[int, int]) 
     return aligned_labels(given.labels, given.shift_labels, rows, columns)[0]
 
 
-def _object_to_labels_around(
+def _raise_or_warn_of_labels_around(
     state: ModelState, module: nn.Module, shape: tuple[int, int], outer: ForwardContext
 ) -> None:
     names = {"outer": type(state.entries[0].module).__name__, "inner": type(module).__name__}
