@@ -35,7 +35,7 @@ def reft_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, 
 
 def state_of(model: nn.Module) -> ModelState | None:
     """What the entries and layers of a model share; None for a model without ReFT layers."""
-    return next((layer.state for layer in reft_layers(model).values()), None)
+    return next((module.state for module in model.modules() if isinstance(module, ReftLayer)), None)
 
 
 def rebuild_entries(model: nn.Module, state: ModelState) -> None:
