@@ -12,7 +12,10 @@ from peft_reft.positions import (
     document_starts,
     find_prompts,
     generated,
+    mark,
     marker_ends,
+    parse_positions,
+    places_of,
 )
 
 MARKER = (7, 8)
@@ -177,22 +180,35 @@ def test_multimodal_position_ids_start_documents_where_they_hold_the_texts_own()
     assert torch.equal(starts, document_starts(valid, position_ids=ids)[0])
 
 
-@pytest.mark.parametrize("start", range(6))
-@pytest.mark.parametrize("columns", range(1, 6))
-def test_a_window_shows_the_columns_of_the_whole_row(start, columns):
-    valid = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]).bool()
-    whole = find_prompts(valid)
-    window = whole.window(start, columns)
-    for at in range(columns):
-        for row in range(2):
-            column = start + at
-            assert bool(window.inside[row, at]) == (column < 4 and bool(valid[row, column]))
-            if window.inside[row, at]:
-                assert window.order[row, at] == whole.order[row, column]
-            if start + columns > 4:
-                assert bool(window.answer[row, at]) == (column >= 4)
-                assert window.answer_order[row, at] == column - 4
-    assert torch.equal(window.length, whole.length)
+@pytest.mark.parametrize("count", [1, 3])
+def test_generated_tokens_follow_a_prompt(count):
+    whole = find_prompts(torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]).bool())
+    longer = whole.followed_by(count)
+    for row in range(2):
+        for column in range(4 + count):
+            assert bool(longer.answer[row, column]) == (column >= 4)
+            assert longer.answer_order[row, column] == column - 4
+            assert bool(longer.inside[row, column]) == (column < 4 and bool(whole.inside[row, column]))
+            if column < 4:
+                assert longer.order[row, column] == whole.order[row, column]
+    assert torch.equal(longer.length, whole.length)
+
+
+@pytest.mark.parametrize("positions", ["f2+l1", "m2", "all", "e2", "f1+d2"])
+@pytest.mark.parametrize("start", range(7))
+@pytest.mark.parametrize("columns", [1, 2, 4, 6])
+def test_a_window_shows_the_columns_of_the_whole_row(positions, start, columns):
+    spec = parse_positions(positions)
+    prompts = find_prompts(torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]).bool()).followed_by(3)
+    whole = mark(spec, prompts)
+    places = places_of(spec, prompts, False).window(start, columns)
+    for row in range(2):
+        for group in range(whole.shape[1]):
+            shown = [start + at for at in range(columns) if start + at < 7 and whole[row, group, start + at]]
+            keep = places.keep[row, group]
+            found = keep.nonzero().flatten() if places.columns is None else places.columns[row, group][keep]
+            assert (found + start).tolist() == shown
+    assert places.columns is None or ((places.columns >= 0) & (places.columns < columns)).all()
 
 
 def test_repeated_rows_stand_next_to_each_other():

@@ -248,12 +248,6 @@ def aligned_labels(
 # Locations.
 
 
-def window_of(locations: Tensor, past: int | Tensor, columns: int) -> Tensor:
-    """Columns of the whole row as columns of a forward that starts behind `past` of them; -1 for those outside."""
-    locations = locations - past
-    return torch.where((locations >= 0) & (locations < columns), locations, -1)
-
-
 def check_locations(
     locations: Any, shape: tuple[int, int] | None, past: int | Tensor, may_repeat: bool = False
 ) -> Tensor:

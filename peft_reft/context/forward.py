@@ -21,7 +21,7 @@ from peft_reft.context.plan import Family, families_of, kept_families
 from peft_reft.context.sources import Collected, Collector, Exchange, Listed, listed
 from peft_reft.context.state import ModelState, names_of_rows
 from peft_reft.context.subspaces import Choices, repeated
-from peft_reft.positions import Places, PositionSpec, Prompts, Tokens, find_prompts, places_at, places_of
+from peft_reft.positions import Places, PositionSpec, Prompts, Tokens, find_prompts, places_of
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class ForwardContext:
         idle: nothing in this forward is edited.
         prompts_of: where the prompts of a spec lie; None if the hidden state's shape has to tell.
         locations: columns to edit, [B, G, P]; they win.
-        past: how many columns of the row came before those of `locations`.
+        start: the column of the row with which this forward begins, where `prompts_of` or `locations` are of the whole
+            row; None where they are of this forward's columns.
         answers_only: there are generated tokens only.
         tokens: what is known of the tokens, where `prompts_of` takes it from them.
         mask: their attention mask as it was passed.
@@ -81,7 +82,7 @@ class ForwardContext:
     idle: bool = False
     prompts_of: Callable[[PositionSpec], Prompts] | None = None
     locations: Tensor | None = None
-    past: int | Tensor = 0
+    start: int | Tensor | None = None
     answers_only: bool = False
     tokens: Tokens | None = None
     mask: Any = None
@@ -173,30 +174,16 @@ class ForwardContext:
 
     def listed(self, spec: PositionSpec, share_weights: bool | str) -> Listed | None:
         """Where to edit, by a spec, in the order of the whole row's places; None for nowhere."""
-        assert self.rows is not None and self.columns is not None
-        if self.answers_only:
+        whole = None if self.answers_only else self._whole_places(spec, share_weights)
+        if whole is None:
             return None
-        step = None if self.role == "encoder" else self.given.step
-        locations = None if self.locations is None else self.given.passed.locations
-        if step is not None:
-            generation = step.generation
-            locations = None if self.role == "decoder" else generation.passed.locations
-        if locations is not None:
-            locations = locations.repeat_interleave(self.rows // len(locations), 0)
-            places = self._places_given(spec, share_weights, locations)
-        elif step is not None:
-            prompts = step.generation.prompts(spec)
-            places = places_of(spec, prompts.repeat(self.rows // len(prompts.inside)), share_weights)
-        else:
-            places = self._places(spec, share_weights)
-        if places is None:
-            return None
-        columns, keep = listed(places)
-        past = self.past if step is None else step.past
-        if locations is None and step is None:
+        assert self.columns is not None
+        columns, keep = listed(whole)
+        if self.start is None:
             return Listed(columns, keep)
-        inside = (columns >= past) & (columns < past + self.columns)
-        return Listed((columns - past).clamp(0, self.columns - 1), keep, inside)
+        columns = columns - self.start
+        inside = (columns >= 0) & (columns < self.columns)
+        return Listed(columns.clamp(0, self.columns - 1), keep, inside)
 
     def places(self, spec: PositionSpec, share_weights: bool | str, h: Tensor) -> Places | None:
         """Where this call edits the hidden state `h` [B, S, d] by a spec; None for nowhere."""
@@ -207,30 +194,26 @@ class ForwardContext:
         return None if found is None else found.to(h.device)
 
     def _places(self, spec: PositionSpec, share_weights: bool | str) -> Places | None:
-        """Where to edit, by a spec; None for nowhere."""
+        """Where to edit, by a spec, in columns of this forward; None for nowhere."""
+        whole = self._whole_places(spec, share_weights)
+        if whole is None or self.start is None:
+            return whole
+        assert self.columns is not None
+        return whole.window(self.start, self.columns)
+
+    def _whole_places(self, spec: PositionSpec, share_weights: bool | str) -> Places | None:
+        """Where to edit, by a spec, in columns of the whole row if there is a `start`; None for nowhere."""
         if self.answers_only and not spec.edits_answers:
             return None
         if self.locations is not None:
-            return self._places_given(spec, share_weights, self.locations)
-        if self.prompts_of is None:
-            assert self.rows is not None and self.columns is not None
-            prompts = find_prompts(torch.ones(self.rows, self.columns, dtype=torch.bool, device=self.device))
+            places = _places_given(spec, share_weights, self.locations)
+        elif self.prompts_of is not None:
+            places = places_of(spec, self.prompts_of(spec), share_weights)
         else:
-            prompts = self.prompts_of(spec)
-        return places_of(spec, prompts, share_weights)
-
-    def _places_given(self, spec: PositionSpec, share_weights: bool | str, locations: Tensor) -> Places | None:
-        if not locations.numel():
-            return None
-        if share_weights is True:
-            return places_at(locations.flatten(1).unsqueeze(1))
-        groups = spec.num_interventions(share_weights)
-        if locations.shape[1] != groups:
-            raise ValueError(
-                f"intervention_locations of shape {tuple(locations.shape)} cannot be split over the {groups} "
-                f"groups of positions={str(spec)!r} with share_weights={share_weights!r}; pass [B, {groups}, P]."
-            )
-        return places_at(locations)
+            assert self.rows is not None and self.columns is not None
+            valid = torch.ones(self.rows, self.columns, dtype=torch.bool, device=self.device)
+            places = places_of(spec, find_prompts(valid), share_weights)
+        return places if places.keep.shape[-1] else None
 
     def adapters_of_rows(self, rows: int) -> list[str] | None:
         """The adapter of each of `rows` rows, which may be the given ones each several times; None if not by row."""
@@ -287,6 +270,19 @@ class ForwardContext:
 
     def _anew(self, **changes: Any) -> ForwardContext:
         return replace(self, **changes, _edits=None, _others={})
+
+
+def _places_given(spec: PositionSpec, share_weights: bool | str, locations: Tensor) -> Places:
+    if share_weights is True:
+        locations = locations.flatten(1).unsqueeze(1)
+        return Places(locations, locations >= 0)
+    groups = spec.num_interventions(share_weights)
+    if locations.shape[1] != groups:
+        raise ValueError(
+            f"intervention_locations of shape {tuple(locations.shape)} cannot be split over the {groups} "
+            f"groups of positions={str(spec)!r} with share_weights={share_weights!r}; pass [B, {groups}, P]."
+        )
+    return Places(locations, locations >= 0)
 
 
 def pooled(prompts: Prompts, pool: int, columns: int) -> Prompts:

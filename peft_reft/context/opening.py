@@ -22,7 +22,6 @@ from peft_reft.context.arguments import (
     token_device,
     token_shape,
     valid_columns,
-    window_of,
 )
 from peft_reft.context.forward import ForwardContext, Given
 from peft_reft.context.generate import STEP, Step
@@ -103,7 +102,7 @@ def open_context(
     state, role = entered.state, entered.role
     context = ForwardContext(state, entered.layers, given, role, entered.depth, training=entered.module.training)
     if role == "router" or shape is None:
-        context.locations = given.passed.locations
+        context.locations, context.start = given.passed.locations, 0
         return context
     context.rows, context.columns = shape
     context.passed = list(whole_numbers(arguments.values()))
@@ -188,11 +187,16 @@ def _step(context: ForwardContext, step: Step, rows: int, columns: int, argument
         context.prompts_of = lambda spec: generated(rows, columns, past - total, device)
         return context
     if locations is not None:
-        times = _repeats(locations.shape[0], rows)
-        context.locations = window_of(locations.repeat_interleave(times, 0), past, columns)
+        locations = locations.repeat_interleave(_repeats(locations.shape[0], rows), 0)
+        context.locations, context.start = locations, past
         return context
-    times = _repeats(given, rows)
-    context.prompts_of = lambda spec: generation.prompts(spec).repeat(times).window(past, columns)
+    times, behind = _repeats(given, rows), max(0, past + columns - total)
+
+    def prompts_of(spec: PositionSpec) -> Prompts:
+        prompts = generation.prompts(spec).repeat(times)
+        return prompts.followed_by(behind) if behind and spec.edits_answers else prompts
+
+    context.prompts_of, context.start = prompts_of, None if (past, columns) == (0, total) else past
     return context
 
 
@@ -215,7 +219,7 @@ def _plain(
     past: int | Tensor = 0 if entered.role == "encoder" else past_length(arguments, columns, 0)
     locations = None if entered.role == "decoder" else context.given.passed.locations
     if locations is not None:
-        context.locations, context.past = window_of(locations, past, columns), past
+        context.locations, context.start = locations, past
         return context
     labels = _labels(entered.role, context.given, rows, columns)
     continues = entered.role != "encoder" and (has_state(arguments) or (not isinstance(past, Tensor) and past > 0))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from peft_reft.positions.notation import PositionSpec
@@ -18,12 +19,24 @@ class Places(NamedTuple):
     """Where the rows of one hidden state are edited.
 
     Attributes:
-        columns: long [B, G, P], each of them a column that exists; None if all S columns are looked at (P = S).
+        columns: long [B, G, P], each of them a column that exists (-1 may stand where `keep` is False in places of a
+            whole row, of which a forward runs a `window`); None if all S columns are looked at (P = S).
         keep: bool [B, G, P], True where the place is edited, False where it only fills up the shape.
     """
 
     columns: Tensor | None
     keep: Tensor
+
+    def window(self, start: int | Tensor, columns: int) -> Places:
+        """The places in a forward that runs only the columns `start ... start + columns - 1` of these rows.
+
+        Where `columns` is None, `start` is an int.
+        """
+        if self.columns is None:
+            marks = self.keep[..., start : start + columns]
+            return Places(None, F.pad(marks, (0, columns - marks.shape[-1])))
+        column = self.columns - start
+        return places_at(torch.where(self.keep & (column >= 0) & (column < columns), column, -1))
 
     def rows(self, index: Tensor) -> Places:
         """The places of some rows."""

@@ -52,21 +52,16 @@ class Prompts:
         """Each row `times` times in a row, as beam search and `num_return_sequences` expand a batch."""
         return self if times == 1 else self.map(lambda tensor: tensor.repeat_interleave(times, dim=0))
 
-    def window(self, start: int, columns: int) -> Prompts:
-        """The columns `start ... start + columns - 1` of a row that goes on with generated tokens."""
+    def followed_by(self, count: int) -> Prompts:
+        """The same rows with `count` columns of generated tokens behind them."""
         rows, total = self.inside.shape
-        behind = max(0, start + columns - max(start, total))  # columns behind the prompt's row
 
-        def cut(tensor: Tensor) -> Tensor:
-            if tensor is self.length and tensor.shape[1] == 1:  # holds for every column
-                return tensor
-            return F.pad(tensor[:, start : start + columns], (0, behind))
+        def padded(tensor: Tensor) -> Tensor:
+            holds_for_all = tensor is self.length and tensor.shape[1] == 1
+            return tensor if holds_for_all else F.pad(tensor, (0, count))
 
-        prompts = self.map(cut)
-        if not behind:
-            return prompts
-        column = torch.arange(start, start + columns, device=self.inside.device).expand(rows, columns)
-        return replace(prompts, answer=column >= total, answer_order=column - total)
+        column = torch.arange(total + count, device=self.inside.device).expand(rows, -1)
+        return replace(self.map(padded), answer=column >= total, answer_order=column - total)
 
 
 def generated(rows: int, columns: int, order: int | Tensor, device: torch.device) -> Prompts:
