@@ -84,6 +84,8 @@ class PlainHooks(nn.Module):
             self.bias.append(bias)
 
             def edit(block: nn.Module, args: Any, h: Tensor, down: Tensor = down, bias: Tensor = bias, up: Tensor = up):
+                if h.shape[1] == 1:  # a decode step
+                    return h
                 flat = h.view(-1, h.shape[-1])
                 edits = torch.addmm(bias, flat.index_select(0, places), down) @ up
                 return flat.index_add(0, places, edits).view(h.shape)
@@ -217,11 +219,12 @@ def train_part(work: Work) -> list[Figure]:
 
 
 def generate_part(work: Work) -> list[Figure]:
-    """Greedy, one prefill and 23 decode steps; hooks that know the columns of one batch cannot do that."""
+    """Greedy, one prefill and 23 decode steps, in which the plain hooks return at their first line."""
     prompt = work.unlabelled()
-    models = compared(work.base, prompt, training=False)
+    models: dict[str, Any] = compared(work.base, prompt, training=False)
+    models["hooks"] = models["hooks"].model
     settings = {"min_new_tokens": 24, "max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
-    functions = {n: lambda m=models[n]: m.generate(**prompt, **settings) for n in ("reference", "reft", "lora")}
+    functions = {name: lambda m=model: m.generate(**prompt, **settings) for name, model in models.items()}
     times = common.interleaved(functions, work.rounds // 4 or 1)
     return [figure("generate 24 tokens / base", ratio(times, "reft", "reference"), 1.01, by_method(times))]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -240,6 +241,36 @@ def test_many_adapters_in_one_batch_use_as_many_operations_as_few():
 
     assert scatters([f"a{number}" for number in range(64)]) == scatters(["a0"] * 64)
     assert scatters([f"a{number}" for number in range(64)])[0] == scatters(None)[0] == 2
+
+
+def test_adapters_that_no_row_asks_for_cost_no_function_call():
+    """A server with a thousand adapters in memory pays for those of the batch."""
+    model = get_peft_model(llama(2), ReftConfig(r=2, positions="f2+l2"), adapter_name="a0")
+
+    def calls() -> int:
+        found = 0
+
+        def count(frame: Any, event: str, argument: Any) -> None:
+            nonlocal found
+            found += event in ("call", "c_call")
+
+        with torch.no_grad():
+            sys.setprofile(count)
+            try:
+                model(**batch(5, 6), adapter_names=["a0", "a1"])
+            finally:
+                sys.setprofile(None)
+        return found
+
+    model.add_adapter("a1", ReftConfig(r=2, positions="f2+l2"))
+    model.eval().requires_grad_(False)
+    calls()  # which works out the factors
+    few = calls()
+    for number in range(2, 30):
+        model.add_adapter(f"a{number}", ReftConfig(r=2, positions="f2+l2"))
+    model.eval().requires_grad_(False)
+    calls()
+    assert abs(calls() - few) <= 2
 
 
 def test_a_model_without_data_runs():

@@ -82,7 +82,8 @@ class ModelState:
         Raises:
             ValueError: for a name that is no ReFT adapter of this model.
         """
-        unknown = sorted({str(name) for name in names} - {*self.adapters(), BASE})
+        wanted = {str(name) for name in names} - {BASE}
+        unknown = sorted(n for n in wanted if not any(n in layer.reft_interventions for layer in self.layers))
         if unknown:
             raise ValueError(
                 f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. The ReFT adapters of this model "
