@@ -27,13 +27,11 @@ class ModelBlocks:
     Attributes:
         model: the model. Its modules must stay the same; what is added to a block does no harm.
         ids_per_row: how many rows of ids make one row of the hidden state: more than one for audio with codebooks.
-        was_traced: whether an answer has needed a trace.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
         self.ids_per_row = 1
-        self.was_traced = False
         self._stacks: list[list[str]] | None = None
         self._shapes: dict[str, tuple[int, Layout]] = {}
         self._traced: TracedModel | None = None
@@ -112,5 +110,4 @@ class ModelBlocks:
 
             self._traced = TracedModel(self.model)
             self.ids_per_row = self._traced.entry.ids_per_row
-            self.was_traced = True
         return self._traced

@@ -137,7 +137,6 @@ def probing(
             lent[name].add_adapter(NAME, config, 1)
         blocks.forget_trace()
         state.causal = causal or predicts_tokens(base)
-        state.ids_per_row = blocks.ids_per_row
         rebuild_entries(base, state)
         for layer in reft_layers(base).values():
             layer._active_adapter, layer._disable_adapters = [NAME], False

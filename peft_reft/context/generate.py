@@ -61,47 +61,54 @@ class Generation:
             inputs: what the model will be given.
         """
         self.started = True
-        prefix = "decoder_" if is_decoder else ""
-        own = {
-            "input_ids": inputs.get(f"{prefix}input_ids"),
-            "inputs_embeds": inputs.get(f"{prefix}inputs_embeds"),
-            **{name: inputs.get(name) for name in ("past_key_values", "cache_params", "state", "mems")},
-        }
-        shape = token_shape(own, 1 if is_decoder else self.state.ids_per_row)
+        if is_decoder:
+            inputs = {
+                **inputs,
+                "input_ids": inputs.get("decoder_input_ids"),
+                "inputs_embeds": inputs.get("decoder_inputs_embeds"),
+            }
+        shape = token_shape(inputs, 1 if is_decoder else self.state.blocks.ids_per_row)
         if shape is None or not isinstance(ids, Tensor):
             return None
-        mask = arguments.get(f"{prefix}attention_mask")
-        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         is_first = bool(arguments.get("is_first_iteration"))
-        begins = is_first and (self.tokens is None or not (self.guesses or self.in_chunks))
         if is_first:
-            cached = int(past_length(own, shape[1], 0))
-            width = ids.shape[1]
-            if mask is not None:
-                width = mask.shape[1]
-            elif own["inputs_embeds"] is not None or (cached and width == shape[1]):  # the ids are not the whole row
-                width = cached + shape[1]
-            self._unseen = max(0, width - ids.shape[1]) if begins else 0
-            if begins:
-                self._begin(is_decoder, ids, mask, shape[0], width)
+            begins = self.tokens is None or not (self.guesses or self.in_chunks)
+            mask = arguments.get("decoder_attention_mask" if is_decoder else "attention_mask")
+            self._unseen = self._begin(is_decoder, ids, mask, inputs, shape) if begins else 0
         seen = max(0, ids.shape[1] + self._unseen - shape[1])
-        past = past_length(own, shape[1], seen)
+        past = past_length(inputs, shape[1], seen)
         if isinstance(past, Tensor):
             past = int(past) if is_first else seen
         return Step(self, past)
 
-    def _begin(self, is_decoder: bool, ids: Tensor, mask: Tensor | None, rows: int, width: int) -> None:
-        """Take the prompt of a loop over steps: one `generate` may run several, each with a prompt of its own."""
+    def _begin(
+        self, is_decoder: bool, ids: Tensor, mask: Any, inputs: Mapping[str, Any], shape: tuple[int, int]
+    ) -> int:
+        """Take the prompt of a loop over steps: one `generate` may run several, each with a prompt of its own.
+
+        Returns:
+            How many columns of the row are not among `ids`.
+        """
+        rows, columns = shape
+        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        cached = int(past_length(inputs, columns, 0))
+        width = ids.shape[1]
+        if mask is not None:
+            width = mask.shape[1]
+        elif inputs.get("inputs_embeds") is not None or (cached and width == columns):  # the ids are not the whole row
+            width = cached + columns
+        unseen = max(0, width - ids.shape[1])
         if self.tokens is not None and mask is None and not is_decoder:
-            known, columns = self.tokens.valid.shape
-            if columns == width and rows % known == 0:
-                return  # the prompt that the caller handed over, whose padding is known better there
+            known, before = self.tokens.valid.shape
+            if before == width and rows % known == 0:
+                return unseen  # the prompt that the caller handed over, whose padding is known better there
         found = valid_columns(mask, rows, width, 0, ids.device)
         valid = torch.ones(rows, width, dtype=torch.bool, device=ids.device) if found is None else found[0]
         same = ids.shape == valid.shape and not is_decoder
         limit = self.decoder_columns if is_decoder else None
         self.tokens = Tokens(valid[:, :limit], ids=ids if same else None, given=True)
         self._prompts.clear()
+        return unseen
 
     def prompts(self, spec: PositionSpec) -> Prompts:
         """The prompts, in columns of the whole row; worked out once."""
@@ -224,8 +231,10 @@ class GenerateEntry(MethodEntry):
         if embeds is None and not tokens.is_floating_point():
             pad, eos = self._setting("pad_token_id", arguments), self._setting("eos_token_id", arguments)
             if pad is not None and pad not in (eos if isinstance(eos, list) else [eos]):
-                return (tokens != pad)[:: self.state.ids_per_row]  # transformers infers the mask by the same rule
-        rows = tokens.shape[0] // (self.state.ids_per_row if embeds is None else 1)
+                return (tokens != pad)[
+                    :: self.state.blocks.ids_per_row
+                ]  # transformers infers the mask by the same rule
+        rows = tokens.shape[0] // (self.state.blocks.ids_per_row if embeds is None else 1)
         return torch.ones(rows, tokens.shape[1], dtype=torch.bool, device=tokens.device)
 
     def _ids(self, arguments: Mapping[str, Any]) -> Tensor | None:

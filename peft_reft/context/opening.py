@@ -77,7 +77,7 @@ def open_context(
     """
     if outer is not None and outer.depth >= entered.depth:
         outer = None  # another call, made while one runs
-    shape = token_shape(arguments, entered.state.ids_per_row)
+    shape = token_shape(arguments, entered.state.blocks.ids_per_row)
     given = _given(entered, arguments, own, shape) if outer is None else outer.given
     same_shape = outer is not None and shape in (None, (outer.rows, outer.columns))
     is_new = outer is None or outer.role != entered.role or not same_shape

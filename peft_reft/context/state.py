@@ -44,7 +44,6 @@ class ModelState:
         layers: the layers next to its blocks.
         entries: the `ForwardEntry` of each module around the blocks, from the outside in.
         blocks: what was found out about the model's blocks.
-        ids_per_row: how many rows of ids make one row of the hidden state (audio models have one per codebook).
         running: what runs in this thread.
         plans: how adapters are put together, by what is active (see plan.py).
         paged: reads where prompts lie in a forward of continuous batching; set by that integration.
@@ -57,7 +56,6 @@ class ModelState:
     def __init__(self, blocks: Any):
         self.blocks = blocks
         self.causal = False
-        self.ids_per_row = 1
         self.layers: list[Any] = []
         self.entries: list[Any] = []
         self.running = Running()

@@ -130,7 +130,6 @@ class ReftModel(BaseTuner):
         finally:
             del self._injection
         state.causal = state.causal or is_causal_lm(model, self.peft_config[adapter_name])
-        state.ids_per_row = state.blocks.ids_per_row
         tidy_up(model)
         for tell in ON_INJECTION:
             tell(model)
