@@ -57,6 +57,17 @@ def test_a_learning_rate_for_whole_models_is_told_once(rate, messages, tmp_path,
     assert told(made[0].train) == []
 
 
+@pytest.mark.parametrize("disabled", [True, False])
+def test_a_trainer_that_disables_dropout_disables_that_of_the_edits(disabled, tmp_path, llama):
+    model = reft_model(llama, task_type="CAUSAL_LM", dropout=0.5)
+    made = trainer(model, tmp_path, learning_rate=1e-3)
+    made.args.disable_dropout = disabled  # as TRL's arguments have it
+    made.train()
+    model.train()
+    one, other = (model(**collate(ROWS)).logits for _ in range(2))
+    assert torch.equal(one, other) is disabled
+
+
 def test_a_schedule_that_ends_at_a_low_rate_is_told_nothing(tmp_path, llama):
     settings = {"learning_rate": 1e-3, "lr_scheduler_type": "linear", "warmup_steps": 2}
     run = trainer(reft_model(llama, task_type="CAUSAL_LM"), tmp_path, **settings)

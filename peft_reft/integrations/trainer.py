@@ -1,5 +1,7 @@
 """Three warnings about a ReFT adapter in transformers' `Trainer`, and so in TRL's trainers: each is given once.
 
+And TRL's `disable_dropout`, which knows modules of the class `nn.Dropout` only, is made to reach ReFT's dropout.
+
 They come from a callback. A trainer takes its callbacks from its caller, and hands them to a `CallbackHandler`; adding
 one there is the only way that asks nothing of the user's code, nor that `transformers.trainer` be loaded, which takes
 seconds. It is done when an adapter is made, and holds for the trainers created afterwards.
@@ -15,7 +17,8 @@ from transformers.trainer_callback import CallbackHandler, TrainerCallback
 
 from peft_reft.context.notices import unlabelled_forward
 from peft_reft.integrations.active import positions_that_need_the_end, trained_parameters
-from peft_reft.tuner.injection import state_of
+from peft_reft.interventions import Intervention
+from peft_reft.tuner.injection import reft_layers, state_of
 from peft_reft.tuner.loading import wrap_function
 
 LOWEST_RATE = 1e-4
@@ -38,13 +41,18 @@ UNLABELLED_EVALUATION = (
 
 
 class ReftNotices(TrainerCallback):
-    """Warns of a rate that trains nothing, of packing, and of an evaluation that does not say where prompts end."""
+    """Warns of a rate that trains nothing, of packing, and of an evaluation that does not say where prompts end.
+
+    Switches ReFT's dropout off where the trainer's arguments say `disable_dropout` (TRL's DPO does by default).
+    """
 
     def __init__(self) -> None:
         self.given: set[str] = set()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs.get("model")
+        if model is not None and getattr(args, "disable_dropout", False):
+            disable_dropout(model)
         if model is None or not state.is_world_process_zero:
             return
         parameters = trained_parameters(model)
@@ -74,6 +82,14 @@ class ReftNotices(TrainerCallback):
         if name not in self.given:
             self.given.add(name)
             warnings.warn(message, stacklevel=2)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Drop no entries of any edit any more."""
+    for layer in reft_layers(model).values():
+        for module in layer.modules():
+            if isinstance(module, Intervention):  # one of the user's own has modules that trainers know
+                module.dropout = 0.0
 
 
 def rate_of(parameters: list[nn.Parameter], optimizer: Any, default: float) -> float | None:
