@@ -1,13 +1,17 @@
 """The "f7+l7" notation, and the arithmetic from prompts to columns, against a slow loop."""
 
+import dataclasses
 import math
 import random
+import re
 
 import pytest
 import reference
 import torch
 
-from peft_reft.positions import find_prompts, locate, mark, parse_positions, places_at, places_of
+from peft_reft import ReftConfig
+from peft_reft.positions import GRAMMAR, find_prompts, locate, mark, parse_positions, places_at, places_of
+from peft_reft.positions.terms import TERMS
 
 FURTHER = ["m1", "m3", "e1", "e3", "f2+m3", "m2+l2", "f2+m2+l2", "e2+l1", "f1+e2", "f2+e3+l2", "l2+e2"]
 
@@ -148,6 +152,14 @@ def test_what_is_no_spec_is_refused_with_the_value_and_the_way_out(bad, way_out)
     with pytest.raises(ValueError, match=way_out) as error:
         parse_positions(bad)
     assert repr(bad) in str(error.value)
+
+
+@pytest.mark.parametrize("symbol", TERMS)
+def test_every_term_of_the_registry_is_named_where_a_spec_is_refused_and_in_the_config(symbol):
+    named = {term for quoted in re.findall(r"'(.*?)'", GRAMMAR) for term in quoted.split("+")}
+    assert symbol in {re.sub("[0-9]+$", "", term) for term in named}
+    (field,) = (field for field in dataclasses.fields(ReftConfig) if field.name == "positions")
+    assert GRAMMAR in field.metadata["help"]
 
 
 @pytest.mark.parametrize("good", ["f1", "l12", "f7+l7", "all", "m4", "e3", "d", "d8", "f3+l3+d8", "all+d"])

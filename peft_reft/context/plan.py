@@ -286,9 +286,10 @@ def kept_families(kept: dict[Any, list[Family]], layers: Sequence[Any], names: S
         for name in (active,) if isinstance(active, str) else active:
             groups = own.get(name)
             if groups is not None:
-                first = groups._modules["0"]
-                key += id(first), layer.scaling[name], id(layer.position_specs[name]), len(first._parameters)
-                weights += islice(first._parameters.values(), 1)
+                key += layer.scaling[name], id(layer.position_specs[name])
+                for one in groups._modules.values():
+                    key += id(one), len(one._parameters), getattr(one, "dropout", None), getattr(one, "act_fn", None)
+                    weights += islice(one._parameters.values(), 1)
     # Wrappers for sharding and offloading replace parameters, or their contents; casts, their dtype.
     signature = (*key, *map(type, weights), *map(DEVICE_AND_DTYPE, weights), *map(Tensor.numel, weights))
     families = kept.get(signature)

@@ -56,7 +56,7 @@ def edit_mask(
     if not known or (share_weights == "position" and any(term.width is None for term in spec.terms)):
         raise ValueError(
             f"share_weights={share_weights!r} is that of no adapter of positions={positions!r}: it is True, False, or, "
-            "for fN, lM and mK alone, 'position'."
+            "where each term names a fixed number of tokens, 'position'."
         )
     if isinstance(generated, bool) or not isinstance(generated, int) or generated < 0:
         raise ValueError(f"generated={generated!r} is no number of tokens; pass 0 for the prompt alone.")

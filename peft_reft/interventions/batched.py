@@ -111,7 +111,7 @@ class FactorMemo:
             return False
         if torch.is_grad_enabled() and any(stack.requires_grad for stack in stacks):
             return False
-        if torch.func.debug_unwrap(stacks[0]) is not stacks[0]:  # within vmap or grad of torch.func
+        if any(torch.func.debug_unwrap(stack) is not stack for stack in stacks):  # within vmap or grad of torch.func
             return False
         return all(unpack_dual(stack).tangent is None for stack in stacks)  # else they carry forward-mode derivatives
 

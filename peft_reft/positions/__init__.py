@@ -4,7 +4,7 @@ Plain torch and index arithmetic, without a loop over rows and without waiting f
 say about prompts is read in context/.
 """
 
-from peft_reft.positions.notation import PositionSpec, parse_positions
+from peft_reft.positions.notation import GRAMMAR, PositionSpec, parse_positions
 from peft_reft.positions.places import Places, columns_of, locate, mark, places_at, places_of
 from peft_reft.positions.prompts import (
     IGNORED,
@@ -18,6 +18,7 @@ from peft_reft.positions.prompts import (
 )
 
 __all__ = [
+    "GRAMMAR",
     "IGNORED",
     "Places",
     "PositionSpec",

@@ -12,12 +12,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from peft_reft.positions.terms import TERMS, Term
+from peft_reft.positions.terms import TERMS, All, First, Last, Term
 
-_GRAMMAR = (
+_FURTHER = ", ".join(
+    f"'{cls(count)}' ({cls(count).words})"
+    for cls in TERMS.values()
+    if cls not in (First, Last, All)
+    for count in ((1, 3) if cls.number == "optional" else (3,))
+)
+GRAMMAR = (
     "Write how many tokens to edit at each end of the prompt, prefix first: 'f7+l7', 'f7' or 'l7'; or 'all' for the "
-    "whole prompt. Further terms: 'm3' (three tokens in its middle), 'e4' (every 4th token), and 'd' or 'd8' (every, "
-    "or every 8th, generated token)."
+    f"whole prompt. Further terms: {_FURTHER}."
 )
 LONGEST = 100  # digits of a number; what is too large for a model is known with the model
 
@@ -83,18 +88,16 @@ def parse_positions(spec: str, turns: str | None = None, prompt_end: Sequence[in
     'f3+l1'
     """
     if not isinstance(spec, str):
-        raise ValueError(f"positions={spec!r} is not a position spec: it must be a string. {_GRAMMAR}")
+        raise ValueError(f"positions={spec!r} is not a position spec: it must be a string. {GRAMMAR}")
     terms = [_term(text, spec) for text in spec.split("+")]
     symbols = [term.symbol for term in terms]
     if len(set(symbols)) < len(symbols):
-        raise ValueError(f"positions={spec!r} has two terms of the same kind; add them up. {_GRAMMAR}")
+        raise ValueError(f"positions={spec!r} has two terms of the same kind; add them up. {GRAMMAR}")
     if any(term.exclusive for term in terms) and any(not (term.exclusive or term.generated) for term in terms):
         raise ValueError(f"positions={spec!r}: 'all' names every prompt token already; leave the other terms out.")
     if "l" in symbols and "f" in symbols[symbols.index("l") :]:
         in_order = "+".join(str(term) for term in sorted(terms, key=lambda term: list(TERMS).index(term.symbol)))
-        raise ValueError(
-            f"positions={spec!r} names the suffix before the prefix. Did you mean {in_order!r}? {_GRAMMAR}"
-        )
+        raise ValueError(f"positions={spec!r} names the suffix before the prefix. Did you mean {in_order!r}? {GRAMMAR}")
     return PositionSpec(tuple(terms), turns, tuple(prompt_end))
 
 
@@ -106,7 +109,7 @@ def _term(text: str, spec: str) -> Term:
         guess = suggestion(spec)
         raise ValueError(
             f"positions={_short(spec)} is not a position spec: {_short(text)} is no term. "
-            f"{f'Did you mean {guess!r}? ' if guess else ''}{_GRAMMAR}"
+            f"{f'Did you mean {guess!r}? ' if guess else ''}{GRAMMAR}"
         )
     if len(match[2]) > LONGEST:
         raise ValueError(f"positions={_short(spec)}: {_short(text)} names more tokens than any model takes.")

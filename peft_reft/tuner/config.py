@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from transformers.activations import ACT2FN
 
 from peft_reft.interventions import intervention_names, nearest_name, takes_source
-from peft_reft.positions import PositionSpec, parse_positions
+from peft_reft.positions import GRAMMAR, PositionSpec, parse_positions
 from peft_reft.tuner.neighbours import AFTER_SAVING
 from peft_reft.tuner.sizes import check_config_sizes, check_ids, check_rank, is_finite, is_integer, shown
 from peft_reft.tuner.staging import staged
@@ -42,17 +42,13 @@ class ReftConfig(PeftConfig):
     )
     positions: str = field(
         default="f1+l1",
-        metadata={
-            "help": "Which tokens are edited: 'fN' the first N of the prompt, 'lM' the last M, 'fN+lM' both, 'all' "
-            "every one; further terms: 'mK' K in its middle, 'eK' every K-th, 'd' or 'dK' every, or every K-th, "
-            "generated token."
-        },
+        metadata={"help": f"Which tokens are edited: 'fN+lM' the first N and the last M of the prompt. {GRAMMAR}"},
     )
     share_weights: bool | str = field(
         default=True,
         metadata={
             "help": "True: one intervention per block; False: one per position group (per term of `positions`); "
-            "'position': one per position, for the terms fN, lM and mK."
+            "'position': one per position, for terms that name a fixed number of tokens."
         },
     )
     share_layers: bool = field(
@@ -182,10 +178,12 @@ class ReftConfig(PeftConfig):
         spec = parse_positions(self.positions)
         if not isinstance(self.share_weights, bool) and self.share_weights != "position":
             raise ValueError(f"share_weights={shown(self.share_weights)} must be True, False or 'position'.")
-        if self.share_weights == "position" and any(term.width is None for term in spec.terms):
+        unbounded = [str(term) for term in spec.terms if term.width is None]
+        if self.share_weights == "position" and unbounded:
             raise ValueError(
                 f"share_weights='position' needs a fixed number of positions, which positions={self.positions!r} does "
-                "not have. Use fN, lM and mK only, or share_weights=False for one intervention per term."
+                f"not have. Leave {' and '.join(unbounded)} out, or use share_weights=False for one intervention per "
+                "term."
             )
         if self.share_layers and self.rank_pattern:
             raise ValueError(

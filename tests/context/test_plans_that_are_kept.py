@@ -2,7 +2,9 @@
 
 import gc
 
+import pytest
 import torch
+import torch.nn.utils.prune
 from conftest import batch, logits, randomize, reft_model, tiny_model
 from peft import get_peft_model
 
@@ -41,6 +43,31 @@ def test_groups_of_an_adapter_that_are_not_alike_are_each_worked_out_as_they_are
     dropped = found(lambda last: setattr(last, "dropout", 1 - 1e-7))  # nothing is left of its edits
     torch.testing.assert_close(dropped, found(lambda last: last.erase()))
     assert not torch.allclose(dropped, found(lambda last: None))
+
+
+CHANGES = {
+    "dropout": lambda groups: [setattr(one, "dropout", 1 - 1e-7) for one in groups],
+    "activation": lambda groups: [one.__dict__.update(act_fn="tanh", activation=torch.tanh) for one in groups],
+    "another intervention": lambda groups: groups.__setitem__(1, groups[0]),
+    "pruning": lambda groups: torch.nn.utils.prune.l1_unstructured(groups[1], "weight", 0.5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_is_changed_between_two_calls_is_changed(change):
+    """A call's result does not depend on the call before it."""
+
+    def found(runs_before, changes):
+        model = reft_model(tiny_model("llama"), share_weights=False, **CONFIG).train()
+        if runs_before:
+            logits(model, batch(5))
+        for groups in get_interventions(model).values():
+            changes(groups)
+        return logits(model, batch(5))
+
+    changed = found(True, change)
+    torch.testing.assert_close(changed, found(False, change))
+    assert not torch.allclose(changed, found(True, lambda groups: None), atol=1e-3)
 
 
 def test_a_model_that_moved_to_another_device_edits_there():

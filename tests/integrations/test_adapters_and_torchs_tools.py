@@ -141,6 +141,20 @@ def test_functional_call_uses_the_parameters_it_is_given():
     assert (got - before).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("part", ["basis", "weight", "bias"])
+def test_vmap_runs_many_values_of_a_part_of_the_parameters(part):
+    model, inputs = reft_model(llama(), **CONFIG).requires_grad_(False), {**batch(5, 5), "use_cache": False}
+    name, parameter = next((n, p) for n, p in model.named_parameters() if ".reft." in n and n.endswith(part))
+
+    def run(value):
+        return functional_call(model, {name: value}, args=(), kwargs=inputs).logits
+
+    values = torch.stack([parameter, torch.randn_like(parameter), -parameter])
+    expected = torch.stack([run(value) for value in values])
+    torch.testing.assert_close(vmap(run)(values), expected)
+    assert (expected[0] - expected[1]).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("how", ["functional_call", "tensors in the place of parameters"])
 def test_forward_mode_derivatives_are_not_those_of_factors_that_are_remembered(how):
     model, inputs = reft_model(llama(), **CONFIG).requires_grad_(False), batch(6, 4)
