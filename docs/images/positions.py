@@ -152,7 +152,7 @@ def ends() -> str:
     labels = torch.tensor([[1 if is_answer else IGNORED for is_answer in answer]])
     found = {
         "labels": Tokens(valid, labels, None, None, ids).prompts(),
-        "generate": find_prompts(valid[:, :4]).window(0, 7),
+        "generate": find_prompts(valid[:, :4]).followed_by(3),
         'prompt_end=":"': Tokens(valid, None, None, None, ids).prompts(prompt_end=[9]),
         "none of these": Tokens(valid, None, None, None, ids).prompts(),
     }

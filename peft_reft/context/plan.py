@@ -288,8 +288,9 @@ def kept_families(kept: dict[Any, list[Family]], layers: Sequence[Any], names: S
             if groups is not None:
                 key += layer.scaling[name], id(layer.position_specs[name])
                 for one in groups._modules.values():
-                    key += id(one), len(one._parameters), getattr(one, "dropout", None), getattr(one, "act_fn", None)
-                    weights += islice(one._parameters.values(), 1)
+                    held = one.__dict__
+                    key += id(one), len(held["_parameters"]), held.get("dropout"), held.get("act_fn")
+                    weights += islice(held["_parameters"].values(), 1)
     # Wrappers for sharding and offloading replace parameters, or their contents; casts, their dtype.
     signature = (*key, *map(type, weights), *map(DEVICE_AND_DTYPE, weights), *map(Tensor.numel, weights))
     families = kept.get(signature)
