@@ -255,9 +255,16 @@ class ForwardContext:
                 "intervention_locations name columns of tokens, but this model has blocks that return fewer vectors "
                 f"than tokens ({columns} for {self.columns}). Leave them out, or target other modules."
             )
-        whole = self.prompts_of
-        prompts_of = None if whole is None or pool < 0 else lambda spec: pooled(whole(spec), pool, columns)
-        return self._other((pool, columns), columns=columns, prompts_of=prompts_of)
+        whole, start, count = self.prompts_of, self.start, self.columns
+        if whole is None or pool < 0:
+            return self._other((pool, columns), columns=columns, prompts_of=None, start=None)
+
+        def prompts_of(spec: PositionSpec) -> Prompts:
+            inside = whole(spec).inside
+            inside = inside if start is None else inside[:, start : start + count]
+            return pooled(inside, pool, columns)
+
+        return self._other((pool, columns), columns=columns, prompts_of=prompts_of, start=None)
 
     def _other(self, key: tuple[int, int], **changes: Any) -> ForwardContext:
         if key not in self._others:
@@ -285,8 +292,11 @@ def _places_given(spec: PositionSpec, share_weights: bool | str, locations: Tens
     return Places(locations, locations >= 0)
 
 
-def pooled(prompts: Prompts, pool: int, columns: int) -> Prompts:
-    """Where the prompts lie among vectors that stand for `pool` tokens each, `columns` of them."""
-    inside = prompts.inside.float().unsqueeze(1)
-    inside = F.pad(inside, (0, max(0, pool * columns - inside.shape[2])))
-    return find_prompts(F.max_pool1d(inside, pool)[:, 0, :columns] > 0)
+def pooled(inside: Tensor, pool: int, columns: int) -> Prompts:
+    """The prompts among vectors that stand for `pool` tokens each, `columns` of them.
+
+    Args:
+        inside: bool [B, S], the tokens of prompts.
+    """
+    padded = F.pad(inside.float().unsqueeze(1), (0, max(0, pool * columns - inside.shape[1])))
+    return find_prompts(F.max_pool1d(padded, pool)[:, 0, :columns] > 0)

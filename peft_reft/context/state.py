@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +30,11 @@ class Running(threading.local):
         self.adapter_names: list[str] | None = None
         self.collecting: Any = None
         self.replica: nn.Module | None = None
+
+    def forget_interrupted_scope(self) -> None:
+        """Forget names of rows that hold for no call: Ctrl-C may come before a scope is entered, or left, in full."""
+        if self.context is None and self.generation is None:
+            self.adapter_names = None
 
     def __reduce__(self) -> Any:
         return Running, ()  # a copied or pickled model runs nothing
@@ -130,15 +134,6 @@ class ModelState:
         if (key or message) not in self.warned and not torch.compiler.is_compiling():
             self.warned.add(key or message)
             warnings.warn(message, stacklevel=2)
-
-    @contextmanager
-    def adapters_by_row(self, names: Sequence[str]) -> Iterator[None]:
-        """Give each row of this thread's forwards an adapter of its own, for as long as the scope is open."""
-        outer, self.running.adapter_names = self.running.adapter_names, self.check_adapter_names(names)
-        try:
-            yield
-        finally:
-            self.running.adapter_names = outer
 
 
 def names_of_rows(names: int, rows: int | None) -> str:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar
 
 from peft import PeftModel
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from peft_reft.blocks import Layout, ModelBlocks, device_and_dtype, own_name, present_names, refuse_unsound
@@ -39,6 +37,7 @@ from peft_reft.tuner.layer import ReftLayer, attach_layer
 from peft_reft.tuner.model_sizes import check_sizes
 from peft_reft.tuner.neighbours import ON_INJECTION
 from peft_reft.tuner.private import ExcludedModule, maybe_include_all_linear_layers
+from peft_reft.tuner.rows import AdaptersOfRows
 from peft_reft.tuner.targets import (
     check_adapter_name,
     check_shapes,
@@ -89,23 +88,15 @@ class ReftModel(BaseTuner):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         """Entered by `PeftModel` around forward and generate, from which it has taken `adapter_names` out."""
         names: Sequence[str] | None = kwargs.get("adapter_names")
-        state = state_of(self.model) if names is not None else None
-        if names is None or state is None:
-            yield
-            return
+        if names is None:
+            self._state.running.forget_interrupted_scope()
+            return nullcontext()
         if self.training:  # refused by all of PEFT's methods
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        with ExitStack() as stack:
-            stack.enter_context(state.adapters_by_row(names))
-            for module in modules_outside_layers(self.model):
-                if isinstance(module, AuxiliaryTrainingWrapper):
-                    hook = partial(pass_adapter_names, names=list(names))
-                    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            yield
+        return AdaptersOfRows(self.model, self._state, names)
 
     # Injection: which modules, and what is created there.
 
@@ -116,7 +107,7 @@ class ReftModel(BaseTuner):
             # PEFT reads a target's name off each key, as what stands before ".reft_"; there is CHILD in between.
             named = {own_name(block) for block in blocks_of(filter(is_intervention, kwargs["state_dict"]))}
             kwargs["state_dict"] = {without_child(key): tensor for key, tensor in kwargs["state_dict"].items()}
-        state = state_of(model) or ModelState(ModelBlocks(model))
+        self._state = state = state_of(model) or ModelState(ModelBlocks(model))
         # A model around the one that has adapters already has names of its own for the same blocks.
         blocks = state.blocks if state.blocks.model is model else ModelBlocks(model)
         self._injection = injection = Injection(adapter_name, state, blocks, named)
@@ -336,17 +327,3 @@ class ReftModel(BaseTuner):
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         remove_reft(model)
         return model
-
-
-def pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict[str, Any], names: list[str]) -> tuple[tuple, dict]:
-    """Forward pre-hook of a module that was trained in full: each row's own copy of it is to be used."""
-    times = args[0].shape[0] // len(names) if args else 1
-    return args, {**kwargs, "adapter_names": [name for name in names for _ in range(times)]}
-
-
-def modules_outside_layers(module: nn.Module) -> Iterator[nn.Module]:
-    """`module.modules()` without the interventions, of which there may be very many."""
-    if not isinstance(module, ReftLayer):
-        yield module
-        for child in module.children():
-            yield from modules_outside_layers(child)

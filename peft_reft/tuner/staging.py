@@ -1,4 +1,4 @@
-"""Writing files so that nobody finds half of one, nor the files of two adapters for those of one.
+"""Writing files so that no reader finds half of one, nor the files of two adapters for those of one.
 
 A set of files is written to a directory beside their places and then renamed into them, one by one. No system renames
 several files in one step, so two things make a set of them. An error between two renames takes back those before it. A
@@ -18,7 +18,7 @@ from pathlib import Path
 
 STAGE = ".saving-"  # how the names of directories begin that files are written to
 READY = ".placing-"  # and then, when all files are written and take their places
-ABANDONED = 24 * 3600  # seconds after which one of the first kind is nobody's
+ABANDONED = 24 * 3600  # seconds after which one of the first kind was left by a process that is gone
 PATIENCE = 5.0  # seconds that a reader gives a writer to rename its files
 
 

@@ -1,6 +1,7 @@
 """An interrupted call leaves nothing to the next, however it ends."""
 
 import functools
+import sys
 
 import pytest
 import torch
@@ -85,6 +86,43 @@ def test_an_interrupted_call_leaves_nothing_to_the_next(place, call, error):
         else:
             torch.testing.assert_close(one, other)
     assert edited_columns(model, tiny_model("llama", eos_token_id=None), **others[0]) == [[0, 5], [0, 5]]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ctrl-C while a generator is closed
+def test_adapter_names_are_forgotten_wherever_ctrl_c_comes():
+    """At each point around the scope at which CPython delivers a signal; the traceback is kept, as notebooks do."""
+    model = reft_model(tiny_model("llama"), **CONFIG).eval()
+    inputs = batch(5, 5)
+    expected = logits(model, inputs)
+    assert not torch.equal(expected, logits(model, inputs, adapter_names=["default", "__base__"]))
+    files = ("tuner/rows.py", "tuner/model.py", "contextlib.py", "peft/peft_model.py")
+    points, stop_at, kept = 0, 0, []
+
+    def stop_there(frame, event, argument):
+        nonlocal points
+        if event in ("call", "c_return") and frame.f_code.co_filename.endswith(files):
+            points += 1
+            if points == stop_at:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+    def call():
+        nonlocal points
+        points = 0
+        sys.setprofile(stop_there)
+        try:
+            model(**inputs, adapter_names=["default", "__base__"])
+        finally:
+            sys.setprofile(None)
+
+    call()
+    for stop_at in range(1, points + 1):
+        try:
+            call()
+        except KeyboardInterrupt as error:
+            kept.append(error)
+        assert torch.equal(logits(model, inputs), expected), stop_at
+    assert len(kept) > 20
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

@@ -7,6 +7,9 @@ from conftest import batch, randomize, reft_model, tiny_model
 from edit_spy import spied
 
 from peft_reft import ReftConfig
+from peft_reft.context.forward import ForwardContext, Given
+from peft_reft.positions import find_prompts
+from peft_reft.tuner.injection import state_of
 
 PROMPT = 6  # of ten tokens: f1+l1 edits the columns 0 and 5
 
@@ -89,3 +92,13 @@ def test_forward_of_a_bare_encoder_equals_calling_it(positions):
         plain = tiny_model("bert", "base")(**inputs).last_hidden_state
     torch.testing.assert_close(forwarded[valid], called[valid])
     assert (called - plain)[valid].abs().max() > 1e-3
+
+
+def test_vectors_of_several_tokens_are_those_of_the_columns_that_a_forward_runs():
+    """A forward of columns 4 to 7 of a row whose prompt ends at column 5, through blocks with a vector for two tokens."""
+    state = state_of(reft_model(tiny_model("llama"), positions="all").get_base_model())
+    whole = find_prompts(torch.tensor([[1, 1, 1, 1, 1, 1, 0, 0]]).bool())
+    context = ForwardContext(state, state.layers, Given(), rows=1, columns=4, prompts_of=lambda spec: whole, start=4)
+    (spec,) = state.active_specs()
+    places = context.of_vectors(2, 2).places(spec, True, torch.zeros(1, 2, 32))
+    assert places.columns is None and places.keep.tolist() == [[[True, False]]]
