@@ -95,7 +95,7 @@ def test_forward_of_a_bare_encoder_equals_calling_it(positions):
 
 
 def test_vectors_of_several_tokens_are_those_of_the_columns_that_a_forward_runs():
-    """A forward of columns 4 to 7 of a row whose prompt ends at column 5, through blocks with a vector for two tokens."""
+    """Columns 4 to 7 of a row whose prompt ends at column 5, in blocks with a vector for two tokens."""
     state = state_of(reft_model(tiny_model("llama"), positions="all").get_base_model())
     whole = find_prompts(torch.tensor([[1, 1, 1, 1, 1, 1, 0, 0]]).bool())
     context = ForwardContext(state, state.layers, Given(), rows=1, columns=4, prompts_of=lambda spec: whole, start=4)
