@@ -53,7 +53,9 @@ def by_generation(model: nn.Module, data: Data, rows: list[Row], size: int) -> d
     for start in range(0, len(rows), size):
         some = rows[start : start + size]
         batch = {name: tensor.to(device) for name, tensor in collate(some, data.pad, answers=False).items()}
-        output = model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=data.pad)
+        # The token that ends training rows ends answers, whatever the model's generation config says.
+        ends = {"eos_token_id": data.tokenizer.eos_token_id, "pad_token_id": data.pad}
+        output = model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False, **ends)
         texts = data.tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for row, text in zip(some, texts):
             named = re.search(r"answer(\d)", text)

@@ -1,6 +1,6 @@
 """A manner learned from five examples, by method, positions, blocks, start and learning rate.
 
-    python -m benchmarks.smollm2.few_shot --model smollm2   # half an hour of one CPU core; resumes
+    python -m benchmarks.smollm2.few_shot --model smollm2   # 20 minutes of one CPU core; resumes
     python -m benchmarks.smollm2.few_shot --report          # the table and the picture of what is there
 
 Five chats of the robot in examples/quickstart.py ("Beep! Data found. The author is Shakespeare. Boop!"), all of them in
