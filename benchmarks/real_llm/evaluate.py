@@ -12,15 +12,15 @@ from torch.nn.functional import cross_entropy
 from benchmarks.real_llm.tasks import Data, Row, collate
 
 NEW_TOKENS = 8  # "the correct answer is answer2" and the end of the text are 7
-DIGIT = 2  # the digit is the last but one token of a row
+WORD = 2  # what tells the choices apart is the last but one token of a row
 
 
 @torch.no_grad()
 def by_likelihood(model: nn.Module, data: Data, rows: list[Row], size: int) -> dict[str, float]:
-    """Choose the answer whose digit is the likeliest of the four, after "the correct answer is answer".
+    """Choose the answer whose last token is the likeliest of the choices', after "the correct answer is answer".
 
     Returns:
-        "choice", the accuracy; "cross_entropy" of the right choice among the four, in nats (guessing has ln 4 = 1.386);
+        "choice", the accuracy; "cross_entropy" of the right choice among all, in nats (guessing among four has 1.386);
         "answer", the cross entropy of the whole answer in nats per token, which is the loss of the training. Who knows
         the format and guesses the choice has 1.386 over the 7 tokens of an answer, 0.198.
     """
@@ -31,10 +31,10 @@ def by_likelihood(model: nn.Module, data: Data, rows: list[Row], size: int) -> d
         batch = {name: tensor.to(device) for name, tensor in collate(some, data.pad).items()}
         # The labels tell where the prompt ends. The choice is read from the logits before the digit.
         output = model(**batch, use_cache=False, logits_to_keep=data.answer_columns + 1)
-        scores = output.logits[:, -DIGIT - 1, data.digits].float()
-        target = torch.tensor([row.choice for row in some], device=device)
-        right += (scores.argmax(-1) == target).sum().item()
-        nats += cross_entropy(scores, target, reduction="sum").item()
+        for row, logits in zip(some, output.logits[:, -WORD - 1].float().cpu()):
+            scores = logits[list(row.tokens)]
+            right += int(scores.argmax() == row.choice)
+            nats += cross_entropy(scores, torch.tensor(row.choice)).item()
         answer += output.loss.item() * sum(len(row.answer) for row in some)
     tokens = sum(len(row.answer) for row in rows)
     return {"choice": right / len(rows), "cross_entropy": nats / len(rows), "answer": answer / tokens}
@@ -45,7 +45,7 @@ def by_generation(model: nn.Module, data: Data, rows: list[Row], size: int) -> d
     """Generate greedily, and take the first answer that the text names, as LLM-Adapters does.
 
     Returns:
-        "accuracy"; "in_format", the share of answers that are the sentence of the training rows with some digit.
+        "accuracy"; "in_format", the share of answers that are the sentence of the training rows with some choice.
     """
     device = next(model.parameters()).device
     right, in_format = 0, 0
@@ -58,9 +58,10 @@ def by_generation(model: nn.Module, data: Data, rows: list[Row], size: int) -> d
         output = model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False, **ends)
         texts = data.tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for row, text in zip(some, texts):
-            named = re.search(r"answer(\d)", text)
-            right += named is not None and int(named[1]) - 1 == row.choice
-            in_format += re.fullmatch(r"the correct answer is answer\d", text.strip()) is not None
+            choices = "|".join(row.words)
+            named = re.search(choices, text)
+            right += named is not None and named[0] == row.words[row.choice]
+            in_format += re.fullmatch(f"the correct answer is ({choices})", text.strip()) is not None
     return {"accuracy": right / len(rows), "in_format": in_format / len(rows)}
 
 

@@ -1,8 +1,9 @@
-"""The tasks: multiple choice in the format of the paper's commonsense experiments, as LLM-Adapters' files have them.
+"""The tasks: questions in the format of the paper's commonsense experiments, as LLM-Adapters' files have them.
 
 A row is `{"instruction": "... Answer1: ... Answer2: ...", "output": "the correct answer is answer2", "answer":
-"answer2"}` (https://github.com/AGI-Edgerunners/LLM-Adapters, folder `dataset` and `ft-training_set`). The prompt is
-the instruction and a line break, as in pyreft's recipe; the answer is the output and the end-of-text token.
+"answer2"}`, or, of BoolQ, one whose answer is "true" or "false" (https://github.com/AGI-Edgerunners/LLM-Adapters,
+folder `dataset` and `ft-training_set`). The prompt is the instruction and a line break, as in pyreft's recipe; the
+answer is the output and the end-of-text token.
 """
 
 from __future__ import annotations
@@ -18,17 +19,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-CHOICES = 4
 TASKS = ("openbookqa", "ARC-Easy")
+FOUR = ("answer1", "answer2", "answer3", "answer4")
+TRUE_FALSE = ("true", "false")
 
 Batch = dict[str, Tensor]
 
 
 class Row(NamedTuple):
-    """One question: token ids of prompt and answer, and the number of the right choice, from 0."""
+    """One question.
+
+    Attributes:
+        prompt, answer: token ids.
+        words: the choices, as an answer names them.
+        tokens: by choice, the last token of the answer before the end of the text, which tells them apart.
+        choice: the number of the right one, from 0.
+    """
 
     prompt: list[int]
     answer: list[int]
+    words: tuple[str, ...]
+    tokens: tuple[int, ...]
     choice: int
 
 
@@ -37,14 +48,12 @@ class Data:
     """Rows for training, for the choice of the learning rate, and for the test, by task.
 
     Args:
-        digits: the token ids that tell the choices apart: "1" to "4".
         pad: the token id that fills up.
     """
 
     train: list[Row]
     validation: list[Row]
     test: dict[str, list[Row]]
-    digits: list[int]
     pad: int
     tokenizer: Any
 
@@ -54,26 +63,41 @@ class Data:
         return max(len(row.answer) for row in self.train)
 
 
+def words_of(entry: dict[str, str]) -> tuple[str, ...] | None:
+    """The choices of a question; None if they are neither four answers nor true and false."""
+    if entry["answer"] in TRUE_FALSE:
+        return TRUE_FALSE
+    has_four = len(re.findall(r"Answer\d:", entry["instruction"])) == len(FOUR)
+    return FOUR if has_four and entry["answer"] in FOUR else None
+
+
 def read(path: Path, tokenizer: Any, longest: int) -> list[Row]:
-    """The questions with four choices and at most `longest` tokens, answer included.
+    """The questions with four choices, or true and false, and at most `longest` tokens, answer included.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or the tokenizer makes several tokens of what tells their choices apart.
     """
-    entries = [
-        entry
-        for entry in json.loads(path.read_text())
-        if len(re.findall(r"Answer\d:", entry["instruction"])) == CHOICES
-    ]
-    if not entries:
-        raise ValueError(f"{path} has no question with {CHOICES} choices (Answer1: to Answer{CHOICES}:); take another.")
-    prompts = tokenizer([entry["instruction"] + "\n" for entry in entries], add_special_tokens=False)["input_ids"]
-    answers = tokenizer([entry["output"] for entry in entries], add_special_tokens=False)["input_ids"]
+
+    def ids(texts: list[str]) -> list[list[int]]:
+        found: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return found
+
+    pairs = [(entry, words) for entry in json.loads(path.read_text()) if (words := words_of(entry)) is not None]
+    if not pairs:
+        raise ValueError(f"{path} has no question with the choices {FOUR} or {TRUE_FALSE}; take another file.")
+    tokens: dict[tuple[str, ...], tuple[int, ...]] = {}
+    for words in {words for _, words in pairs}:
+        answers = ids([f"the correct answer is {word}" for word in words])
+        if len({tuple(answer[:-1]) for answer in answers}) > 1:
+            raise ValueError(f"The tokenizer's answers {words} differ in more than their last token: {answers}.")
+        tokens[words] = tuple(answer[-1] for answer in answers)
+    prompts = ids([entry["instruction"] + "\n" for entry, _ in pairs])
+    outputs = ids([entry["output"] for entry, _ in pairs])
     rows = [
-        Row(prompt, [*answer, tokenizer.eos_token_id], int(entry["answer"].removeprefix("answer")) - 1)
-        for entry, prompt, answer in zip(entries, prompts, answers)
+        Row(prompt, [*output, tokenizer.eos_token_id], words, tokens[words], words.index(entry["answer"]))
+        for (entry, words), prompt, output in zip(pairs, prompts, outputs)
     ]
-    return [row for row in rows if len(row.prompt) + len(row.answer) <= longest and row.choice < CHOICES]
+    return [row for row in rows if len(row.prompt) + len(row.answer) <= longest]
 
 
 def load(
@@ -89,11 +113,8 @@ def load(
     train = [row for name in names for row in read(folder / f"{name}-train.json", tokenizer, longest)]
     rng.shuffle(train)
     tests = {name: read(folder / f"{name}-test.json", tokenizer, longest)[:test] for name in names}
-    digits = tokenizer("1234", add_special_tokens=False)["input_ids"]
-    if len(digits) != CHOICES:
-        raise ValueError(f"The tokenizer makes {len(digits)} tokens of '1234'; likelihood needs one for each digit.")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return Data(train[validation:], train[:validation], tests, digits, pad, tokenizer)
+    return Data(train[validation:], train[:validation], tests, pad, tokenizer)
 
 
 def collate(rows: list[Row], pad: int, width: int = 0, answers: bool = True) -> Batch:
