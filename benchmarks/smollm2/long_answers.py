@@ -1,6 +1,6 @@
 """How far into a long answer a manner holds, by the positions that are edited, beside LoRA.
 
-    python -m benchmarks.smollm2.long_answers --model smollm2   # 20 minutes of one CPU core; resumes
+    python -m benchmarks.smollm2.long_answers --model smollm2   # 25 minutes of one CPU core; resumes
     python -m benchmarks.smollm2.long_answers --report          # the tables and the picture of what is there
 
 Two manners of the study's: `capitals`, and `lines`, every word on a line of its own. Trained are the openings of the
@@ -58,6 +58,8 @@ PLAN = (  # manner, method, learning rate, seed; the most telling first: a run t
     ("lines", "LoReFT f1+l1", 4e-3, 0),
     ("capitals", "LoReFT all", 4e-3, 0),
     ("lines", "LoReFT f7+l7", 4e-3, 0),
+    *(("capitals", "LoReFT f1+l1", 4e-3, seed) for seed in (1, 2)),
+    *(("capitals", "LoReFT f1+l1", 1e-3, seed) for seed in (0, 1, 2)),
 )
 
 
