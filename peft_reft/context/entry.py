@@ -113,8 +113,8 @@ class ForwardEntry(MethodEntry):
         displaced = self.path.displaced()
         if displaced is not None:
             notices.raise_or_warn_displaced(self.state, self.module, displaced)
-        for layer in self.entered.layers:
-            attach_block_entry(layer.block, self.state)
+        for _, _, block in self.path.blocks:
+            attach_block_entry(block, self.state)
 
     def _below_what_replaced_it(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward, called by what took the entry's place (see `StayOutermost`).

@@ -278,15 +278,16 @@ def kept_families(kept: dict[Any, list[Family]], layers: Sequence[Any], names: S
     key: list[Any] = [None if names is None else tuple(names)]
     weights: list[Tensor] = []
     for layer in layers:
-        key.append(layer.number)
-        if layer._disable_adapters:
+        own = layer.__dict__  # reading attributes of a module takes longer
+        key.append(own["number"])
+        if own["_disable_adapters"]:
             continue
-        own = layer._modules["reft_interventions"]._modules
-        active = layer._active_adapter if names is None else names
+        adapters = own["_modules"]["reft_interventions"]._modules
+        active = own["_active_adapter"] if names is None else names
         for name in (active,) if isinstance(active, str) else active:
-            groups = own.get(name)
+            groups = adapters.get(name)
             if groups is not None:
-                key += layer.scaling[name], id(layer.position_specs[name])
+                key += own["scaling"][name], id(own["position_specs"][name])
                 for one in groups._modules.values():
                     held = one.__dict__
                     key += id(one), len(held["_parameters"]), held.get("dropout"), held.get("act_fn")

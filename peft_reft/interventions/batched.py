@@ -111,9 +111,11 @@ class FactorMemo:
             return False
         if torch.is_grad_enabled() and any(stack.requires_grad for stack in stacks):
             return False
-        if any(torch.func.debug_unwrap(stack) is not stack for stack in stacks):  # within vmap or grad of torch.func
-            return False
-        return all(unpack_dual(stack).tangent is None for stack in stacks)  # else they carry forward-mode derivatives
+        for stack in stacks:
+            # Within vmap or grad of torch.func, or with derivatives of the forward mode.
+            if torch.func.debug_unwrap(stack) is not stack or unpack_dual(stack).tangent is not None:
+                return False
+        return True
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
