@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
+from importlib import import_module
 from typing import Any
 
 import griffe
@@ -25,7 +26,9 @@ class Docstrings(griffe.Extension):
             return
         given = {keyword.arg: keyword.value for keyword in call.keywords}
         if "metadata" in given and attr.docstring is None:
-            attr.docstring = griffe.Docstring(ast.literal_eval(given["metadata"])["help"], parent=attr)
+            # From the class itself: parts of a text may have names, such as that of the notation.
+            config = getattr(import_module(attr.module.path), attr.parent.name)
+            attr.docstring = griffe.Docstring(config.__dataclass_fields__[attr.name].metadata["help"], parent=attr)
         if "default" in given:
             attr.value = ast.unparse(given["default"])
         elif "default_factory" in given:
