@@ -29,7 +29,7 @@ def by_likelihood(model: nn.Module, data: Data, rows: list[Row], size: int) -> d
     for start in range(0, len(rows), size):
         some = rows[start : start + size]
         batch = {name: tensor.to(device) for name, tensor in collate(some, data.pad).items()}
-        # The labels tell where the prompt ends. The choice is read from the logits before the digit.
+        # The labels tell where the prompt ends. The choice is read from the logits before the word that tells.
         output = model(**batch, use_cache=False, logits_to_keep=data.answer_columns + 1)
         for row, logits in zip(some, output.logits[:, -WORD - 1].float().cpu()):
             scores = logits[list(row.tokens)]

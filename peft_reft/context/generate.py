@@ -231,9 +231,8 @@ class GenerateEntry(MethodEntry):
         if embeds is None and not tokens.is_floating_point():
             pad, eos = self._setting("pad_token_id", arguments), self._setting("eos_token_id", arguments)
             if pad is not None and pad not in (eos if isinstance(eos, list) else [eos]):
-                return (tokens != pad)[
-                    :: self.state.blocks.ids_per_row
-                ]  # transformers infers the mask by the same rule
+                # transformers infers the mask by the same rule.
+                return (tokens != pad)[:: self.state.blocks.ids_per_row]
         rows = tokens.shape[0] // (self.state.blocks.ids_per_row if embeds is None else 1)
         return torch.ones(rows, tokens.shape[1], dtype=torch.bool, device=tokens.device)
 
