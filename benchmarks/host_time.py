@@ -219,14 +219,17 @@ def train_part(work: Work) -> list[Figure]:
 
 
 def generate_part(work: Work) -> list[Figure]:
+    times = time_generate(work.base, work.unlabelled(), work.rounds // 4 or 1)
+    return [figure("generate 24 tokens / base", ratio(times, "reft", "reference"), 1.01, by_method(times))]
+
+
+def time_generate(base: nn.Module, prompt: dict[str, Tensor], rounds: int) -> Times:
     """Greedy, one prefill and 23 decode steps, in which the plain hooks return at their first line."""
-    prompt = work.unlabelled()
-    models: dict[str, Any] = compared(work.base, prompt, training=False)
+    models: dict[str, Any] = compared(base, prompt, training=False)
     models["hooks"] = models["hooks"].model
     settings = {"min_new_tokens": 24, "max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
     functions = {name: lambda m=model: m.generate(**prompt, **settings) for name, model in models.items()}
-    times = common.interleaved(functions, work.rounds // 4 or 1)
-    return [figure("generate 24 tokens / base", ratio(times, "reft", "reference"), 1.01, by_method(times))]
+    return common.interleaved(functions, rounds)
 
 
 def operations_part(work: Work) -> list[Figure]:
@@ -249,7 +252,10 @@ def large_part(work: Work) -> list[Figure]:
         below = value["median"] < lora["median"]
         judged = figure(f"hidden 768: {name}", value, 1.02, by_method(times))
         figures.append(judged._replace(met=judged.met and below, goal_words=", and below LoRA"))
-    return figures
+    prompt = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+    times = time_generate(base, prompt, work.rounds // 8 or 1)
+    value = ratio(times, "reft", "reference")
+    return [*figures, figure("hidden 768: generate 24 tokens / base", value, 1.01, by_method(times))]
 
 
 def adapters_part(work: Work) -> list[Figure]:

@@ -64,17 +64,17 @@ class ForwardEntry(MethodEntry):
         if self.passive:
             return self._below_what_replaced_it(*args, **kwargs)
         if outer is not None and outer.idle and outer.depth < self.entered.depth:
-            return self.__wrapped__(*args, **kwargs)
+            return self.original(*args, **kwargs)
         if STEP in kwargs and kwargs[STEP].edits_nothing(self.entered.role):
             del kwargs[STEP]
             context = self.idle
         else:
             context = self.enter(outer, args, kwargs)
         if context is outer:
-            return self.__wrapped__(*args, **kwargs)
+            return self.original(*args, **kwargs)
         running.context = context
         try:
-            output = self.__wrapped__(*args, **kwargs)
+            output = self.original(*args, **kwargs)
         finally:
             running.context = outer
         if self.module.training and self.state.training_forwards is not None and is_recorded():
@@ -123,7 +123,7 @@ class ForwardEntry(MethodEntry):
         """
         close, self.close = self.close, None
         try:
-            return self.__wrapped__(*args, **kwargs)
+            return self.original(*args, **kwargs)
         except BaseException as error:
             if close is not None and not isinstance(error, Exception):
                 close()

@@ -172,7 +172,7 @@ class GenerateEntry(MethodEntry):
         running.generation = generation
         self.state.unlabelled = False
         try:
-            return self.__wrapped__(*args, **kwargs)
+            return self.original(*args, **kwargs)
         finally:
             running.generation = outer
 
@@ -253,7 +253,7 @@ class PrepareEntry(MethodEntry):
     name = "prepare_inputs_for_generation"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        inputs = self.__wrapped__(*args, **kwargs)
+        inputs = self.original(*args, **kwargs)
         generation = self.state.running.generation
         if generation is not None and isinstance(inputs, dict):
             is_decoder = bool(getattr(self.module.config, "is_encoder_decoder", False))

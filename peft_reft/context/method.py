@@ -37,6 +37,12 @@ class MethodEntry:
             if self.replaced is not None:
                 self.module.__dict__[self.name] = self.replaced
 
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module's own method, or what had been put in its place."""
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
+        return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
+
     @property
     def __wrapped__(self) -> Any:  # for inspect.signature, help and the like
         if self.replaced is not None:

@@ -60,7 +60,7 @@ class Family:
             for groups in row:
                 if id(groups) not in places:
                     places[id(groups)] = len(places)
-                    self.distinct += groups
+                    self.distinct.extend(groups)
         # [L][A]: which of the distinct lists of groups
         self.which = [[places[id(groups)] for groups in row] for row in self.groups]
         self.count = len(self.groups[0][0])  # G

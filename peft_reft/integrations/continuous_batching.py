@@ -57,7 +57,7 @@ class BatchingEntry(MethodEntry):
         # be in the middle of another.
         continuous_batching_config = copy.copy(continuous_batching_config)
         continuous_batching_config.allow_block_sharing = False
-        manager = self.__wrapped__(generation_config, continuous_batching_config, *args, **kwargs)
+        manager = self.original(generation_config, continuous_batching_config, *args, **kwargs)
         self.manager = weakref.ref(manager)
         return manager
 
