@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import peft
 import pytest
@@ -24,7 +25,8 @@ from peft.utils.peft_types import PeftType
 
 import peft_reft
 from peft_reft import ReftConfig, ReftModel
-from peft_reft.tuner.versions import check_peft_version, supported
+from peft_reft.tuner import versions
+from peft_reft.tuner.versions import TESTED, check_peft_version, supported
 
 SHAPE_OF_A_MODEL = """
     import torch
@@ -305,3 +307,17 @@ def test_an_unsupported_version_is_refused_with_both_versions(installed):
 )
 def test_a_supported_version_is_accepted(installed):
     check_peft_version(installed)
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers", "trl"])
+def test_a_version_above_those_that_were_tested_is_named_in_a_warning(package, monkeypatch):
+    installed = dict(zip(TESTED, ("0.21.2", "2.13.0+cpu", "5.23.0", "1.16.0"), strict=True))
+    monkeypatch.setattr(versions, "version", installed.__getitem__)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        versions.warn_of_untested_versions()
+    below = TESTED[package][1]
+    installed[package] = f"{below}.0"
+    with pytest.warns(UserWarning, match=rf"{package}.*{re.escape(installed[package])} is installed") as said:
+        versions.warn_of_untested_versions()
+    assert len(said) == 1 and f'pip install "{package}<{below}"' in str(said[0].message)

@@ -7,7 +7,12 @@ from importlib.metadata import PackageNotFoundError, version
 
 from packaging.version import Version
 
-TESTED = {"peft": ("0.21.0", "0.22"), "transformers": ("5.16", "5.24"), "trl": ("1.16", "1.17")}  # from, and below
+TESTED = {  # from, and below
+    "peft": ("0.21.0", "0.22"),
+    "torch": ("2.11", "2.15"),
+    "transformers": ("5.16", "5.24"),
+    "trl": ("1.16", "1.17"),
+}
 
 
 def supported(package: str) -> str:
@@ -32,7 +37,7 @@ def check_peft_version(installed: str) -> None:
 
 def warn_of_untested_versions() -> None:
     """Say which installed version is newer than those that were tested."""
-    for package in ("transformers", "trl"):
+    for package in ("torch", "transformers", "trl"):
         try:
             installed = version(package)
         except PackageNotFoundError:  # trl is an extra
