@@ -17,10 +17,6 @@ from peft_reft.tuner.config import ReftConfig
 from peft_reft.tuner.layer import ReftLayer
 from peft_reft.tuner.private import ExcludedModule, get_input_embeddings_name
 
-UNMATCHED_RANK = (
-    "The rank_pattern of a ReFT adapter has the key {pattern!r}, which names none of the edited modules ({names}), so "
-    "that it has no effect: ranks are r={r}. A key is the end of a name, or a regular expression for it."
-)
 UNMATCHED_SAVED = (
     "The modules_to_save of a ReFT adapter, {names}, name no module of the model, so that none is trained or saved "
     "beside the edits. Each is the end of a module's name."
@@ -83,16 +79,12 @@ def check_adapter_name(name: str) -> None:
 
 
 def warn_of_settings_without_effect(config: ReftConfig, model: nn.Module, names: Sequence[str]) -> None:
-    """Say which settings change nothing, or hardly what they seem to.
+    """Say which settings change nothing, or hardly what they seem to; PEFT does so for keys of `rank_pattern`.
 
     Args:
         model: the model that gets the adapter.
         names: of the modules that are edited.
     """
-    for pattern in config.rank_pattern or {}:
-        if not any(get_pattern_key([pattern], name) == pattern for name in names):
-            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            warnings.warn(UNMATCHED_RANK.format(pattern=pattern, names=shown, r=config.r))
     saved = config.modules_to_save
     if saved and not any(name.endswith(tuple(saved)) for name, _ in model.named_modules()):
         warnings.warn(UNMATCHED_SAVED.format(names=sorted(saved)))
