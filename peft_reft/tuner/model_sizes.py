@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig
 
-from peft_reft.blocks import input_embedding
+from peft_reft.blocks import configs_of, input_embedding
 from peft_reft.positions.notation import parse_positions
 from peft_reft.tuner.config import ReftConfig
 from peft_reft.tuner.sizes import check_ids
@@ -66,7 +66,7 @@ def most_tokens(model: nn.Module) -> tuple[int, str]:
     """The most tokens that a model takes in one sequence, and in words where that stands."""
     unstated = MOST_UNSTATED, "its config does not say how many"
     limits: list[tuple[int, str]] = []
-    for config in nested(getattr(model, "config", None)):
+    for config in configs_of(getattr(model, "config", None)):
         stated = [
             (value, f"{name} in its config")
             for name in STATED
@@ -76,14 +76,6 @@ def most_tokens(model: nn.Module) -> tuple[int, str]:
             return unstated  # the images of a model with a text part are not bounded by what the text part says
         limits += stated
     return max(limits, default=unstated)
-
-
-def nested(config: Any) -> Iterator[PretrainedConfig]:
-    """A config of transformers and those in it, of its text and image parts."""
-    if isinstance(config, PretrainedConfig):
-        yield config
-        for part in vars(config).values():
-            yield from nested(part)
 
 
 def vocabulary_of(model: Any) -> int | None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
 from peft_reft.blocks.compiled import own_modules
+from peft_reft.blocks.configs import configs_of
 from peft_reft.blocks.structure import input_embedding, path_of, paths_around
 
 
@@ -63,9 +62,9 @@ def _argument_names(model: nn.Module, path: str) -> set[str]:
 
 def has_images_beside_tokens(model: nn.Module, entry: EntryPoint) -> bool:
     """Whether images may come with the tokens, and have places of their own: no token stands for them."""
-    settings = [name for config in _settings(getattr(model, "config", None)) for name in config]
+    settings = [name for config in configs_of(getattr(model, "config", None)) for name in vars(config)]
     names = _argument_names(model, entry.path)
-    return _takes_both(names) and not any("image_token" in str(name) for name in settings)
+    return _takes_both(names) and not any("image_token" in name for name in settings)
 
 
 def dummy_inputs(
@@ -97,8 +96,8 @@ def dummy_inputs(
 
 def _setting(config: Any, name: str, default: Any) -> Any:
     """A setting of a config, or of one of its parts."""
-    parts = [config, *(getattr(config, part, None) for part in getattr(config, "sub_configs", {}))]
-    return next((value for part in parts if (value := getattr(part, name, None)) is not None), default)
+    values = (getattr(part, name, None) for part in configs_of(config))
+    return next((value for value in values if value is not None), default)
 
 
 def _image_shape(config: Any) -> tuple[int, ...]:
@@ -106,23 +105,15 @@ def _image_shape(config: Any) -> tuple[int, ...]:
     return (_setting(config, "num_channels", 3), *((size, size) if isinstance(size, int) else tuple(size)[-2:]))
 
 
-def _settings(config: Any) -> Iterator[dict[str, Any]]:
-    """The settings of a config and of its parts."""
-    found = [config.to_dict()] if isinstance(config, PretrainedConfig) else []
-    while found:
-        settings = found.pop()
-        found += [value for value in settings.values() if isinstance(value, dict)]
-        yield settings
-
-
 def _usable_ids(module: nn.Module, count: int) -> list[int]:
     """Token ids without a special meaning (padding, an image, the end), as far as the config tells."""
     special: set[int] = set()
     embedding = input_embedding(module)
     size = getattr(embedding, "num_embeddings", None) or 1000
-    for config in _settings(getattr(module, "config", None)):
-        for name, value in config.items():
-            if "token" in str(name):
-                special.update(v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int))
+    for config in configs_of(getattr(module, "config", None)):
+        for name, value in vars(config).items():
+            if "token" in name:
+                values = value if isinstance(value, (list, tuple)) else [value]
+                special.update(v for v in values if isinstance(v, int))
     ids = [i for i in range(2, size) if i not in special] or [0]
     return (ids * (1 + count // len(ids)))[:count]
