@@ -98,8 +98,9 @@ class ModelBlocks:
         layout = traced_layout(traced, name)
         if layout is None:  # not run in the trace, such as a vision tower
             module = own_modules(self.model)[name]
-            is_convolution = isinstance(module, _ConvNd)
-            return (module.out_channels, CHANNELS_FIRST) if is_convolution else (block_width(self.model, name), PLAIN)
+            if isinstance(module, _ConvNd):
+                return module.out_channels, CHANNELS_FIRST
+            return block_width(self.model, name), PLAIN
         return traced.shapes(name)[0][layout.vector], layout
 
     @cached_property

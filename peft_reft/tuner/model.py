@@ -20,6 +20,7 @@ from peft_reft.tuner.checkpoint import (
     intervention_shapes,
     mismatch,
     own_tensors,
+    wanted_shapes,
     warn_of_ignored,
 )
 from peft_reft.tuner.combine import check_sum, config_of_sum, fill_sum, grow, grown, linear_parts
@@ -54,8 +55,6 @@ class Injection:
 
     Attributes:
         adapter_name: of the adapter.
-        state: of the model that it is put into.
-        blocks: the model's blocks.
         named_by_state_dict: names of the modules that a given state dict has interventions for.
         matched, excluded: the modules that the config names, and excludes, by the names that PEFT asks for.
         targets: width, layout and rank of each module to edit, by its own name; None until all of it is checked.
@@ -64,8 +63,6 @@ class Injection:
     """
 
     adapter_name: str
-    state: ModelState
-    blocks: ModelBlocks
     named_by_state_dict: set[str]
     matched: set[str] = field(default_factory=set)
     excluded: set[str] = field(default_factory=set)
@@ -108,9 +105,7 @@ class ReftModel(BaseTuner):
             named = {own_name(block) for block in blocks_of(filter(is_intervention, kwargs["state_dict"]))}
             kwargs["state_dict"] = {without_child(key): tensor for key, tensor in kwargs["state_dict"].items()}
         self._state = state = state_of(model) or ModelState(ModelBlocks(model))
-        # A model around the one that has adapters already has names of its own for the same blocks.
-        blocks = state.blocks if state.blocks.model is model else ModelBlocks(model)
-        self._injection = injection = Injection(adapter_name, state, blocks, named)
+        self._injection = injection = Injection(adapter_name, named)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
@@ -131,14 +126,16 @@ class ReftModel(BaseTuner):
     def _prepare_model(self, peft_config: ReftConfig, model: nn.Module) -> None:
         maybe_include_all_linear_layers(peft_config, model)  # PEFT expands "all-linear" after this method only
         found = self._injection
-        matched, excluded = choose_targets(peft_config, model, found.blocks)
+        # A model around the one that has adapters already has names of its own for the same blocks.
+        blocks = self._state.blocks if self._state.blocks.model is model else ModelBlocks(model)
+        matched, excluded = choose_targets(peft_config, model, blocks)
         present = present_names(model)
         found.matched, found.excluded = ({present[name] for name in names} for names in (matched, excluded))
         # A state dict, if given, says where an adapter goes, whatever the config says.
         names = sorted(matched | (found.named_by_state_dict & present.keys()))
         refuse_unsound(model, names)
-        targets = {name: (*found.blocks.shape_of(name), rank_of(peft_config, name)) for name in names}
-        found.blocks.forget_trace()
+        targets = {name: (*blocks.shape_of(name), rank_of(peft_config, name)) for name in names}
+        blocks.forget_trace()
         sizes = {name: (width, r) for name, (width, _, r) in targets.items()}
         check_shapes(peft_config, sizes)  # before anything is changed
         check_sizes(peft_config, model, sizes)
@@ -165,7 +162,7 @@ class ReftModel(BaseTuner):
         found = self._injection
         assert found.targets is not None
         width, layout, r = found.targets[own_name(current_key)]
-        layer = attach_layer(target, width, layout, found.state)
+        layer = attach_layer(target, width, layout, self._state)
         layer.add_adapter(adapter_name, peft_config, r, found.prompt_end, found.shared)
         if peft_config.share_layers:
             found.shared = layer
@@ -257,7 +254,7 @@ class ReftModel(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """`...reft_interventions.<adapter>.0.basis` -> `...reft_interventions.0.basis`; names are the base model's."""
-        return own_name(without_adapter(key, adapter_name))
+        return without_adapter(key, adapter_name)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -288,18 +285,14 @@ class ReftModel(BaseTuner):
         """
         current = model.state_dict()
         state_dict, ignored = own_tensors(state_dict, model, adapter_name)
-        wanted = {
-            cls._remove_adapter_name_from_key(name, adapter_name): tensor
-            for name, tensor in current.items()
-            if is_intervention(name, adapter_name)
-        }
+        wanted = wanted_shapes(current, adapter_name)
         if config.share_layers and wanted and state_dict:  # stored once, for the first of the blocks
             first = blocks_of(wanted)[0]
             stored = {name: tensor for name, tensor in state_dict.items() if name.startswith(first + INTERVENTIONS)}
             for block in blocks_of(wanted)[1:]:
                 repeated = {name.replace(first, block, 1): tensor for name, tensor in stored.items()}
                 state_dict = {**repeated, **state_dict}
-        reason = mismatch(intervention_shapes(state_dict), intervention_shapes(wanted))
+        reason = mismatch(intervention_shapes(state_dict), wanted)
         if reason is not None:
             base = model.get_base_model() if isinstance(model, PeftModel) else model
             raise ValueError(does_not_fit(base, reason, config))

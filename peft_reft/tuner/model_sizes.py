@@ -42,15 +42,8 @@ def check_sizes(config: ReftConfig, model: nn.Module, targets: Mapping[str, tupl
                 f"positions={config.positions!r} counts {term.count} tokens, but {name} takes at most {most} ({said}). "
                 "Use a smaller number, or 'all' for every token of the prompt."
             )
-    vocabulary = vocabulary_of(model)
     marker = config.prompt_end if isinstance(config.prompt_end, (list, tuple)) else ()
-    check_ids("prompt_end", marker, vocabulary, name)
-    tokens = config.trainable_token_indices
-    if isinstance(tokens, list):
-        check_ids("trainable_token_indices", tokens, vocabulary, name)
-    elif isinstance(tokens, dict):
-        for module, ids in tokens.items():
-            check_ids("trainable_token_indices", ids, rows_of(model, module), f"{module!r} of {name}")
+    check_ids("prompt_end", marker, vocabulary_of(model), name)
     sizes = [rank * (2 * width + 1) for width, rank in targets.values()]  # the source, the basis and the bias
     blocks = max(sizes, default=0) if config.share_layers else sum(sizes)
     size = blocks * spec.num_interventions(config.share_weights)
