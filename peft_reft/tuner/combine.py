@@ -149,8 +149,7 @@ def fill_sum(layer: ReftLayer, adapters: Sequence[str], weights: Sequence[float]
     """
     targets: Any = layer.reft_interventions[name]
     for number, target in enumerate(targets):
-        for parameter in target.parameters():
-            parameter.zero_()
+        target.erase()
         first = 0
         for adapter, weight in zip(adapters, weights):
             if adapter not in layer.reft_interventions:

@@ -82,9 +82,6 @@ class ReftModel(BaseTuner):
     tuner_layer_cls = ReftLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # no table of architectures: see blocks/
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
-
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         """Entered by `PeftModel` around forward and generate, from which it has taken `adapter_names` out."""
         names: Sequence[str] | None = kwargs.get("adapter_names")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from peft_reft.blocks.compiled import own_modules
 from peft_reft.blocks.configs import configs_of
@@ -34,13 +35,15 @@ def entry_points(model: nn.Module) -> list[EntryPoint]:
     """The ways to call a model on tokens or images alone, to be tried in this order: the model, its body without the
     head, the modules between it and its input embedding; then the same with an image beside the tokens.
 
-    None for models of sound: they would run for long, and a part of them that takes tokens is their decoder alone.
+    None for models without a config of transformers, and for models of sound: those would run for long, and a part of
+    them that takes tokens is their decoder alone.
     """
-    whole = _argument_names(model, "")
-    if "input_ids" not in whole and whole & {"input_features", "input_values"}:
+    whole, config = _argument_names(model, ""), getattr(model, "config", None)
+    is_of_sound = "input_ids" not in whole and whole & {"input_features", "input_values"}
+    if is_of_sound or not isinstance(config, PretrainedConfig):
         return []
     inner = paths_around(path_of(model, input_embedding(model)))[1:]
-    per_row = sorted({1, _setting(getattr(model, "config", None), "num_codebooks", 1)})
+    per_row = sorted({1, _setting(config, "num_codebooks", 1)})
     found = []
     paths = dict.fromkeys(["", getattr(model, "base_model_prefix", ""), *inner])
     for with_image, path, ids_per_row in product((False, True), paths, per_row):
