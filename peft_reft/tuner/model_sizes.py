@@ -83,10 +83,10 @@ def vocabulary_of(model: Any) -> int | None:
 
 
 def rows_of(model: nn.Module, name: str) -> int | None:
-    """How many rows the embedding of this name has, or the largest of several; None if there is none."""
+    """How many rows the embedding of this name, or within a wrapper of it, has; the largest of several, or None."""
     sizes = [
         module.num_embeddings
         for own, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and f".{own}".endswith(f".{name}")
+        if isinstance(module, nn.Embedding) and f".{name}." in f".{own}."
     ]
     return max(sizes, default=None)
