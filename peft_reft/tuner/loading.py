@@ -100,9 +100,8 @@ def _without_weights(model: nn.Module, adapter_name: str) -> list[str]:
 def _remove(model: Any, adapter_name: str) -> None:
     if list(model.peft_config) == [adapter_name]:
         model.base_model.unload()
-        return
-    model.delete_adapter(adapter_name)
-    tidy_up(model.get_base_model())
+    else:
+        model.delete_adapter(adapter_name)
 
 
 def load_by_transformers(

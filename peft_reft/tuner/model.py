@@ -179,8 +179,9 @@ class ReftModel(BaseTuner):
         super().set_adapter(adapter_name, inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's; a block without an adapter is itself again."""
         super().delete_adapter(adapter_name)
-        self._forget_plans()
+        tidy_up(self.model)
 
     # Putting together what was learned apart.
 
@@ -207,7 +208,7 @@ class ReftModel(BaseTuner):
         check_shapes(larger, {name: (layer.width, larger.r) for name, layer in layers.items()})
         grow(list(layers.values()), adapter_name, larger)
         self.peft_config[adapter_name] = larger
-        self._forget_plans()
+        self._state.plans.clear()  # which hold the interventions
 
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
         """Add an adapter that is the weighted sum of others: exactly, as one DiReFT adapter of the sum of their ranks.
@@ -233,11 +234,6 @@ class ReftModel(BaseTuner):
         self.inject_adapter(self.model, adapter_name)
         for layer in reft_layers(self.model, adapter_name).values():
             fill_sum(layer, adapters, weights, adapter_name)
-
-    def _forget_plans(self) -> None:
-        state = state_of(self.model)
-        if state is not None:
-            state.plans.clear()  # which hold the interventions
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Adapters are created in float32 and stay so; without autocast they take the dtype of their block."""
