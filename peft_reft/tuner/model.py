@@ -57,7 +57,7 @@ class Injection:
         adapter_name: of the adapter.
         named_by_state_dict: names of the modules that a given state dict has interventions for.
         matched, excluded: the modules that the config names, and excludes, by the names that PEFT asks for.
-        targets: width, layout and rank of each module to edit, by its own name; None until all of it is checked.
+        targets: width, layout and rank of each module to edit, by its own name; empty until all of it is checked.
         prompt_end: the config's marker as token ids.
         shared: the layer whose interventions the others share.
     """
@@ -66,7 +66,7 @@ class Injection:
     named_by_state_dict: set[str]
     matched: set[str] = field(default_factory=set)
     excluded: set[str] = field(default_factory=set)
-    targets: dict[str, tuple[int, Layout, int]] | None = None
+    targets: dict[str, tuple[int, Layout, int]] = field(default_factory=dict)
     prompt_end: Sequence[int] = ()
     shared: ReftLayer | None = None
 
@@ -107,7 +107,7 @@ class ReftModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             self.peft_config.pop(adapter_name, None)  # PEFT has entered it by then
-            if injection.targets is not None:  # layers may have been made
+            if injection.targets:  # layers may have been made
                 remove_adapter(model, adapter_name)
             raise
         finally:
@@ -157,7 +157,6 @@ class ReftModel(BaseTuner):
         current_key: str,
     ) -> None:
         found = self._injection
-        assert found.targets is not None
         width, layout, r = found.targets[own_name(current_key)]
         layer = attach_layer(target, width, layout, self._state)
         layer.add_adapter(adapter_name, peft_config, r, found.prompt_end, found.shared)
