@@ -172,6 +172,12 @@ FORBIDDEN = {
     "LoRA's flag": (["--use_dora"], "--use_dora would have no effect"),
     "an unknown option": (["--reft_positons", "f1"], "'--reft_positons' is no option. Did you mean --reft_positions"),
     "a short name misspelt": (["--datset", "x.jsonl"], r"'--datset' is no option. Did you mean --dataset\?"),
+    "a field without its reft_": (["--r", "4"], r"'--r' is no option. Did you mean --reft_r\? --help lists them"),
+    "a field with a value behind =": (
+        ["--positions=f1"],
+        r"'--positions' is no option. Did you mean --reft_positions\?",
+    ),
+    "what several begin with": (["--eval", "x"], r"'--eval' .*mean (--eval\w+, ){4}--eval\w+ or one of \d others\?"),
     "a name that is nothing here": (["--dataset", "nothing"], "no such file or folder here"),
     "a number that is none": (["--reft_r", "x"], "--reft_r.*invalid int value: 'x'"),
     "an empty file": (["--dataset", "empty.jsonl"], "the file is empty"),

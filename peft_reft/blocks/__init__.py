@@ -4,6 +4,7 @@ Knows torch's modules and transformers' classes. What is edited, and at which to
 """
 
 from peft_reft.blocks.compiled import own_modules, own_name, present_names
+from peft_reft.blocks.configs import configs_of
 from peft_reft.blocks.device import device_and_dtype
 from peft_reft.blocks.find import ModelBlocks
 from peft_reft.blocks.layout import NOT_TOKENS, PLAIN, Layout, edit_hidden_state
@@ -18,6 +19,7 @@ __all__ = [
     "ModelBlocks",
     "block_number",
     "block_width",
+    "configs_of",
     "device_and_dtype",
     "edit_hidden_state",
     "group_by_stack",

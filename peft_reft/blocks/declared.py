@@ -29,11 +29,6 @@ from peft_reft.blocks.structure import (
 )
 
 NO_TEXT = ("pixel_values", "input_features", "input_values", "image", "audio", "video", "bbox")  # arguments' beginnings
-COUNTS = {  # the settings that count a stack's blocks, by what is there beside it
-    "alone": ("num_hidden_layers",),
-    "encoder": ("encoder_layers", "num_layers", "num_hidden_layers"),
-    "decoder": ("decoder_layers", "num_decoder_layers", "num_layers", "num_hidden_layers"),
-}
 
 
 @dataclass(frozen=True)
@@ -110,10 +105,8 @@ def _stack_in(whole: nn.Module, side: Any, kind: str, lists: dict[str, nn.Module
     children = [block for _, block in named_children(blocks)]
     recorded = [module for module in own_modules(side).values() if isinstance(module, classes)]
     width = side.config.get_text_config(decoder=kind == "decoder").hidden_size
-    is_stack = (
-        {id(block) for block in children} == {id(module) for module in recorded}
-        and len(children) in {getattr(side.config, name, None) for name in COUNTS[kind]}
-        and all(is_own_code(block) and _is_plain_block(block, width) for block in children)
+    is_stack = {id(block) for block in children} == {id(module) for module in recorded} and all(
+        is_own_code(block) and _is_plain_block(block, width) for block in children
     )
     return DeclaredStack([f"{name}.{entry}" for entry, _ in blocks.named_children()], width) if is_stack else None
 

@@ -10,12 +10,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from peft_reft.blocks.compiled import own_modules, own_name, present_names
 from peft_reft.blocks.declared import DeclaredStack, declared_stacks
-from peft_reft.blocks.layout import PLAIN, Layout
+from peft_reft.blocks.layout import CHANNELS_FIRST, PLAIN, Layout
 from peft_reft.blocks.limits import refuse_unsound
-from peft_reft.blocks.structure import structural_shape, structural_stacks
+from peft_reft.blocks.structure import block_width, structural_stacks
 
 if TYPE_CHECKING:  # the room for tracing is entered when it is needed: most models need none
     from peft_reft.blocks.tracing.traced_model import TracedModel
@@ -46,8 +47,10 @@ class ModelBlocks:
             ValueError: if there are none, or an adapter cannot work on them, with the reason.
         """
         if self._stacks is None:
-            names = present_names(self.model)
-            self._stacks = [[names[name] for name in stack] for stack in self._find_stacks()]
+            stacks, names = self._find_stacks(), present_names(self.model)
+            for stack in stacks:
+                refuse_unsound(self.model, stack)
+            self._stacks = [[names[name] for name in stack] for stack in stacks]
         return self._stacks
 
     def shape_of(self, name: str) -> tuple[int, Layout]:
@@ -70,10 +73,7 @@ class ModelBlocks:
 
     def _find_stacks(self) -> list[list[str]]:
         if self._declared:
-            stacks = [stack.names for stack in self._declared]
-            for stack in stacks:
-                refuse_unsound(self.model, stack)
-            return stacks
+            return [stack.names for stack in self._declared]
         from peft_reft.blocks.tracing.stacks import traced_stacks
 
         stacks = traced_stacks(self._trace()) or structural_stacks(self.model)
@@ -97,7 +97,10 @@ class ModelBlocks:
         traced = self._trace()
         layout = traced_layout(traced, name)
         if layout is None:  # not run in the trace, such as a vision tower
-            return structural_shape(self.model, name)
+            module = own_modules(self.model)[name]
+            if isinstance(module, _ConvNd):
+                return module.out_channels, CHANNELS_FIRST
+            return block_width(self.model, name), PLAIN
         return traced.shapes(name)[0][layout.vector], layout
 
     @cached_property

@@ -7,10 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from peft_reft.blocks.compiled import named_children, own_modules, uncompiled
-from peft_reft.blocks.layout import CHANNELS_FIRST, PLAIN, Layout
 
 OWN_CODE = "transformers."  # as `transformers_modules.`, code that came with a checkpoint, does not begin
 PADDING_METHOD = "_pad_to_"  # how the names of transformers' methods begin that pad tokens to a multiple
@@ -113,18 +111,6 @@ def can_pad(module: nn.Module) -> bool:
 def is_own_code(module: nn.Module) -> bool:
     """Whether a module runs code of transformers, and not that of a checkpoint or of a user."""
     return inspect.unwrap(type(module).forward).__module__.startswith(OWN_CODE)
-
-
-def structural_shape(model: nn.Module, name: str) -> tuple[int, Layout]:
-    """Width and layout of what a module returns, where they cannot be seen in a trace, as in a vision tower.
-
-    Raises:
-        ValueError: if the width cannot be told.
-    """
-    module = own_modules(model)[name]
-    if isinstance(module, _ConvNd):
-        return module.out_channels, CHANNELS_FIRST
-    return block_width(model, name), PLAIN
 
 
 def block_width(model: nn.Module, name: str) -> int:

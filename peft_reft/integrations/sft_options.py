@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import textwrap
+from collections.abc import Sequence
 from dataclasses import MISSING, field, fields, make_dataclass
 from types import NoneType
 from typing import Any, NoReturn, get_args, get_type_hints
@@ -105,7 +106,23 @@ class Parser(TrlParser):
         return "\n\n".join("\n".join([title, *lines]) for title, lines in sections.items())
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+        option, is_ambiguous, matches = message.removeprefix("ambiguous option: ").partition(" could match ")
+        raise UserError(self.no_option(option, matches.split(", ")) if is_ambiguous else message)
+
+    def no_option(self, text: str, begin_so: Sequence[str] = ()) -> str:
+        """The message for what is no option: a field of ReftConfig without its `reft_`, or something like an option.
+
+        Args:
+            begin_so: the options that begin as the text does.
+        """
+        name, known = text.partition("=")[0], [*(f"--{name}" for name in ALIASES), *self._option_string_actions]
+        meant = [f"--reft_{name.lstrip('-')}"]
+        if meant[0] not in known:  # of the two spellings of an option, that of its help
+            meant = [option for option in begin_so if "-" not in option[2:]] or difflib.get_close_matches(
+                name, known, 1
+            )
+        few = ", ".join(meant[:5]) + (f" or one of {len(meant) - 5} others" if len(meant) > 5 else "")
+        return f"{name!r} is no option.{f' Did you mean {few}?' if few else ''} --help lists them."
 
     def set_defaults_with_config(self, **values: Any) -> Any:
         return super().set_defaults_with_config(**{ALIASES.get(name, name): value for name, value in values.items()})
@@ -131,9 +148,7 @@ class Parser(TrlParser):
         except (OSError, ValueError, IndexError, yaml.YAMLError) as error:
             raise UserError(str(error)) from error
         if unknown:
-            known = [*(f"--{name}" for name in ALIASES), *self._option_string_actions]
-            close = difflib.get_close_matches(unknown[0], known, 1)
-            raise UserError(f"{unknown[0]!r} is no option.{f' Did you mean {close[0]}?' if close else ''}")
+            raise UserError(self.no_option(unknown[0]))
         given = [f"--{name}" for name in LORA if getattr(model, name) is not None]
         if given:
             raise UserError(

@@ -96,8 +96,11 @@ def build_intervention(
 ) -> nn.Module:
     """A fresh intervention by its name; the keywords go to the constructors that name them.
 
+    Args:
+        parts: for an intervention that `check_parts` lets pass.
+
     Raises:
-        ValueError: if b is to keep its value, or R to have parts, and the class has no say in that.
+        ValueError: if b is to keep its value, and the class has no say in that.
     """
     cls = REGISTRY[name]
     taken = _keywords_of(cls)  # type: ignore[arg-type]
@@ -106,8 +109,6 @@ def build_intervention(
             f"train_bias=False has no meaning for the intervention {name!r}: the constructor of {cls.__name__} takes "
             "no `train_bias`. Leave it out, or let the class take it."
         )
-    if parts:
-        check_parts(name)
     values: dict[str, Any] = dict(zip(KEYWORDS, (dropout, act_fn, init_weights, train_bias, tuple(parts))))
     return cls(d, r, **{key: values[key] for key in taken if key != "parts" or parts})
 

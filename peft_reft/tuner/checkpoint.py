@@ -14,7 +14,7 @@ from peft.config import PeftConfig
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from peft_reft.tuner.keys import PEFT_PREFIX, blocks_of, is_intervention
+from peft_reft.tuner.keys import PEFT_PREFIX, blocks_of, is_intervention, without_adapter
 
 # Settings that say what weights mean, and that the names and shapes of interventions do not show.
 MEANING = (
@@ -96,6 +96,15 @@ def cannot_replace(adapter_name: str, reason: str) -> str:
 def intervention_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors that belong to interventions."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items() if is_intervention(name)}
+
+
+def wanted_shapes(tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of an adapter's interventions in a model, by their names in a file."""
+    return {
+        without_adapter(name, adapter_name): tuple(tensor.shape)
+        for name, tensor in tensors.items()
+        if is_intervention(name, adapter_name)
+    }
 
 
 def own_tensors(

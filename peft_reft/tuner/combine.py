@@ -14,14 +14,8 @@ from peft_reft.tuner.config import ReftConfig
 from peft_reft.tuner.layer import ReftLayer, intervention_of
 from peft_reft.tuner.sizes import check_rank, is_finite
 
-MUST_AGREE = (
-    "positions",
-    "share_weights",
-    "share_layers",
-    "turns",
-    "prompt_end",
-)  # which edits that are summed must share
-CANNOT_BE_SUMMED = ("modules_to_save", "trainable_token_indices")  # which cannot be summed
+MUST_AGREE = ("positions", "share_weights", "share_layers", "turns", "prompt_end")  # among edits that are summed
+CANNOT_BE_SUMMED = ("act_fn", "modules_to_save", "trainable_token_indices")
 
 
 def grown(config: ReftConfig, name: str, r: int) -> ReftConfig:
@@ -109,16 +103,12 @@ def check_sum(configs: Mapping[str, Any], adapters: Sequence[str], weights: Sequ
                     f"{adapters[0]!r}, {getattr(config, field)!r} in {adapter!r}. Activate both instead: "
                     "model.base_model.set_adapter([...]) sums the edits of active adapters."
                 )
-        if config.act_fn is not None:
-            raise ValueError(
-                f"Adapter {adapter!r} has act_fn={config.act_fn!r}: a sum of edits with an activation is not one edit. "
-                "Activate the adapters together instead, with model.base_model.set_adapter([...])."
-            )
         for field in CANNOT_BE_SUMMED:
             if getattr(config, field):
                 raise ValueError(
                     f"Adapter {adapter!r} has {field}={getattr(config, field)!r}, which cannot be summed: only edits "
-                    "can. Activate the adapters together instead, with model.base_model.set_adapter([...])."
+                    "without an activation can. Activate the adapters together instead, with "
+                    "model.base_model.set_adapter([...])."
                 )
 
 
@@ -159,8 +149,7 @@ def fill_sum(layer: ReftLayer, adapters: Sequence[str], weights: Sequence[float]
     """
     targets: Any = layer.reft_interventions[name]
     for number, target in enumerate(targets):
-        for parameter in target.parameters():
-            parameter.zero_()
+        target.erase()
         first = 0
         for adapter, weight in zip(adapters, weights):
             if adapter not in layer.reft_interventions:
@@ -173,8 +162,7 @@ def fill_sum(layer: ReftLayer, adapters: Sequence[str], weights: Sequence[float]
 
 def linear_parts(intervention: Any, adapter: str) -> tuple[Tensor, Tensor, Tensor]:
     """U [r, d], A [r, d] and b [r] of an edit Uᵀ(Ah + b)."""
-    linear = isinstance(intervention, Intervention) and type(intervention).combine is Intervention.combine
-    if not linear or type(intervention).edit is not Intervention.edit:
+    if not isinstance(intervention, Intervention) or intervention.changed_methods():
         raise ValueError(
             f"Adapter {adapter!r} has the intervention {type(intervention).__name__}, of which it is not known whether "
             "it is linear. Sums are of the built-in interventions that take no source."

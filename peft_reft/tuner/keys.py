@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from peft_reft.blocks import own_name
 from peft_reft.context.block import CHILD  # "reft", the layer's name below its block; it must not hold PREFIX
 
 PREFIX = "reft_"  # PEFT's prefix of the tuner
@@ -59,12 +60,12 @@ def is_intervention(key: str, adapter_name: str | None = None) -> bool:
 
 
 def without_adapter(key: str, adapter_name: str) -> str:
-    """A model's key as it is in a file.
+    """A model's key as it is in a file, also where `torch.compile` has wrapped blocks.
 
     >>> without_adapter("layers.0.reft.reft_interventions.default.1.basis", "default")
     'layers.0.reft.reft_interventions.1.basis'
     """
-    return key.replace(f"{INTERVENTIONS}{adapter_name}.", INTERVENTIONS)
+    return own_name(key.replace(f"{INTERVENTIONS}{adapter_name}.", INTERVENTIONS))
 
 
 def without_child(key: str) -> str:

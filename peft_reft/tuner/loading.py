@@ -1,9 +1,9 @@
 """What loading an adapter lacks: a check of the whole, and a model that is as before when it fails.
 
 PEFT and transformers load what fits and report the rest, keep a config where they replace weights, and leave what they
-created when reading fails. Neither asks the tuner after loading, so both `load_adapter` methods are wrapped here, once,
-when the package is imported; adapters of other types pass through. An adapter that was created to be loaded edits
-nothing until its weights are there, whoever loads them (see `ReftLayer.add_adapter`).
+created when reading fails. Neither asks the tuner after loading, so register.py puts the functions below around both
+`load_adapter` methods; adapters of other types pass through. An adapter that was created to be loaded edits nothing
+until its weights are there, whoever loads them (see `ReftLayer.add_adapter`).
 """
 
 from __future__ import annotations
@@ -14,18 +14,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from peft.config import PeftConfig
 from torch import Tensor, nn
-from transformers.integrations.peft import PeftAdapterMixin
 
 from peft_reft.tuner.checkpoint import (
     cannot_replace,
     check_tensors,
     does_not_fit,
-    intervention_shapes,
     mismatch,
     other_meaning,
+    wanted_shapes,
     warn_of_ignored,
 )
 from peft_reft.tuner.config import ReftConfig
@@ -44,12 +42,6 @@ ON_DISK = (
 )
 
 
-def wrap_loading() -> None:
-    """Wrap the `load_adapter` of PEFT's and of transformers' models."""
-    wrap_function(PeftModel, "load_adapter", _peft_load_adapter)
-    wrap_function(PeftAdapterMixin, "load_adapter", _transformers_load_adapter)
-
-
 def wrap_function(owner: Any, name: str, replacement: Any) -> None:
     """Put a function around one of a class or module: called with the original and its arguments; wrapped once."""
     original = inspect.unwrap(vars(owner)[name])
@@ -61,7 +53,8 @@ def wrap_function(owner: Any, name: str, replacement: Any) -> None:
     setattr(owner, name, wrapped)
 
 
-def _peft_load_adapter(original: Any, model: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+def load_by_peft(original: Any, model: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    """Around `PeftModel.load_adapter`."""
     current = model.peft_config.get(adapter_name)
     is_new = current is None or _is_waiting(model, adapter_name)
     try:
@@ -107,14 +100,14 @@ def _without_weights(model: nn.Module, adapter_name: str) -> list[str]:
 def _remove(model: Any, adapter_name: str) -> None:
     if list(model.peft_config) == [adapter_name]:
         model.base_model.unload()
-        return
-    model.delete_adapter(adapter_name)
-    tidy_up(model.get_base_model())
+    else:
+        model.delete_adapter(adapter_name)
 
 
-def _transformers_load_adapter(
+def load_by_transformers(
     original: Any, model: Any, peft_model_id: Any = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
 ) -> Any:
+    """Around the `load_adapter` of transformers' models."""
     wait_for_writers(peft_model_id, (kwargs.get("adapter_kwargs") or {}).get("subfolder"))
     name = "default" if adapter_name is None else adapter_name
     existed = bool(reft_layers(model, name))
@@ -179,8 +172,7 @@ def _put_back(before: list[tuple[str, dict[str, Any], str, Tensor]]) -> tuple[di
 def _missed(model: nn.Module, adapter_name: str, info: Any) -> str | None:
     """What keeps the loaded tensors from fitting, from transformers' report."""
     anonymous = functools.partial(without_adapter, adapter_name=adapter_name)
-    parameters = {anonymous(n): p for n, p in model.named_parameters() if is_intervention(n, adapter_name)}
-    wanted = intervention_shapes(parameters)
+    wanted = wanted_shapes(dict(model.named_parameters()), adapter_name)
     saved = dict(wanted)
     for key in info.missing_keys:
         saved.pop(anonymous(key), None)

@@ -20,6 +20,7 @@ from peft_reft.tuner.checkpoint import (
     intervention_shapes,
     mismatch,
     own_tensors,
+    wanted_shapes,
     warn_of_ignored,
 )
 from peft_reft.tuner.combine import check_sum, config_of_sum, fill_sum, grow, grown, linear_parts
@@ -54,22 +55,18 @@ class Injection:
 
     Attributes:
         adapter_name: of the adapter.
-        state: of the model that it is put into.
-        blocks: the model's blocks.
         named_by_state_dict: names of the modules that a given state dict has interventions for.
         matched, excluded: the modules that the config names, and excludes, by the names that PEFT asks for.
-        targets: width, layout and rank of each module to edit, by its own name; None until all of it is checked.
+        targets: width, layout and rank of each module to edit, by its own name; empty until all of it is checked.
         prompt_end: the config's marker as token ids.
         shared: the layer whose interventions the others share.
     """
 
     adapter_name: str
-    state: ModelState
-    blocks: ModelBlocks
     named_by_state_dict: set[str]
     matched: set[str] = field(default_factory=set)
     excluded: set[str] = field(default_factory=set)
-    targets: dict[str, tuple[int, Layout, int]] | None = None
+    targets: dict[str, tuple[int, Layout, int]] = field(default_factory=dict)
     prompt_end: Sequence[int] = ()
     shared: ReftLayer | None = None
 
@@ -84,9 +81,6 @@ class ReftModel(BaseTuner):
     prefix = PREFIX
     tuner_layer_cls = ReftLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # no table of architectures: see blocks/
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         """Entered by `PeftModel` around forward and generate, from which it has taken `adapter_names` out."""
@@ -108,14 +102,12 @@ class ReftModel(BaseTuner):
             named = {own_name(block) for block in blocks_of(filter(is_intervention, kwargs["state_dict"]))}
             kwargs["state_dict"] = {without_child(key): tensor for key, tensor in kwargs["state_dict"].items()}
         self._state = state = state_of(model) or ModelState(ModelBlocks(model))
-        # A model around the one that has adapters already has names of its own for the same blocks.
-        blocks = state.blocks if state.blocks.model is model else ModelBlocks(model)
-        self._injection = injection = Injection(adapter_name, state, blocks, named)
+        self._injection = injection = Injection(adapter_name, named)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             self.peft_config.pop(adapter_name, None)  # PEFT has entered it by then
-            if injection.targets is not None:  # layers may have been made
+            if injection.targets:  # layers may have been made
                 remove_adapter(model, adapter_name)
             raise
         finally:
@@ -131,14 +123,16 @@ class ReftModel(BaseTuner):
     def _prepare_model(self, peft_config: ReftConfig, model: nn.Module) -> None:
         maybe_include_all_linear_layers(peft_config, model)  # PEFT expands "all-linear" after this method only
         found = self._injection
-        matched, excluded = choose_targets(peft_config, model, found.blocks)
+        # A model around the one that has adapters already has names of its own for the same blocks.
+        blocks = self._state.blocks if self._state.blocks.model is model else ModelBlocks(model)
+        matched, excluded = choose_targets(peft_config, model, blocks)
         present = present_names(model)
         found.matched, found.excluded = ({present[name] for name in names} for names in (matched, excluded))
         # A state dict, if given, says where an adapter goes, whatever the config says.
         names = sorted(matched | (found.named_by_state_dict & present.keys()))
         refuse_unsound(model, names)
-        targets = {name: (*found.blocks.shape_of(name), rank_of(peft_config, name)) for name in names}
-        found.blocks.forget_trace()
+        targets = {name: (*blocks.shape_of(name), rank_of(peft_config, name)) for name in names}
+        blocks.forget_trace()
         sizes = {name: (width, r) for name, (width, _, r) in targets.items()}
         check_shapes(peft_config, sizes)  # before anything is changed
         check_sizes(peft_config, model, sizes)
@@ -163,9 +157,8 @@ class ReftModel(BaseTuner):
         current_key: str,
     ) -> None:
         found = self._injection
-        assert found.targets is not None
         width, layout, r = found.targets[own_name(current_key)]
-        layer = attach_layer(target, width, layout, found.state)
+        layer = attach_layer(target, width, layout, self._state)
         layer.add_adapter(adapter_name, peft_config, r, found.prompt_end, found.shared)
         if peft_config.share_layers:
             found.shared = layer
@@ -185,8 +178,9 @@ class ReftModel(BaseTuner):
         super().set_adapter(adapter_name, inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's; a block without an adapter is itself again."""
         super().delete_adapter(adapter_name)
-        self._forget_plans()
+        tidy_up(self.model)
 
     # Putting together what was learned apart.
 
@@ -213,7 +207,7 @@ class ReftModel(BaseTuner):
         check_shapes(larger, {name: (layer.width, larger.r) for name, layer in layers.items()})
         grow(list(layers.values()), adapter_name, larger)
         self.peft_config[adapter_name] = larger
-        self._forget_plans()
+        self._state.plans.clear()  # which hold the interventions
 
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
         """Add an adapter that is the weighted sum of others: exactly, as one DiReFT adapter of the sum of their ranks.
@@ -240,11 +234,6 @@ class ReftModel(BaseTuner):
         for layer in reft_layers(self.model, adapter_name).values():
             fill_sum(layer, adapters, weights, adapter_name)
 
-    def _forget_plans(self) -> None:
-        state = state_of(self.model)
-        if state is not None:
-            state.plans.clear()  # which hold the interventions
-
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Adapters are created in float32 and stay so; without autocast they take the dtype of their block."""
         if autocast_adapter_dtype:
@@ -257,7 +246,7 @@ class ReftModel(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """`...reft_interventions.<adapter>.0.basis` -> `...reft_interventions.0.basis`; names are the base model's."""
-        return own_name(without_adapter(key, adapter_name))
+        return without_adapter(key, adapter_name)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -288,18 +277,14 @@ class ReftModel(BaseTuner):
         """
         current = model.state_dict()
         state_dict, ignored = own_tensors(state_dict, model, adapter_name)
-        wanted = {
-            cls._remove_adapter_name_from_key(name, adapter_name): tensor
-            for name, tensor in current.items()
-            if is_intervention(name, adapter_name)
-        }
+        wanted = wanted_shapes(current, adapter_name)
         if config.share_layers and wanted and state_dict:  # stored once, for the first of the blocks
             first = blocks_of(wanted)[0]
             stored = {name: tensor for name, tensor in state_dict.items() if name.startswith(first + INTERVENTIONS)}
             for block in blocks_of(wanted)[1:]:
                 repeated = {name.replace(first, block, 1): tensor for name, tensor in stored.items()}
                 state_dict = {**repeated, **state_dict}
-        reason = mismatch(intervention_shapes(state_dict), intervention_shapes(wanted))
+        reason = mismatch(intervention_shapes(state_dict), wanted)
         if reason is not None:
             base = model.get_base_model() if isinstance(model, PeftModel) else model
             raise ValueError(does_not_fit(base, reason, config))

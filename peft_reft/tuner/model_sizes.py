@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig
 
-from peft_reft.blocks import input_embedding
+from peft_reft.blocks import configs_of, input_embedding
 from peft_reft.positions.notation import parse_positions
 from peft_reft.tuner.config import ReftConfig
 from peft_reft.tuner.sizes import check_ids
@@ -42,15 +42,8 @@ def check_sizes(config: ReftConfig, model: nn.Module, targets: Mapping[str, tupl
                 f"positions={config.positions!r} counts {term.count} tokens, but {name} takes at most {most} ({said}). "
                 "Use a smaller number, or 'all' for every token of the prompt."
             )
-    vocabulary = vocabulary_of(model)
     marker = config.prompt_end if isinstance(config.prompt_end, (list, tuple)) else ()
-    check_ids("prompt_end", marker, vocabulary, name)
-    tokens = config.trainable_token_indices
-    if isinstance(tokens, list):
-        check_ids("trainable_token_indices", tokens, vocabulary, name)
-    elif isinstance(tokens, dict):
-        for module, ids in tokens.items():
-            check_ids("trainable_token_indices", ids, rows_of(model, module), f"{module!r} of {name}")
+    check_ids("prompt_end", marker, vocabulary_of(model), name)
     sizes = [rank * (2 * width + 1) for width, rank in targets.values()]  # the source, the basis and the bias
     blocks = max(sizes, default=0) if config.share_layers else sum(sizes)
     size = blocks * spec.num_interventions(config.share_weights)
@@ -66,7 +59,7 @@ def most_tokens(model: nn.Module) -> tuple[int, str]:
     """The most tokens that a model takes in one sequence, and in words where that stands."""
     unstated = MOST_UNSTATED, "its config does not say how many"
     limits: list[tuple[int, str]] = []
-    for config in nested(getattr(model, "config", None)):
+    for config in configs_of(getattr(model, "config", None)):
         stated = [
             (value, f"{name} in its config")
             for name in STATED
@@ -76,14 +69,6 @@ def most_tokens(model: nn.Module) -> tuple[int, str]:
             return unstated  # the images of a model with a text part are not bounded by what the text part says
         limits += stated
     return max(limits, default=unstated)
-
-
-def nested(config: Any) -> Iterator[PretrainedConfig]:
-    """A config of transformers and those in it, of its text and image parts."""
-    if isinstance(config, PretrainedConfig):
-        yield config
-        for part in vars(config).values():
-            yield from nested(part)
 
 
 def vocabulary_of(model: Any) -> int | None:
@@ -98,10 +83,10 @@ def vocabulary_of(model: Any) -> int | None:
 
 
 def rows_of(model: nn.Module, name: str) -> int | None:
-    """How many rows the embedding of this name has, or the largest of several; None if there is none."""
+    """How many rows the embedding of this name, or within a wrapper of it, has; the largest of several, or None."""
     sizes = [
         module.num_embeddings
         for own, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and f".{own}".endswith(f".{name}")
+        if isinstance(module, nn.Embedding) and f".{name}." in f".{own}."
     ]
     return max(sizes, default=None)

@@ -45,29 +45,21 @@ def add_peft_type() -> None:
 
 def register() -> None:
     """Enter ReFT's classes into PEFT's mappings; replaces our own entries, should the package be reloaded."""
-    from peft.mapping import (
-        PEFT_TYPE_TO_CONFIG_MAPPING,
-        PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
-        PEFT_TYPE_TO_PREFIX_MAPPING,
-        PEFT_TYPE_TO_TUNER_MAPPING,
-    )
+    from peft import PeftModel
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+    from transformers.integrations.peft import PeftAdapterMixin
 
     from peft_reft.tuner.config import ReftConfig
-    from peft_reft.tuner.loading import wrap_loading
+    from peft_reft.tuner.loading import load_by_peft, load_by_transformers, wrap_function
     from peft_reft.tuner.model import ReftModel
     from peft_reft.tuner.saving import save_whole_files
 
-    tables: tuple[dict, ...] = (
-        PEFT_TYPE_TO_CONFIG_MAPPING,
-        PEFT_TYPE_TO_TUNER_MAPPING,
-        PEFT_TYPE_TO_PREFIX_MAPPING,
-        PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
-    )
-    for table in tables:
-        table.pop(peft_types.PeftType[NAME], None)
+    for table in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING):
+        table.pop(peft_types.PeftType[NAME], None)  # PEFT refuses a name that is taken
     peft_types.register_peft_method(name=NAME.lower(), config_cls=ReftConfig, model_cls=ReftModel)
-    wrap_loading()
-    save_whole_files()
+    wrap_function(PeftModel, "load_adapter", load_by_peft)
+    wrap_function(PeftAdapterMixin, "load_adapter", load_by_transformers)
+    wrap_function(PeftModel, "save_pretrained", save_whole_files)
     warn_of_untested_versions()
 
 

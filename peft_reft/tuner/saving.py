@@ -23,18 +23,13 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from peft_reft.tuner.config import ReftConfig
 from peft_reft.tuner.injection import reft_layers
-from peft_reft.tuner.loading import wrap_function
 from peft_reft.tuner.staging import staged
 
 
-def save_whole_files() -> None:
-    """Wrap `PeftModel.save_pretrained`; models without a ReFT adapter are saved by PEFT's own method as ever."""
-    wrap_function(PeftModel, "save_pretrained", _save_pretrained)
-
-
-def _save_pretrained(
+def save_whole_files(
     pefts: Any, model: PeftModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
 ) -> None:
+    """Around PEFT's own method, by which models without a ReFT adapter are saved as ever."""
     # Other processes of a distributed run write nothing, but take part in gathering the weights.
     passed = inspect.signature(pefts).bind(model, save_directory, *args, **kwargs).arguments
     writes = passed.get("is_main_process", True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from peft_reft.positions.notation import parse_positions
 
-MOST_NAMES = 10_000  # of modules, layers or patterns in a config
+MOST_NAMES = 10_000  # of modules, layers or patterns in a field of a config, or characters
 MOST_MARKER = 1_024  # token ids or characters of prompt_end
 MOST_PER_BLOCK = 1_024  # interventions of a block, with share_weights="position"
 MOST_TOKENS = 2**24  # that a term of positions may count, whatever the model
@@ -53,18 +53,6 @@ def check_config_sizes(config: Any) -> None:
     Raises:
         ValueError: naming the field.
     """
-    for name in (
-        "target_modules",
-        "exclude_modules",
-        "modules_to_save",
-        "layers_to_transform",
-        "rank_pattern",
-        "trainable_token_indices",
-        "subspaces",
-    ):
-        value = getattr(config, name)
-        if hasattr(value, "__len__") and len(value) > MOST_NAMES:
-            raise ValueError(f"{name} has {len(value)} entries; the most that it may have is {MOST_NAMES}.")
     marker = config.prompt_end
     if isinstance(marker, (str, list, tuple)) and len(marker) > MOST_MARKER:
         raise ValueError(
@@ -75,6 +63,9 @@ def check_config_sizes(config: Any) -> None:
         raise ValueError(
             f"positions={shown(config.positions)} is not a position spec: it has {len(config.positions)} characters."
         )
+    for name, value in vars(config).items():
+        if hasattr(value, "__len__") and len(value) > MOST_NAMES:
+            raise ValueError(f"{name} has {len(value)} entries; the most that it may have is {MOST_NAMES}.")
     spec = parse_positions(config.positions)
     for term in spec.terms:
         if term.count > MOST_TOKENS:

@@ -15,12 +15,10 @@ from torch import nn
 from peft_reft.blocks import ModelBlocks, block_number, group_by_stack, own_modules, own_name, pick_layers
 from peft_reft.tuner.config import ReftConfig
 from peft_reft.tuner.layer import ReftLayer
+from peft_reft.tuner.model_sizes import rows_of
 from peft_reft.tuner.private import ExcludedModule, get_input_embeddings_name
+from peft_reft.tuner.sizes import check_ids
 
-UNMATCHED_RANK = (
-    "The rank_pattern of a ReFT adapter has the key {pattern!r}, which names none of the edited modules ({names}), so "
-    "that it has no effect: ranks are r={r}. A key is the end of a name, or a regular expression for it."
-)
 UNMATCHED_SAVED = (
     "The modules_to_save of a ReFT adapter, {names}, name no module of the model, so that none is trained or saved "
     "beside the edits. Each is the end of a module's name."
@@ -83,16 +81,12 @@ def check_adapter_name(name: str) -> None:
 
 
 def warn_of_settings_without_effect(config: ReftConfig, model: nn.Module, names: Sequence[str]) -> None:
-    """Say which settings change nothing, or hardly what they seem to.
+    """Say which settings change nothing, or hardly what they seem to; PEFT does so for keys of `rank_pattern`.
 
     Args:
         model: the model that gets the adapter.
         names: of the modules that are edited.
     """
-    for pattern in config.rank_pattern or {}:
-        if not any(get_pattern_key([pattern], name) == pattern for name in names):
-            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            warnings.warn(UNMATCHED_RANK.format(pattern=pattern, names=shown, r=config.r))
     saved = config.modules_to_save
     if saved and not any(name.endswith(tuple(saved)) for name, _ in model.named_modules()):
         warnings.warn(UNMATCHED_SAVED.format(names=sorted(saved)))
@@ -142,20 +136,23 @@ def check_shapes(config: ReftConfig, targets: Mapping[str, tuple[int, int]]) -> 
 
 
 def check_trained_tokens(config: ReftConfig, model: nn.Module, edited: Iterable[str]) -> None:
-    """Refuse to train single tokens of an embedding whose output is edited: PEFT then looks the tokens up by itself.
+    """Refuse to train tokens that an embedding does not have, or single ones of an embedding whose output is edited:
+    PEFT then looks them up by itself.
 
     Args:
         edited: names of the modules whose output is edited.
 
     Raises:
-        ValueError: if `trainable_token_indices` are of one of these modules.
+        ValueError: naming the token, or the module.
     """
-    tokens = config.trainable_token_indices
-    if tokens is None:
-        return
-    trained = list(tokens) if isinstance(tokens, dict) else [get_input_embeddings_name(model, "embed_tokens")]
-    for name in edited:
-        if any(f".{name}".endswith(f".{embedding}") for embedding in trained):
+    tokens = config.trainable_token_indices or {}
+    by_module = tokens if isinstance(tokens, dict) else {get_input_embeddings_name(model, "embed_tokens"): tokens}
+    for module, ids in by_module.items():
+        owner = f"{module!r} of {type(model).__name__}"
+        check_ids("trainable_token_indices", ids, rows_of(model, module), owner)
+        for name in edited:
+            if not f".{name}".endswith(f".{module}"):
+                continue
             raise ValueError(
                 f"trainable_token_indices trains tokens of {name!r}, whose output is edited: those are looked up "
                 "without calling that module, so that there would be no edit. Do one of the two, or target the first "

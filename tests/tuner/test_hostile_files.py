@@ -153,6 +153,14 @@ def test_a_grown_vocabulary_counts():
     get_peft_model(base, ReftConfig(prompt_end=[VOCAB + 3]))
 
 
+@pytest.mark.parametrize("tokens", [[VOCAB], {"embed_tokens": [VOCAB]}], ids=str)
+def test_tokens_of_a_second_adapter_are_compared_with_the_embedding_that_the_first_has_wrapped(tokens):
+    model = reft_model(tiny_model("llama"), trainable_token_indices=[3])
+    with pytest.raises(ValueError, match=r"token id 100, but the vocabulary of '(model\.)?embed_tokens' of .* has 100"):
+        model.add_adapter("second", ReftConfig(trainable_token_indices=tokens))
+    model.add_adapter("second", ReftConfig(trainable_token_indices=[VOCAB - 1]))
+
+
 def test_a_short_value_is_shown_in_full():
     assert shown([1, "a"]) == "[1, 'a']" and shown("x" * 10**6).endswith("... (1000002 characters)")
 

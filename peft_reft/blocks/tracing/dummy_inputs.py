@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from peft_reft.blocks.compiled import own_modules
+from peft_reft.blocks.configs import configs_of
 from peft_reft.blocks.structure import input_embedding, path_of, paths_around
 
 
@@ -35,13 +35,15 @@ def entry_points(model: nn.Module) -> list[EntryPoint]:
     """The ways to call a model on tokens or images alone, to be tried in this order: the model, its body without the
     head, the modules between it and its input embedding; then the same with an image beside the tokens.
 
-    None for models of sound: they would run for long, and a part of them that takes tokens is their decoder alone.
+    None for models without a config of transformers, and for models of sound: those would run for long, and a part of
+    them that takes tokens is their decoder alone.
     """
-    whole = _argument_names(model, "")
-    if "input_ids" not in whole and whole & {"input_features", "input_values"}:
+    whole, config = _argument_names(model, ""), getattr(model, "config", None)
+    is_of_sound = "input_ids" not in whole and whole & {"input_features", "input_values"}
+    if is_of_sound or not isinstance(config, PretrainedConfig):
         return []
     inner = paths_around(path_of(model, input_embedding(model)))[1:]
-    per_row = sorted({1, _setting(getattr(model, "config", None), "num_codebooks", 1)})
+    per_row = sorted({1, _setting(config, "num_codebooks", 1)})
     found = []
     paths = dict.fromkeys(["", getattr(model, "base_model_prefix", ""), *inner])
     for with_image, path, ids_per_row in product((False, True), paths, per_row):
@@ -63,9 +65,9 @@ def _argument_names(model: nn.Module, path: str) -> set[str]:
 
 def has_images_beside_tokens(model: nn.Module, entry: EntryPoint) -> bool:
     """Whether images may come with the tokens, and have places of their own: no token stands for them."""
-    settings = [name for config in _settings(getattr(model, "config", None)) for name in config]
+    settings = [name for config in configs_of(getattr(model, "config", None)) for name in vars(config)]
     names = _argument_names(model, entry.path)
-    return _takes_both(names) and not any("image_token" in str(name) for name in settings)
+    return _takes_both(names) and not any("image_token" in name for name in settings)
 
 
 def dummy_inputs(
@@ -97,8 +99,8 @@ def dummy_inputs(
 
 def _setting(config: Any, name: str, default: Any) -> Any:
     """A setting of a config, or of one of its parts."""
-    parts = [config, *(getattr(config, part, None) for part in getattr(config, "sub_configs", {}))]
-    return next((value for part in parts if (value := getattr(part, name, None)) is not None), default)
+    values = (getattr(part, name, None) for part in configs_of(config))
+    return next((value for value in values if value is not None), default)
 
 
 def _image_shape(config: Any) -> tuple[int, ...]:
@@ -106,23 +108,15 @@ def _image_shape(config: Any) -> tuple[int, ...]:
     return (_setting(config, "num_channels", 3), *((size, size) if isinstance(size, int) else tuple(size)[-2:]))
 
 
-def _settings(config: Any) -> Iterator[dict[str, Any]]:
-    """The settings of a config and of its parts."""
-    found = [config.to_dict()] if isinstance(config, PretrainedConfig) else []
-    while found:
-        settings = found.pop()
-        found += [value for value in settings.values() if isinstance(value, dict)]
-        yield settings
-
-
 def _usable_ids(module: nn.Module, count: int) -> list[int]:
     """Token ids without a special meaning (padding, an image, the end), as far as the config tells."""
     special: set[int] = set()
     embedding = input_embedding(module)
     size = getattr(embedding, "num_embeddings", None) or 1000
-    for config in _settings(getattr(module, "config", None)):
-        for name, value in config.items():
-            if "token" in str(name):
-                special.update(v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int))
+    for config in configs_of(getattr(module, "config", None)):
+        for name, value in vars(config).items():
+            if "token" in name:
+                values = value if isinstance(value, (list, tuple)) else [value]
+                special.update(v for v in values if isinstance(v, int))
     ids = [i for i in range(2, size) if i not in special] or [0]
     return (ids * (1 + count // len(ids)))[:count]

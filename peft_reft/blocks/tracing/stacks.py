@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from peft_reft.blocks.limits import refuse_unsound
 from peft_reft.blocks.tracing.layouts import traced_layout
 from peft_reft.blocks.tracing.trace import affects_output
 from peft_reft.blocks.tracing.traced_model import TOKENS, BlockList, TracedModel
@@ -37,7 +36,6 @@ def traced_stacks(model: TracedModel) -> list[list[str]]:
             twins = [_last_of_round(model, main, lists)]
             _refuse_sharing(model, twins[0])
         for twin in twins:
-            refuse_unsound(model.model, twin.names)
             _refuse_maps(model, twin)
             # Decoders that read the cache of an encoder's blocks read no output of the last one.
             is_read = (

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
-from transformers import PretrainedConfig
 
 from peft_reft.blocks.compiled import own_modules, uncompiled
 from peft_reft.blocks.structure import size_of
@@ -52,7 +51,7 @@ class TracedModel:
         self.modules = own_modules(model)
         self._take(EntryPoint(), [])
         first: tuple[EntryPoint, list[Trace]] | None = None
-        for entry in entries if entries is not None else self._entry_points():
+        for entry in entry_points(self.model) if entries is None else entries:
             try:
                 traces = [trace(self.model, entry, *tokens) for tokens in TOKENS]
             except Exception:  # whatever a model's own code may raise on dummy inputs
@@ -66,10 +65,6 @@ class TracedModel:
         has_image = bool(self.traces) and not self.entry.with_image and has_images_beside_tokens(model, self.entry)
         with_image = [replace(self.entry, with_image=True)]
         self.with_image = TracedModel(model, with_image) if has_image else None
-
-    def _entry_points(self) -> Sequence[EntryPoint]:
-        is_traceable = isinstance(getattr(self.model, "config", None), PretrainedConfig)
-        return entry_points(self.model) if is_traceable else ()
 
     def _take(self, entry: EntryPoint, traces: list[Trace]) -> None:
         self.entry, self.traces = entry, traces

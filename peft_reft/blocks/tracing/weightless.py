@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PretrainedConfig
 
 from peft_reft.blocks.compiled import uncompiled
+from peft_reft.blocks.configs import configs_of
 
 _HOOKS = [name for name in nn.Module().__dict__ if "hook" in name and name != "_is_full_backward_hook"]
 _OWN_STATE = {"_parameters", "_buffers", "_modules", "forward", "generate", "_compiled_call_impl", *_HOOKS}
@@ -107,9 +108,7 @@ def _copied_value(value: Any, memo: dict[int, Any]) -> Any:
 
 def _run_anywhere(config: PretrainedConfig) -> None:
     """Choose implementations that need no special device or layout of the weights."""
-    for part in [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]:
-        if not isinstance(part, PretrainedConfig):
-            continue
+    for part in configs_of(config):
         if part.__dict__.get("_attn_implementation_internal") not in (None, "eager", "sdpa"):
             part.__dict__["_attn_implementation_internal"] = "eager"
         if "_experts_implementation_internal" in part.__dict__:
