@@ -134,6 +134,7 @@ def config_of_sum(
     targets: dict[str, Any] = {}
     if any(found.keys() != layers[0].keys() for found in layers):
         targets = {"target_modules": set().union(*layers), "layers_to_transform": None, "exclude_modules": None}
+        targets["share_layers"] = False  # where other adapters edit, the sum is another
     return replace(
         configs[adapters[0]],
         r=sum(ranks),
