@@ -110,6 +110,29 @@ def test_deleting_the_active_adapter_activates_the_other(inputs):
     assert torch.equal(logits(model.base_model, inputs), base)
 
 
+@pytest.mark.parametrize("route", ["peft", "transformers"])
+def test_deleting_the_active_adapter_activates_one_adapter_in_all_blocks(inputs, route):
+    base, added = tiny_model("llama"), {"a": [0, 1, 2], "b": [1], "c": [2]}
+    for name, blocks in added.items():
+        config = ReftConfig(layers_to_transform=blocks, init_weights=False, **CAUSAL)
+        if route == "transformers":
+            base.add_adapter(config, name)
+        elif name == "a":
+            model = get_peft_model(base, config, adapter_name=name)
+        else:
+            model.add_adapter(name, config)
+    model = base if route == "transformers" else model
+    for seed, name in enumerate(added):
+        randomize(model, name, seed)
+    model.eval().set_adapter("b")
+    only_b = logits(model, inputs)
+    model.set_adapter("a")
+    model.delete_adapter("a")
+    assert (model.active_adapters() if route == "transformers" else model.active_adapters) == ["b"]
+    assert torch.equal(logits(model, inputs), only_b)
+    assert trainable(model) and all(".b." in name for name in trainable(model))
+
+
 def test_an_unknown_adapter_cannot_be_deleted():
     with pytest.raises(ValueError, match="Adapter c does not exist"):
         two_adapters().delete_adapter("c")

@@ -192,6 +192,13 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             if not hasattr(type(self.block), name):
                 self.block.__dict__[name] = () if name == "other_param_names" else getattr(self, name)
 
+    def _all_available_adapter_names(self) -> list[str]:
+        """Those of the whole model, of which PEFT takes the next one when it deletes the active one from a layer.
+
+        It asks each layer by itself, and adapters may edit different blocks.
+        """
+        return [name for name in self.state.adapters() if name not in self.active_adapters]
+
     # What BaseTunerLayer assumes of layers that wrap a module with a weight.
 
     @property
