@@ -89,6 +89,26 @@ def test_adding_an_adapter_leaves_the_active_one_alone(inputs):
     assert model.active_adapters == ["a"] and trainable(model) == trained
 
 
+@pytest.mark.parametrize("settings", [{}, {"intervention": "direft"}, {"share_layers": True}], ids=str)
+@pytest.mark.parametrize("route", ["peft", "second", "transformers"])
+def test_an_adapter_made_with_a_saved_config_can_be_trained(inputs, tmp_path, route, settings):
+    reft_model(tiny_model("llama"), **CAUSAL, **settings).save_pretrained(tmp_path)
+    model, name = tiny_model("llama"), "fresh"
+    before = logits(model, inputs)
+    config = PeftConfig.from_pretrained(tmp_path)  # whose inference_mode is True, as in every saved config
+    if route == "transformers":
+        model.add_adapter(config, name)
+    elif route == "peft":
+        model = get_peft_model(model, config, adapter_name=name)
+    else:
+        model = PeftModel.from_pretrained(model, tmp_path)
+        model.add_adapter(name, config)
+    model.set_adapter(name)
+    torch.testing.assert_close(logits(model, inputs), before)
+    train(model.train(), {**inputs, "labels": inputs["input_ids"]}, steps=4)
+    assert not torch.allclose(logits(model.eval(), inputs), before, atol=1e-3)
+
+
 def test_only_the_active_adapter_trains():
     model = two_adapters()
     assert all(".a." in name for name in trainable(model))

@@ -39,7 +39,8 @@ def grown(config: ReftConfig, name: str, r: int) -> ReftConfig:
         raise ValueError(f"The adapter has a subspace {name!r} already; it has {list(config.subspaces)}.")
     check_rank("r", r)
     parts = {**config.subspaces, name: r}
-    return replace(config, r=config.r + r, subspaces=parts, frozen_subspaces=list(config.subspaces))
+    frozen = list(config.subspaces)
+    return replace(config, r=config.r + r, subspaces=parts, frozen_subspaces=frozen, inference_mode=False)
 
 
 def grow(layers: Sequence[ReftLayer], adapter_name: str, config: ReftConfig) -> None:
