@@ -39,8 +39,9 @@ def grown(config: ReftConfig, name: str, r: int) -> ReftConfig:
         raise ValueError(f"The adapter has a subspace {name!r} already; it has {list(config.subspaces)}.")
     check_rank("r", r)
     parts = {**config.subspaces, name: r}
-    frozen = list(config.subspaces)
-    return replace(config, r=config.r + r, subspaces=parts, frozen_subspaces=frozen, inference_mode=False)
+    larger = replace(config, r=config.r + r, subspaces=parts, frozen_subspaces=list(config.subspaces))
+    larger.inference_mode = False  # the new part is trained, whatever the adapter was loaded for
+    return larger
 
 
 def grow(layers: Sequence[ReftLayer], adapter_name: str, config: ReftConfig) -> None:
