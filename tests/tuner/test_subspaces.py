@@ -491,6 +491,7 @@ def test_inspect_has_a_row_for_each_part():
         ({"subspaces": {"": 5}}, "a name is printable text"),
         ({"subspaces": [["a", 2], ["a", 3]]}, "has a name twice"),
         ({"rank_pattern": {"layers.1": 2}}, "which rank_pattern"),
+        ({"act_fn": "prelu"}, "would share the weights of the activation"),
         ({"intervention": "noreft"}, "its directions are free"),
         ({"intervention": "direft"}, "its directions are free"),
         ({"frozen_subspaces": ["formal"]}, "must be the first of the subspaces"),
