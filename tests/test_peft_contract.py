@@ -89,6 +89,26 @@ def test_adding_an_adapter_leaves_the_active_one_alone(inputs):
     assert model.active_adapters == ["a"] and trainable(model) == trained
 
 
+@pytest.mark.parametrize("settings", [{}, {"intervention": "direft"}, {"share_layers": True}], ids=str)
+@pytest.mark.parametrize("route", ["peft", "second", "transformers"])
+def test_an_adapter_made_with_a_saved_config_can_be_trained(inputs, tmp_path, route, settings):
+    reft_model(tiny_model("llama"), **CAUSAL, **settings).save_pretrained(tmp_path)
+    model, name = tiny_model("llama"), "fresh"
+    before = logits(model, inputs)
+    config = PeftConfig.from_pretrained(tmp_path)  # whose inference_mode is True, as in every saved config
+    if route == "transformers":
+        model.add_adapter(config, name)
+    elif route == "peft":
+        model = get_peft_model(model, config, adapter_name=name)
+    else:
+        model = PeftModel.from_pretrained(model, tmp_path)
+        model.add_adapter(name, config)
+    model.set_adapter(name)
+    torch.testing.assert_close(logits(model, inputs), before)
+    train(model.train(), {**inputs, "labels": inputs["input_ids"]}, steps=4)
+    assert not torch.allclose(logits(model.eval(), inputs), before, atol=1e-3)
+
+
 def test_only_the_active_adapter_trains():
     model = two_adapters()
     assert all(".a." in name for name in trainable(model))
@@ -108,6 +128,29 @@ def test_deleting_the_active_adapter_activates_the_other(inputs):
     model.delete_adapter("b")
     base = logits(tiny_model("llama"), inputs)
     assert torch.equal(logits(model.base_model, inputs), base)
+
+
+@pytest.mark.parametrize("route", ["peft", "transformers"])
+def test_deleting_the_active_adapter_activates_one_adapter_in_all_blocks(inputs, route):
+    base, added = tiny_model("llama"), {"a": [0, 1, 2], "b": [1], "c": [2]}
+    for name, blocks in added.items():
+        config = ReftConfig(layers_to_transform=blocks, init_weights=False, **CAUSAL)
+        if route == "transformers":
+            base.add_adapter(config, name)
+        elif name == "a":
+            model = get_peft_model(base, config, adapter_name=name)
+        else:
+            model.add_adapter(name, config)
+    model = base if route == "transformers" else model
+    for seed, name in enumerate(added):
+        randomize(model, name, seed)
+    model.eval().set_adapter("b")
+    only_b = logits(model, inputs)
+    model.set_adapter("a")
+    model.delete_adapter("a")
+    assert (model.active_adapters() if route == "transformers" else model.active_adapters) == ["b"]
+    assert torch.equal(logits(model, inputs), only_b)
+    assert trainable(model) and all(".b." in name for name in trainable(model))
 
 
 def test_an_unknown_adapter_cannot_be_deleted():

@@ -33,7 +33,9 @@ def grown(config: ReftConfig, name: str, r: int) -> ReftConfig:
         raise ValueError(f"The adapter has a subspace {name!r} already; it has {list(config.subspaces)}.")
     check_rank("r", r)
     parts = {**config.subspaces, name: r}
-    return replace(config, r=config.r + r, subspaces=parts, frozen_subspaces=list(config.subspaces))
+    larger = replace(config, r=config.r + r, subspaces=parts, frozen_subspaces=list(config.subspaces))
+    larger.inference_mode = False  # the new part is trained, whatever the adapter was loaded for
+    return larger
 
 
 def grow(layers: Sequence[ReftLayer], adapter_name: str, config: ReftConfig) -> None:
@@ -124,6 +126,7 @@ def config_of_sum(
     targets: dict[str, Any] = {}
     if any(found.keys() != layers[0].keys() for found in layers):
         targets = {"target_modules": set().union(*layers), "layers_to_transform": None, "exclude_modules": None}
+        targets["share_layers"] = False  # where other adapters edit, the sum is another
     return replace(
         configs[adapters[0]],
         r=sum(ranks),

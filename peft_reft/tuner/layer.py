@@ -55,7 +55,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = (COLLECTION,)
-    other_param_names = ("position_specs", "share_weights", "scaling", "subspaces", "chosen_subspaces")
+    other_param_names = ("position_specs", "share_weights", "scaling", "subspaces", "chosen_subspaces", "to_be_loaded")
 
     if TYPE_CHECKING:  # properties of BaseTunerLayer
         active_adapters: list[str]
@@ -77,6 +77,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}  # strength of the edits: 0 none, 1 as trained
         self.subspaces: dict[str, dict[str, int]] = {}  # ranks by name, for adapters that have parts
         self.chosen_subspaces: dict[str, dict[str, float]] = {}  # their strengths, where not all are on
+        self.to_be_loaded: dict[str, bool] = {}  # adapters created to be loaded: their config's `init_weights`
         self._block = (block,)  # in a tuple, so that it is no submodule
         self.cast_input_dtype_enabled = True  # which PEFT's disable_input_dtype_casting switches; nothing is cast here
         self._disable_adapters = False
@@ -97,6 +98,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             shared: a layer whose interventions are to be used here too.
 
         With `config.inference_mode` the adapter is created to be loaded: it edits nothing until its weights are there.
+        A config that was read from a saved adapter says so too: see `_begin`.
         """
         spec = cached_spec(config.positions, config.turns, tuple(prompt_end))
         if shared is None:
@@ -111,6 +113,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.scaling[name] = 1.0
         if config.subspaces:
             self.subspaces[name] = dict(config.subspaces)
+        if config.inference_mode:
+            self.to_be_loaded[name] = config.init_weights
         if shared is None:
             self._move_adapter_to_device_of_base_layer(name)
 
@@ -174,6 +178,22 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                     intervention.train(mode)
         return self
 
+    def _begin(self, names: str | Sequence[str]) -> None:
+        """Draw fresh weights for adapters that were created to be loaded and are trained instead.
+
+        With zeros, R among them, they would never learn.
+        """
+        for name in [names] if isinstance(names, str) else names:
+            if name not in self.to_be_loaded:
+                continue
+            groups: Any = self.reft_interventions[name]
+            if any(parameter.is_meta for parameter in groups.parameters()):
+                continue
+            identity = self.to_be_loaded.pop(name)
+            for intervention in groups:
+                if isinstance(intervention, Intervention) and not any(bool(p.any()) for p in intervention.parameters()):
+                    intervention.reset_parameters(identity)
+
     def hold(self) -> None:
         """Take back what was switched on of biases and subspaces that keep their values."""
         for groups in self.reft_interventions.values():
@@ -182,15 +202,26 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                     intervention.hold()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        if requires_grad:
+            self._begin(adapter_names)
         super().set_requires_grad(adapter_names, requires_grad)
         self.hold()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        if not inference_mode:
+            self._begin(adapter_names)
         super().set_adapter(adapter_names, inference_mode)
         self.hold()
         for name in SHOWN:
             if not hasattr(type(self.block), name):
                 self.block.__dict__[name] = () if name == "other_param_names" else getattr(self, name)
+
+    def _all_available_adapter_names(self) -> list[str]:
+        """Those of the whole model, of which PEFT takes the next one when it deletes the active one from a layer.
+
+        It asks each layer by itself, and adapters may edit different blocks.
+        """
+        return [name for name in self.state.adapters() if name not in self.active_adapters]
 
     # What BaseTunerLayer assumes of layers that wrap a module with a weight.
 

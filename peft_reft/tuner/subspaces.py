@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers.activations import ACT2FN
+
 from peft_reft.interventions import check_parts
 from peft_reft.tuner.sizes import check_rank, shown
 
@@ -63,6 +65,11 @@ def check_subspaces(config: Any) -> None:
             "gives others. Leave one of the two out."
         )
     check_parts(config.intervention)
+    if config.act_fn is not None and any(True for _ in ACT2FN[config.act_fn].parameters()):
+        raise ValueError(
+            f"subspaces={shown(parts)} would share the weights of the activation act_fn={config.act_fn!r}, so that no "
+            "part could be trained apart or keep its values. Use an activation without weights, or none."
+        )
     if frozen is not None:
         names = list(parts)
         if not isinstance(frozen, (list, tuple)) or list(frozen) != names[: len(frozen)] or len(frozen) == len(names):

@@ -333,6 +333,22 @@ def test_frozen_parts_stay_so_whatever_is_switched_on_and_off_and_after_loading(
     assert same(rows(after, slice(0, 5)), kept)
 
 
+def test_an_adapter_that_was_loaded_and_grown_is_copied_by_its_config(tmp_path):
+    parted().save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny_model("llama"), tmp_path)
+    model.add_subspace("default", "polite", 1)
+    model.add_adapter("ref", model.peft_config["default"])  # a reference, as TRL's trainers make it
+    own = {name: p for name, p in model.named_parameters() if ".default." in name}
+    assert any("kept_" in name for name in own)
+    for name, parameter in own.items():
+        model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter)
+    inputs = batch(7, 4)
+    expected = logits(model, inputs)
+    model.set_adapter("ref")
+    assert torch.equal(logits(model, inputs), expected)
+    assert not torch.allclose(logits(tiny_model("llama"), inputs), expected, atol=0.1)
+
+
 def test_parts_are_trained_by_gradient_checkpoints_too():
     found = []
     for checkpoints in (False, True):
@@ -475,6 +491,7 @@ def test_inspect_has_a_row_for_each_part():
         ({"subspaces": {"": 5}}, "a name is printable text"),
         ({"subspaces": [["a", 2], ["a", 3]]}, "has a name twice"),
         ({"rank_pattern": {"layers.1": 2}}, "which rank_pattern"),
+        ({"act_fn": "prelu"}, "would share the weights of the activation"),
         ({"intervention": "noreft"}, "its directions are free"),
         ({"intervention": "direft"}, "its directions are free"),
         ({"frozen_subspaces": ["formal"]}, "must be the first of the subspaces"),

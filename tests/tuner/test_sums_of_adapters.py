@@ -39,6 +39,7 @@ MIXTURES = [
     ({"intervention": "noreft"}, {"intervention": "direft"}, {"subspaces": {"x": 1, "y": 2}}),
     ({"share_weights": False},) * 3,
     ({"share_layers": True},) * 3,
+    tuple({"share_layers": True, "layers_to_transform": blocks} for blocks in ([0, 1], [1, 2], [2])),
     ({"layers_to_transform": [0, 2]}, {"layers_to_transform": [1]}, {}),
     ({"rank_pattern": {"layers.1": 5}}, {}, {"rank_pattern": {"layers.0": 1}}),
 ]
