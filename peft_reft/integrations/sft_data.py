@@ -95,8 +95,8 @@ def with_prompts(data: Any, training: Any) -> Any:
     if "messages" not in columns or "input_ids" in columns:
         raise UserError(
             f"The data have the columns {sorted(columns)}, which show no prompts; ReFT edits prompts, and would train "
-            "next to nothing. Give each row a `prompt` and a `completion`, or `messages`, the last of them the answer; or "
-            "`input_ids` with `labels` or a `completion_mask`."
+            "next to nothing. Give each row a `prompt` and a `completion`, or `messages`, the last of them the answer. "
+            "Tokens, `input_ids`, need `labels` or a `completion_mask`."
         )
     try:
         return data.map(split_chat, remove_columns="messages")
