@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
+import os
 import sys
 from typing import Any
 
@@ -35,11 +37,18 @@ def main(argv: list[str]) -> Any:
             extra = f": pip install 'peft-reft[{EXTRAS[argv[0]]}]'" if argv[0] in EXTRAS else "."
             print(f"python -m peft_reft {argv[0]} needs {error.name!r}, which is not installed{extra}", file=sys.stderr)
             return 1
+        take_any_text()
         try:
-            return command.main(argv[1:])
+            status = command.main(argv[1:])
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return status
         except KeyboardInterrupt:
             print(file=sys.stderr)
             return 130  # as a shell counts a process that Ctrl-C ended
+        except BrokenPipeError:  # who read the output has gone, as `| head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python writes when it ends
+            return 141  # as a shell counts a process that a closed pipe ended
     if argv[0].startswith("-") and argv[0] != "-m":
         print(f"python -m peft_reft: unknown option {argv[0]!r}\n\n{HELP}", end="", file=sys.stderr)
         return 2
@@ -54,6 +63,13 @@ def main(argv: list[str]) -> Any:
             meant = " A search is no command but a function: from peft_reft.search import search."
         print(f"python -m peft_reft: {error}{meant}", file=sys.stderr)
         return error.status
+
+
+def take_any_text() -> None:
+    """Characters that a stream's encoding lacks, such as ᵀ or an emoji in ASCII, become question marks, no errors."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 if __name__ == "__main__":

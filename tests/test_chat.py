@@ -74,6 +74,17 @@ def test_a_conversation_through_a_pipe(folder):
     assert third not in (expected(["w6 w7"], "quiet"), expected(["w6 w7"]))
 
 
+def test_bytes_that_are_no_text_and_streams_that_lack_characters(folder):
+    """What a terminal or a pipe cannot say or show is a question mark, and no end of the chat."""
+    arguments = [sys.executable, "-m", "peft_reft", "chat", str(folder / "adapters" / "loud"), "--max-new-tokens", "2"]
+    said = b"w3 \xe9\n/adapter \xf0\x9f\x90\xa2\nw4\n"
+    done = subprocess.run(
+        arguments, input=said, capture_output=True, env={**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(b"\nyou> ") == 4 and b"There is no adapter '????'" in done.stdout
+
+
 @pytest.fixture
 def session():
     model = reft_model(tiny_model("llama"), task_type="CAUSAL_LM", positions="f1+l2", adapter="loud")
@@ -111,6 +122,23 @@ def test_an_answer_that_is_cut_short_ends_the_generation(session):
     forwards.clear()
     assert "".join(session.answer("w3 w4"))
     assert len(forwards) == 100, "an answer that is not cut short takes all of its steps"
+
+
+def test_an_answer_ends_where_the_model_takes_no_more_tokens(session, monkeypatch, capsys):
+    """Beyond them, learned positions have no vector: an index error on a CPU, the end of the process on a GPU."""
+    session.talker.max_new_tokens = 50
+    prompt = len(session.talker.prompt_ids([{"role": "user", "content": "w4"}]))
+    session.talker.model.get_base_model().config.max_position_embeddings = prompt + 3
+    columns = []
+    session.talker.model.get_base_model().register_forward_pre_hook(
+        lambda module, args, given: columns.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    lines = iter(["w4", "w5"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, None) or (_ for _ in ()).throw(EOFError))
+    talk(session)
+    assert columns == [prompt, 1, 1]
+    assert f"the model takes at most {prompt + 3} (max_position_embeddings in its config)" in capsys.readouterr().out
+    assert [message["content"] for message in session.messages[::2]] == ["w4"], "what was refused is not kept"
 
 
 REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}w3"

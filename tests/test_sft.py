@@ -190,6 +190,15 @@ FORBIDDEN = {
     ),
     "plain text": (["--dataset", "texts.jsonl"], r"columns \['text'\].*`prompt` and a `completion`"),
     "a chat without an answer": (["--dataset", "unanswered.jsonl"], r"roles \['user'\]"),
+    "an empty cell": (["--dataset", "cell.csv"], r"Row 1 of the data has the prompt 'w4' and completion None;"),
+    "numbers": (["--dataset", "numbers.csv"], "Row 0 of the data has the prompt 'w3' and completion 4;"),
+    "a chat and a text": (
+        ["--dataset", "mixed.jsonl"],
+        r"Row 0 .*and completion 'w4'; both must be texts, or both lists",
+    ),
+    "messages that are texts": (["--dataset", "lines.jsonl"], r"The messages \['w3', 'w4'\] are no list of messages"),
+    "messages in a table": (["--dataset", "messages.csv"], "The messages 'w3' are no list of messages"),
+    "tokens alone": (["--dataset", "tokens.jsonl"], r"columns \['input_ids'\].*`labels` or a `completion_mask`"),
     "no split to evaluate on": (["--eval_strategy", "steps"], "not 'test'.*--test_split_size"),
     "a model that is not there": ([], r"The base model '\./no-such-model' cannot be loaded"),
 }
@@ -200,12 +209,33 @@ def test_what_cannot_be_used_ends_as_one_line_before_a_model_is_loaded(what, fol
     arguments, message = FORBIDDEN[what]
     monkeypatch.chdir(folder)
     (folder / "empty.jsonl").touch()
+    (folder / "cell.csv").write_text("prompt,completion\nw3,w5\nw4,\n")
+    (folder / "numbers.csv").write_text("prompt,completion\nw3,4\n")
+    (folder / "messages.csv").write_text("messages\nw3\n")
+    write(folder / "mixed.jsonl", [{"prompt": [{"role": "user", "content": "w3"}], "completion": "w4"}])
+    write(folder / "lines.jsonl", [{"messages": ["w3", "w4"]}])
+    write(folder / "tokens.jsonl", [{"input_ids": [3, 4, 5]}])
     common = options(model="./no-such-model", dataset="pairs.jsonl", output_dir="never", **SETTINGS)
     assert sft.main([*common, *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("python -m peft_reft sft: error: ")
     assert re.search(message, error), error
     assert not (folder / "never").exists()
+
+
+def test_rows_that_have_no_room_for_a_completion_are_named(folder, tmp_path, capsys):
+    common = options(model=folder / "base", dataset=folder / "pairs.jsonl", output_dir=tmp_path / "never", **SETTINGS)
+    assert sft.main([*common, "--max_length", "2"]) == 2
+    assert "every prompt takes up all of --max_length 2" in capsys.readouterr().err
+
+
+def test_a_file_is_the_one_of_that_name_and_tokens_with_a_mask_have_prompts(folder, tmp_path, capsys):
+    """Brackets in a name are no pattern, an ending may be in capitals, and a `completion_mask` is not ignored."""
+    write(tmp_path / "t.JSONL", [{"input_ids": [3, 4, 5, 6], "completion_mask": [0, 1, 1, 1]}])
+    write(tmp_path / "[t].JSONL", [{"input_ids": [33, 34, 35, 36], "completion_mask": [0, 0, 0, 1]}])
+    common = options(model=folder / "base", dataset=tmp_path / "[t].JSONL", output_dir=tmp_path / "made", **SETTINGS)
+    assert sft.main([*common, "--reft_positions", "f1+l1"]) == 0
+    assert "prompt«w33»w34«w35»" in capsys.readouterr().out.replace(" ", "")
 
 
 def test_a_model_and_data_are_asked_for(folder, capsys):

@@ -33,7 +33,7 @@ def interchange_accuracy(
         Between 0 and 1. Compare it with chance, and with the same of an alignment that was not trained.
 
     Raises:
-        ValueError: if a batch has no labels or no sources, or the labels do not fit the output.
+        ValueError: if a batch has no labels or no sources, a row none that counts, or the labels do not fit the output.
     """
     base = base_model_of(model)
     collate = InterchangeCollator(default_collate) if collator is None else collator
@@ -82,6 +82,12 @@ def hits(logits: Tensor, labels: Tensor, causal: bool) -> Tensor:
         return predicted == labels
     if causal:
         predicted, labels = predicted[:, :-1], labels[:, 1:]
+    empty = (labels == IGNORED).all(1)
+    if empty.any():
+        raise ValueError(
+            f"Row {int(empty.nonzero()[0])} of a batch has no label that is predicted: no answer to it would be wrong. "
+            f"Drop such examples{'; a label in the first column is none, which nothing precedes' if causal else ''}."
+        )
     return ((predicted == labels) | (labels == IGNORED)).all(1)
 
 

@@ -35,7 +35,7 @@ class InterchangeCollator:
         if not any(sources):
             return batch
         names = list(sources[0])
-        if any(list(source) != names for source in sources):
+        if any(source.keys() != sources[0].keys() for source in sources):
             raise ValueError(
                 f"Some examples have sources for {sorted({*map(str, names)})}, others for "
                 f"{sorted({str(name) for source in sources for name in source} or {'nothing'})}. All examples of a "

@@ -58,7 +58,8 @@ def edit_drift(model: nn.Module, inputs: Mapping[str, Any]) -> list[dict[str, An
     names = list(dict.fromkeys([*layers, *(name for stack in blocks.stacks() for name in stack)]))
     names = [name for name, _ in base.named_modules() if name in names]
     inputs = on_device(dict(inputs), model)
-    rows = []
+    mask, rows = inputs.get("attention_mask"), []
+    valid = mask.flatten() != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
     with evaluating(model):
         switched = {layer: layer._disable_adapters for layer in reft_layers(base).values()}
         try:
@@ -67,7 +68,7 @@ def edit_drift(model: nn.Module, inputs: Mapping[str, Any]) -> list[dict[str, An
             unedited = _outputs(base, inputs, names)
             for edited, layer in layers.items():
                 layer._disable_adapters = False
-                rows += _rows(edited, names, unedited, _outputs(base, inputs, names), _projection(layer))
+                rows += _rows(edited, names, unedited, _outputs(base, inputs, names), _projection(layer), valid)
                 layer._disable_adapters = True
         finally:
             for layer, value in switched.items():
@@ -111,15 +112,21 @@ def _projection(layer: ReftLayer) -> Tensor:
 
 
 def _rows(
-    edited: str, names: list[str], before: dict[str, Tensor], after: dict[str, Tensor], basis: Tensor
+    edited: str,
+    names: list[str],
+    before: dict[str, Tensor],
+    after: dict[str, Tensor],
+    basis: Tensor,
+    valid: Tensor | None,
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     here = (after[edited] - before[edited]).flatten(0, -2).norm(dim=-1) > 0
+    tokens = torch.ones_like(here) if valid is None or len(valid) != len(here) else valid.to(here.device)
     for name in names[names.index(edited) :]:
         change = (after[name] - before[name]).flatten(0, -2)
         if change.shape[-1] != basis.shape[-1] or len(change) != len(here):
             continue  # another width, or not one vector per token
-        for places, mask in (("edited", here), ("other", ~here)):
+        for places, mask in (("edited", here), ("other", ~here & tokens)):
             total = change[mask].square().sum()
             if total > 0:
                 inside = (change[mask] @ basis.to(change).mT).square().sum() / total

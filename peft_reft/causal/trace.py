@@ -148,7 +148,8 @@ def trace(
         blocks = [name for name in probe.layers if name not in decoder]
         for example in range(len(valid)):
             own = [_row(inputs, example, len(valid)) for inputs in (clean, corrupted)]
-            _trace_one(result, probe, example, own[0], own[1], valid[example], blocks, metric, tokenizer, batch_size)
+            row = valid[example]
+            _trace_one(result, probe, example, *own, row, blocks, bool(decoder), metric, tokenizer, batch_size)
     return result
 
 
@@ -160,6 +161,7 @@ def _trace_one(
     corrupted: Row,
     valid: Tensor,
     blocks: Sequence[str],
+    decodes: bool,
     metric: Metric | None,
     tokenizer: Any,
     batch_size: int,
@@ -170,7 +172,15 @@ def _trace_one(
 
     def predicted(output: Any) -> Tensor:
         logits = output_of(output)
-        return logits if logits.dim() == 2 else logits[:, -1 if logits.shape[1] != len(valid) else columns[-1]]
+        if logits.dim() == 2:
+            return logits
+        last = 1 if decodes else len(valid) - columns[-1]  # from the end: a model may return the last logits alone
+        if last > logits.shape[1]:
+            raise ValueError(
+                f"The model returned logits of its last {logits.shape[1]} column(s), which are padding; the prediction "
+                f"is that of column {columns[-1]}. Pad on the left, or leave out logits_to_keep."
+            )
+        return logits[:, -last]
 
     before = predicted(probe.base(**clean))
     measure = metric if metric is not None else _probability_of(int(before.argmax()))

@@ -19,6 +19,9 @@ def main(argv: list[str]) -> int:
     )
     add_loading_arguments(parser)
     arguments = parser.parse_args(argv)
+    if sys.stdin is None:
+        print(f"{parser.prog}: its standard input, where it reads what you say, is closed.", file=sys.stderr)
+        return 2
     transformers.logging.disable_progress_bar()
     try:
         talker, names = open_talker(arguments)

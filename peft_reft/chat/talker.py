@@ -13,6 +13,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 from peft_reft.info.files import one_line
 from peft_reft.tuner.adapters import set_strength
+from peft_reft.tuner.model_sizes import most_tokens
 
 Message = dict[str, str]
 
@@ -34,7 +35,7 @@ class Talker:
     Attributes:
         model: a `PeftModel` in eval mode, whose adapters are all there.
         tokenizer: of the base model; without a chat template it is given the last message as it is.
-        max_new_tokens: of an answer.
+        max_new_tokens: of an answer, which ends earlier where the model takes no more.
         temperature: 0 for the likeliest token.
         repetition_penalty: 1 for none, above 1 tokens that were there become less likely.
     """
@@ -50,8 +51,18 @@ class Talker:
         """The tokens of a conversation, ready for the answer.
 
         Raises:
-            ValueError: if the chat template does not take these roles in this order.
+            ValueError: if the chat template does not take these roles in this order, or the model not so many tokens.
         """
+        ids = self._encoded(messages)
+        most, said = most_tokens(self.model.get_base_model())
+        if len(ids) >= most:
+            raise ValueError(
+                f"The conversation has {len(ids):,} tokens, and the model takes at most {most:,} ({said}), with "
+                "those of the answer. Begin a new one, or say less."
+            )
+        return ids
+
+    def _encoded(self, messages: list[Message]) -> list[int]:
         if getattr(self.tokenizer, "chat_template", None) is None:
             return list(self.tokenizer(messages[-1]["content"])["input_ids"])
         try:
@@ -113,7 +124,8 @@ class Talker:
 
     @torch.no_grad()
     def _generate(self, messages: list[Message], streamer: Any, stop: threading.Event) -> None:
-        ids = torch.tensor([self.prompt_ids(messages)], device=self.model.device)
+        prompt = self.prompt_ids(messages)
+        ids = torch.tensor([prompt], device=self.model.device)
         sampling = (
             {"do_sample": True, "temperature": self.temperature} if self.temperature > 0 else {"do_sample": False}
         )
@@ -121,7 +133,7 @@ class Talker:
         self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=min(self.max_new_tokens, most_tokens(self.model.get_base_model())[0] - len(prompt)),
             repetition_penalty=self.repetition_penalty,
             pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
             streamer=streamer,

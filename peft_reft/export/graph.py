@@ -66,6 +66,7 @@ def trace(backbone: Backbone, sizes: Sizes) -> ExportedProgram:
             f"{name} cannot be exported: torch.export does not follow its forward for rows of any length "
             f"({one_line(first_cause(error))}). Run it with the package itself, or export another model."
         ) from error
+    _open_short_rows(program)
     for probe in probes(example, sizes):
         why = _difference(program, backbone, probe)
         if why is not None:
@@ -76,6 +77,16 @@ def trace(backbone: Backbone, sizes: Sizes) -> ExportedProgram:
                 "model."
             )
     return program
+
+
+def _open_short_rows(program: ExportedProgram) -> None:
+    """Let a graph run rows of one to three tokens, which its probes try.
+
+    torch.export traces no size below two as open, and so takes a row of columns and past for four or more.
+    """
+    for size, bounds in program.range_constraints.items():
+        if bounds.lower > 2:
+            program.range_constraints[size] = type(bounds)(2, bounds.upper)  # two stands for all below it, too
 
 
 def first_cause(error: BaseException) -> BaseException:
@@ -110,7 +121,7 @@ def probes(traced: Example, sizes: Sizes) -> list[Example]:
     if not traced.past:
         found = [Example(rows, columns, 0, rank, groups) for columns in (1, 3, 12)]
     else:
-        found = [Example(rows, columns, past, rank, groups) for columns, past in ((9, 0), (1, 9), (4, 3))]
+        found = [Example(rows, columns, past, rank, groups) for columns, past in ((9, 0), (1, 0), (1, 9), (4, 3))]
     if sizes.rows is None:
         found.append(traced._replace(rows=3, columns=7))
     return [probe for probe in found if probe.columns + probe.past <= (sizes.columns or 1 << 30)]

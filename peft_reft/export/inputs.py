@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_reft.export.answers import Run
-from peft_reft.export.files import FLOATS, BackboneDescription
+from peft_reft.export.description import BackboneDescription
+from peft_reft.export.files import FLOATS
 
 
 def checked(run: Run, description: BackboneDescription) -> Run:

@@ -18,7 +18,8 @@ from torch.export import ExportedProgram
 
 from peft_reft.export.answers import Run
 from peft_reft.export.backbone import Backbone, BakedBackbone
-from peft_reft.export.files import FLOATS, BackboneDescription, describe
+from peft_reft.export.description import BackboneDescription, describe
+from peft_reft.export.files import FLOATS
 from peft_reft.export.graph import Sizes, first_cause, trace
 from peft_reft.export.inputs import checked
 from peft_reft.export.quantise import INTEGERS, ONE_FILE, quantise

@@ -1,8 +1,8 @@
 """`python -m peft_reft sft`: supervised finetuning of a ReFT adapter, in the style of TRL's own script.
 
-Options are read by sft_options.py. Training is `SFTTrainer`'s. What is done here is to see that there are prompts to
-edit, since data without prompts train nothing: conversations are split before their last answer, the marker before
-answers is found for the adapter's config, and an example is printed with its edited tokens marked.
+Options are read by sft_options.py, data by sft_data.py. Training is `SFTTrainer`'s. What is done here is to see that
+there are prompts to edit: the marker before answers is found for the adapter's config, and an example is printed with
+its edited tokens marked.
 """
 
 from __future__ import annotations
@@ -14,112 +14,21 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
-from transformers import AutoConfig, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTTrainer, get_dataset, get_quantization_config, is_conversational
-from trl.scripts.utils import DatasetConfig
+from trl import SFTTrainer, get_quantization_config, is_conversational
 
 from peft_reft.commands import this_python
-from peft_reft.info.files import one_line
 from peft_reft.integrations.chat_template import chat_prompt_end
 from peft_reft.integrations.collator import KEY, ReftDataCollator
 from peft_reft.integrations.edited_tokens import columns_of, with_marks
+from peft_reft.integrations.sft_data import load_data
 from peft_reft.integrations.sft_options import PROGRAM, Parser, UserError
 from peft_reft.integrations.threads import share_the_machine
 from peft_reft.positions.prompts import IGNORED
 from peft_reft.tuner.config import ReftConfig
 
 __all__ = ["Parser", "main"]
-
-FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-
-
-def load_data(script: Any, training: Any, mixture: Any) -> tuple[Any, Any]:
-    """The data to train on, and those to evaluate on if `--eval_strategy` asks for it, else None.
-
-    Raises:
-        UserError: if they cannot be read, or show no prompts.
-    """
-    name = script.dataset_name
-    if not name and not mixture.datasets:
-        raise UserError("--dataset is missing: a file (.json, .jsonl, .csv, .parquet), a folder, or a name on the hub.")
-    set_seed(training.seed)  # so that all processes split the data alike
-    try:
-        data = read_data(script, mixture)
-    except UserError:
-        raise
-    except Exception as error:  # the libraries below have no common class of errors for bad data
-        cause = f" ({one_line(error.__cause__)})" if error.__cause__ is not None else ""
-        reason = str(error) or type(error).__name__
-        if not mixture.datasets and not Path(name).exists():
-            cause += ". There is no such file or folder here, so it was looked for on the hub."
-        raise UserError(f"The data set {name or mixture.datasets!r} cannot be read: {reason}{cause}") from error
-    wanted = [script.dataset_train_split, *([script.dataset_test_split] if training.eval_strategy != "no" else [])]
-    missing = [split for split in wanted if split not in data]
-    if missing:
-        raise UserError(
-            f"The data set {name or mixture.datasets!r} has the splits {sorted(data)}, but not {missing[0]!r}. Name "
-            "them with --dataset_train_split and --dataset_test_split, or set rows aside with --test_split_size 0.1."
-        )
-    train, *test = (with_prompts(data[split], training) for split in wanted)
-    return train, test[0] if test else None
-
-
-def read_data(script: Any, mixture: Any) -> Any:
-    """The splits of a local file, of a folder or a data set on the hub, or of the `datasets` in the YAML file."""
-    path = Path(script.dataset_name or "")
-    streaming = script.dataset_streaming or mixture.streaming
-    if not mixture.datasets and path.is_file():
-        if path.suffix not in FILE_TYPES:
-            raise ValueError(f"it ends in {path.suffix!r}, not in one of {', '.join(FILE_TYPES)}")
-        if path.stat().st_size == 0:
-            raise ValueError("the file is empty")
-        mixture.datasets = [DatasetConfig(path=FILE_TYPES[path.suffix], data_files=str(path))]
-        mixture.streaming = streaming
-    elif not mixture.datasets and path.suffix in FILE_TYPES:
-        raise UserError(f"The data set {script.dataset_name!r} cannot be read: there is no such file.")
-    if mixture.datasets:
-        return get_dataset(mixture)
-    data = load_dataset(script.dataset_name, name=script.dataset_config, streaming=streaming)
-    if mixture.test_split_size is not None:
-        return data[script.dataset_train_split].train_test_split(test_size=mixture.test_split_size)
-    return data
-
-
-def with_prompts(data: Any, training: Any) -> Any:
-    """The data as rows of `prompt` and `completion`; the last message of a chat is the completion.
-
-    Raises:
-        UserError: if there is nothing that could be a prompt.
-    """
-    columns = set(data.column_names or next(iter(data)))
-    if {"prompt", "completion"} <= columns or "input_ids" in columns or training.assistant_only_loss:
-        return data
-    if "messages" not in columns:
-        raise UserError(
-            f"The data have the columns {sorted(columns)}, which show no prompts; ReFT edits prompts, and would train "
-            "next to nothing. Give each row a `prompt` and a `completion`, or `messages`, the last of them the answer."
-        )
-    try:
-        return data.map(split_chat, remove_columns="messages")
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def split_chat(row: dict[str, Any]) -> dict[str, Any]:
-    """A chat as what is given, `prompt`, and the answer to learn, `completion`.
-
-    >>> split_chat({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]})
-    {'prompt': [{'role': 'user', 'content': 'Hi'}], 'completion': [{'role': 'assistant', 'content': 'Ho'}]}
-    """
-    *prompt, answer = row["messages"] or [{}]
-    if not prompt or answer.get("role") != "assistant":
-        raise ValueError(
-            f"A chat of the roles {[message.get('role') for message in row['messages'] or []]} does not end in an "
-            "answer of the 'assistant' to something. Drop it, or train on all answers with --assistant_only_loss."
-        )
-    return {"prompt": prompt, "completion": [answer]}
 
 
 def make_trainer(training: Any, model: Any, config: ReftConfig, train: Any, test: Any) -> Any:
@@ -158,6 +67,12 @@ def make_trainer(training: Any, model: Any, config: ReftConfig, train: Any, test
         )
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
+    for rows, name in ((trainer.train_dataset, "train"), (trainer.eval_dataset, "evaluate")):
+        if rows is not None and next(iter(rows), None) is None:
+            raise UserError(
+                f"No row is left to {name} on: every prompt takes up all of --max_length {training.max_length}, and "
+                "nothing is left of its completion. Raise --max_length, or shorten the prompts."
+            )
     # With label smoothing the labels do not reach the model; locations do.
     trainer.data_collator = ReftDataCollator(trainer.data_collator, config)
     return trainer

@@ -211,6 +211,23 @@ def test_tracing_a_classifier_and_an_encoder_decoder_model():
         assert found.grid()[1].abs().max() > 1e-3
 
 
+def test_the_prediction_is_found_behind_padding_of_another_stack_and_in_logits_of_some_columns():
+    model, right = tiny_model("t5"), {"attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0]])}
+    right["decoder_input_ids"] = torch.tensor([[0, 11, 12, 13, 14, 15]])  # as long as the encoder's row
+    clean, corrupted = ({"input_ids": torch.tensor([[3, token, 7, 9, 0, 0]]), **right} for token in (5, 50))
+    found = trace(model, clean, corrupted, lambda logits: logits[:, 3])
+    assert found.examples[0]["clean"] == pytest.approx(float(logits(model, clean)[0, -1, 3]), abs=1e-5)
+
+    model, mask = tiny_model("llama"), {"attention_mask": right["attention_mask"]}
+    clean, corrupted = ({"input_ids": one["input_ids"], **mask} for one in (clean, corrupted))
+    whole, some = (trace(model, {**clean, **keep}, {**corrupted, **keep}) for keep in ({}, {"logits_to_keep": 3}))
+    torch.testing.assert_close(whole.grid("value")[1], some.grid("value")[1])
+    with pytest.raises(
+        ValueError, match=r"its last 1 column\(s\), which are padding; the prediction is that of column 3"
+    ):
+        trace(model, {**clean, "logits_to_keep": 1}, {**corrupted, "logits_to_keep": 1})
+
+
 def test_inputs_of_other_lengths_cannot_be_traced():
     with pytest.raises(ValueError, match="each state takes the place of another"):
         trace(tiny_model("llama"), batch(6), batch(5))
@@ -248,6 +265,9 @@ def test_sources_by_name_and_examples_without_any():
         "gender": [3, 3],
     }
     assert made["subspaces"] == [["number"], ["number"]]
+    other = {**one, "source_inputs": dict(reversed(one["source_inputs"].items()))}
+    again = collator([one, other])["source_inputs"]  # in whatever order they are named
+    assert {name: inputs["x"].tolist() for name, inputs in again.items()} == {"number": [2, 2], "gender": [3, 3]}
     assert "source_inputs" not in collator([{"x": 1}])
     with pytest.raises(ValueError, match=r"Some examples have sources for \['gender', 'number'\], others for"):
         collator([one, {"x": 1}])
@@ -291,6 +311,9 @@ def test_accuracy_of_a_language_model():
         interchange_accuracy(model, [{"input_ids": rows[0]}])
     with pytest.raises(ValueError, match=r"labels of a batch are a list: .*with_format"):
         interchange_accuracy(model, [{name: value.tolist() for name, value in row.items()} for row in data])
+    for nothing in ([-100, -100, -100], [7, -100, -100]):  # a first token is predicted from nothing
+        with pytest.raises(ValueError, match="Row 1 of a batch has no label that is predicted"):
+            hits(torch.ones(2, 3, 9), torch.tensor([[-100, 1, 2], nothing]), causal=True)
     with pytest.raises(ValueError, match="do not fit logits"):
         hits(torch.ones(2, 3), torch.ones(2, 3), causal=False)
 
@@ -336,6 +359,16 @@ def test_an_edit_lies_in_its_subspace_at_its_block_and_leaves_it_later():
     assert row["norm"] == pytest.approx(float(change.square().sum(1).mean().sqrt()), rel=1e-4)
     assert row["inside"] == pytest.approx(float((change @ R.T).square().sum() / change.square().sum()), rel=1e-4)
     assert row["chance"] == 3 / 32
+
+
+def test_padding_is_no_token_that_drifts():
+    model = edited_model(positions="l1", layers_to_transform=[0])
+    padded = {name: value[1:] for name, value in batch(6, 4).items()}
+    alone = {name: value[:, :4] for name, value in padded.items()}
+    one, other = edit_drift(model, alone), edit_drift(model, padded)
+    assert [row["places"] for row in one] == [row["places"] for row in other] == ["edited"] * 3
+    for row, same in zip(one, other):
+        assert row["inside"] == pytest.approx(same["inside"], rel=1e-3)
 
 
 def test_there_is_no_drift_without_an_edit():

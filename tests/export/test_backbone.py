@@ -17,7 +17,15 @@ from transformers import (
 )
 
 from peft_reft import ReftConfig, register_intervention, set_strength, set_subspaces
-from peft_reft.export import EditableBackbone, adapter_tensors, edit_mask, exportable, greedy_answer
+from peft_reft.export import (
+    EditableBackbone,
+    adapter_tensors,
+    edit_mask,
+    export_backbone,
+    exportable,
+    greedy_answer,
+    open_backbone,
+)
 from peft_reft.export.graph import Sizes, trace
 from peft_reft.interventions import BUILT_IN, REGISTRY, takes_source
 
@@ -323,3 +331,19 @@ def test_config_has_a_name_for_every_way_of_sharing():
     assert tensors["bias"].shape[1] == 3
     assert ReftConfig(positions="f1+l2", share_weights="position").share_weights == "position"
     assert answer_of(exportable(model), tensors, "f1+l2", "position") == answer(model)
+
+
+def test_a_pt2_file_with_a_cache_runs_prompts_of_a_few_tokens(tmp_path):
+    """torch.export takes a row of past and columns for four or more, and its file refused shorter ones."""
+    base = tiny_model("llama", num_hidden_layers=1)
+    base.generation_config.eos_token_id = None
+    model = reft_model(base, positions="f1+l1+d2", share_weights=False, task_type="CAUSAL_LM")
+    export_backbone(exportable(model), tmp_path, "pt2")
+    run, description = open_backbone(tmp_path)
+    for length in (1, 2, 3):
+        ids = torch.tensor([PROMPT[:length]])
+        wanted = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, pad_token_id=0)[0, length:].tolist()
+        past = description.empty_past()
+        got = greedy_answer(run, PROMPT[:length], adapter_tensors(model), "f1+l1+d2", False, past, new_tokens=4)
+        assert got == wanted
+        assert got != greedy_answer(run, PROMPT[:length], adapter_tensors(model), "f1+l1+d2", False, past, 4, 0.0)

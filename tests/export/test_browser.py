@@ -28,7 +28,7 @@ from test_tools import word_tokenizer
 
 from peft_reft import ReftConfig
 from peft_reft.export import edit_mask, export_backbone, exportable, load_adapter_tensors, save_adapter_tensors
-from peft_reft.export.files import describe
+from peft_reft.export.description import describe
 from peft_reft.export.graph import Sizes
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "browser"

@@ -17,7 +17,8 @@ from peft_reft.export import (
     load_adapter_tensors,
     save_adapter_tensors,
 )
-from peft_reft.export.files import describe, short_name
+from peft_reft.export.description import describe
+from peft_reft.export.files import short_name
 from peft_reft.export.graph import Sizes
 
 SETTINGS = {"r": 3, "positions": "f2+l1", "task_type": "CAUSAL_LM"}
@@ -153,6 +154,11 @@ def test_a_cut_off_file_and_files_of_other_kinds_are_refused(model, tmp_path):
         ({"blocks": '["model.layers.0"]'}, "for 1 blocks"),
         ({"blocks": "["}, "lacks what describes"),
         ({"share_weights": '"perhaps"'}, "share_weights='perhaps'"),
+        ({"share_weights": "1"}, "share_weights=1"),
+        ({"positions": "all", "share_weights": '"position"'}, "positions='all' and share_weights='position'"),
+        ({"blocks": "null"}, "its blocks are None"),
+        ({"blocks": "[0, 1, 2]"}, r"its blocks are \[0, 1, 2\], where each has a name of its own"),
+        ({"blocks": '["a", "a", "b"]'}, "where each has a name of its own"),
     ],
 )
 def test_metadata_that_does_not_fit_the_tensors_is_refused(changed, why, model, tmp_path):
@@ -182,6 +188,12 @@ def test_a_description_is_read_as_it_was_written(model, tmp_path):
     (tmp_path / "backbone.json").write_text(json.dumps({"format": "peft_reft.backbone", "version": 1}))
     with pytest.raises(ValueError, match="lacks what describes a backbone"):
         BackboneDescription.load(tmp_path)
+    written.save(tmp_path)
+    said = json.loads((tmp_path / "backbone.json").read_text())
+    for name, value in (("width", "32"), ("blocks", None), ("cache_dtype", "int8"), ("end_tokens", 5), ("max_rank", 0)):
+        (tmp_path / "backbone.json").write_text(json.dumps({**said, name: value}))
+        with pytest.raises(ValueError, match=f"has {name} = {value!r}, which does not describe a backbone"):
+            BackboneDescription.load(tmp_path)
 
 
 def test_a_smaller_adapter_is_padded_and_a_larger_one_refused(model, tmp_path):
