@@ -27,7 +27,7 @@ def convert(gguf: Path, folder: Path) -> None:
     del model.config.quantization_config
     model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(**place)
-    # transformers 5.17 reads the file's other special token here, which begins a chat's messages.
+    # transformers 5.17 takes the token that begins a message for the one that ends it, and 5.23 the right one.
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
     tokenizer.save_pretrained(folder)
