@@ -168,13 +168,13 @@ def test_rates_are_chosen_on_validation_rows_and_seeds_follow(tmp_path):
     name = "LoReFT r8 all"
     setup = cells.Setup("model", "data", **{**sizes.TAUGHT_CPU.setup, "tasks": (sizes.INSTRUCTIONS,), "seeds": (0, 1)})
     store = Store(tmp_path, setup.of_results())
-    for number, rate in enumerate(grid.RATES["reft"]):
+    for number, rate in enumerate(grid.CHAT_RATES["reft"]):
         assert len(list(cells.plan(store, setup, [name]))) == 1 + 4  # the base model, and four rates
         result = of_instructions([number, 0.0], validation=[2.0, 1.5, 1.7, float("nan")][number])
         store.add(str(rate), {**cells.cell_of("main", name, rate, 0, 16), "result": result})
     last = list(cells.plan(store, setup, [name]))[-1]
-    assert (last["seed"], last["lr"]) == (1, grid.RATES["reft"][1])
-    assert report.best_rate(report.by_name(store)[name]) == grid.RATES["reft"][1]
+    assert (last["seed"], last["lr"]) == (1, grid.CHAT_RATES["reft"][1])
+    assert report.best_rate(report.by_name(store)[name]) == grid.CHAT_RATES["reft"][1]
 
 
 def test_differences_of_losses_are_taken_row_by_row():

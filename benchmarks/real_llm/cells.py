@@ -91,7 +91,7 @@ def plan(store: Store, setup: Setup, names: Iterable[str] = grid.EVERYTHING) -> 
         for slot in (range(grid.FIRST), range(grid.FIRST, 4)):
             for number in slot:
                 for name in some:
-                    yield cell_of("main", name, rates(name)[number], setup.seeds[0], setup.steps)
+                    yield cell_of("main", name, rates(name, setup)[number], setup.seeds[0], setup.steps)
         for seed in setup.seeds[1:]:
             for name in some:
                 lr = best_rate(store, name, setup)
@@ -103,14 +103,15 @@ def plan(store: Store, setup: Setup, names: Iterable[str] = grid.EVERYTHING) -> 
             yield cell_of("longer", grid.BASIS, rate, setup.seeds[0], grid.LONGER * setup.steps)
 
 
-def rates(name: str) -> tuple[float, ...]:
-    return grid.RATES[grid.EVERYTHING[name].kind]
+def rates(name: str, setup: Setup) -> tuple[float, ...]:
+    """The learning rates that are tried for a method."""
+    return (grid.RATES if setup.asks else grid.CHAT_RATES)[grid.EVERYTHING[name].kind]
 
 
 def best_rate(store: Store, name: str, setup: Setup) -> float | None:
     """The rate that is best on the validation rows; None until all four are known, or if all diverged."""
     found = [cell for cell in store.of("main") if cell["name"] == name and cell["seed"] == setup.seeds[0]]
-    if {cell["lr"] for cell in found} != set(rates(name)):
+    if {cell["lr"] for cell in found} != set(rates(name, setup)):
         return None
     best = min(found, key=lambda cell: evaluate.criterion(cell["result"]))
     return best["lr"] if math.isfinite(evaluate.criterion(best["result"])) else None
