@@ -49,6 +49,9 @@ def smollm2(folder: Path) -> Path:
     # The weights are plain float32 by now, but the model still calls itself quantised and would not be saved.
     model.hf_quantizer, model.is_quantized = None, False
     del model.config.quantization_config
+    # transformers 5.17 takes the token that begins a message for the one that ends it, and 5.23 the right one.
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
     unfinished = folder / "unfinished"
     tokenizer.save_pretrained(folder)
     model.save_pretrained(unfinished)

@@ -7,16 +7,17 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from benchmarks import common
+from benchmarks.real_llm.rows import Row
 from benchmarks.smollm2 import few_shot, long_answers, memorisation
 from benchmarks.study.methods import Method
 
 
 def test_a_recital_counts_to_its_first_wrong_token():
-    pairs = [([7, 8], [1, 2, 3]), ([7, 8], [4, 5, 6])]
+    rows = [Row([7, 8], [1, 2, 3]), Row([7, 8], [4, 5, 6])]
     guesses = torch.tensor([[0, 1, 2, 3, 0], [0, 4, 0, 6, 0]])  # column i guesses token i + 1
     logits = torch.nn.functional.one_hot(guesses, 9).float()
-    assert memorisation.leading(logits, pairs) == [3, 1]
-    assert memorisation.leading(logits.roll(1, 1), pairs) == [0, 0]
+    assert memorisation.leading(logits, rows) == [3, 1]
+    assert memorisation.leading(logits.roll(1, 1), rows) == [0, 0]
 
 
 def test_a_climb_ends_when_the_string_is_recited_and_generate_says_it():
@@ -24,7 +25,7 @@ def test_a_climb_ends_when_the_string_is_recited_and_generate_says_it():
     model = Method("reft", {"r": 4, "positions": "l1+d"}).apply(base, "CAUSAL_LM", 0)
     prompt, string = [5, 6], [3, 9, 4]
     assert memorisation.generated(model, prompt, string) < 3
-    found = memorisation.climb(model, [(prompt, string)], 3e-2, 200)
+    found = memorisation.climb(model, [Row(prompt, string)], 3e-2, 200)
     assert found["recited"] == 3 and found["steps"] < 200
     assert memorisation.generated(model.eval(), prompt, string) == 3
 

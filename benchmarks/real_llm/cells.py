@@ -1,8 +1,8 @@
 """Which cells there are, in which order, and how some are run side by side.
 
 A cell is a dictionary that says all about one training: `{"part", "name", "method", "lr", "seed", "steps"}`. The order
-is such that a run that is cut has the most telling ones: every method of the core at two learning rates, then at four,
-then more seeds at the best; then the other methods, and what is varied of LoReFT.
+is such that a run that is cut has the most telling ones: the base model; every method of the core at two learning
+rates, then at four, then more seeds at the best; then the other methods, and what is varied of LoReFT.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import math
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,7 +19,8 @@ from typing import Any
 import torch
 
 from benchmarks import common
-from benchmarks.real_llm import evaluate, grid, tasks
+from benchmarks.real_llm import evaluate, grid, instructions, rows, tasks
+from benchmarks.real_llm.sizes import INSTRUCTIONS
 from benchmarks.real_llm.training import EAGER_STEPS, Training
 from benchmarks.study.methods import Method, count
 from benchmarks.study.store import Store
@@ -33,9 +35,9 @@ class Setup:
 
     Args:
         model, data: folders.
-        tasks: names of the data's files.
+        tasks: names of the data's files: questions, or `INSTRUCTIONS` alone.
         steps, rows: of a training, and rows in a batch.
-        longest: tokens of a row at most, answer included.
+        longest: tokens of a row at most, answer included; longer questions are left out, longer answers cut.
         validation: rows that choose the learning rate.
         test: test rows of each task at most.
         size: rows in a batch of the evaluation.
@@ -55,6 +57,11 @@ class Setup:
     seeds: tuple[int, ...] = (0, 1, 2)
     device: str = "cuda"
 
+    @property
+    def asks(self) -> bool:
+        """Whether rows are questions with choices."""
+        return self.tasks != (INSTRUCTIONS,)
+
     def of_results(self) -> str:
         """What results depend on, as one string: cells with another one are not mixed in."""
         kept = (
@@ -65,6 +72,9 @@ class Setup:
         return "; ".join((*kept, "bfloat16" if self.device == "cuda" else "float32"))
 
 
+BASE: Cell = {"part": "base", "name": "base model", "method": None, "lr": 0.0, "seed": 0, "steps": 0}
+
+
 def cell_of(part: str, name: str, lr: float, seed: int, steps: int) -> Cell:
     method = dataclasses.asdict(grid.EVERYTHING[name])
     return {"part": part, "name": name, "method": method, "lr": lr, "seed": seed, "steps": steps}
@@ -72,6 +82,7 @@ def cell_of(part: str, name: str, lr: float, seed: int, steps: int) -> Cell:
 
 def plan(store: Store, setup: Setup, names: Iterable[str] = grid.EVERYTHING) -> Iterator[Cell]:
     """All cells that can be run by now, finished ones included; a method's later seeds when its rates are known."""
+    yield BASE
     wanted = set(names)
     core = [name for name in grid.CORE if name in wanted]
     main = [name for name in grid.MAIN if name in wanted and name not in core]
@@ -80,33 +91,30 @@ def plan(store: Store, setup: Setup, names: Iterable[str] = grid.EVERYTHING) -> 
         for slot in (range(grid.FIRST), range(grid.FIRST, 4)):
             for number in slot:
                 for name in some:
-                    yield cell_of("main", name, rates(name)[number], setup.seeds[0], setup.steps)
+                    yield cell_of("main", name, rates(name, setup)[number], setup.seeds[0], setup.steps)
         for seed in setup.seeds[1:]:
             for name in some:
                 lr = best_rate(store, name, setup)
                 if lr is not None:
                     yield cell_of("main", name, lr, seed, setup.steps)
-    lr = best_rate(store, grid.BASIS, setup) if grid.BASIS in wanted else None
+    lr = best_rate(store, grid.BASIS, setup) if grid.BASIS in wanted and setup.asks else None
     if lr is not None:
         for rate in (lr, lr / 3):
             yield cell_of("longer", grid.BASIS, rate, setup.seeds[0], grid.LONGER * setup.steps)
 
 
-def rates(name: str) -> tuple[float, ...]:
-    return grid.RATES[grid.EVERYTHING[name].kind]
+def rates(name: str, setup: Setup) -> tuple[float, ...]:
+    """The learning rates that are tried for a method."""
+    return (grid.RATES if setup.asks else grid.CHAT_RATES)[grid.EVERYTHING[name].kind]
 
 
 def best_rate(store: Store, name: str, setup: Setup) -> float | None:
-    """The rate whose choices are the likeliest on the validation rows; None until all four are known.
-
-    A training that diverged (no finite cross entropy) counts as known, and is not taken.
-    """
+    """The rate that is best on the validation rows; None until all four are known, or if all diverged."""
     found = [cell for cell in store.of("main") if cell["name"] == name and cell["seed"] == setup.seeds[0]]
-    if {cell["lr"] for cell in found} != set(rates(name)):
+    if {cell["lr"] for cell in found} != set(rates(name, setup)):
         return None
-    finite = [cell for cell in found if cell["result"]["validation"]["cross_entropy"] < float("inf")]
-    best = min(finite, key=lambda cell: cell["result"]["validation"]["cross_entropy"], default=None)
-    return None if best is None else best["lr"]
+    best = min(found, key=lambda cell: evaluate.criterion(cell["result"]))
+    return best["lr"] if math.isfinite(evaluate.criterion(best["result"])) else None
 
 
 class Bench:
@@ -122,7 +130,8 @@ class Bench:
         self.setup, self.graph = setup, graph
         self.dtype = torch.bfloat16 if setup.device == "cuda" else torch.float32
         self.base, tokenizer = model.load(setup.model, setup.device, self.dtype)
-        self.data = tasks.load(Path(setup.data), tokenizer, setup.tasks, setup.longest, setup.validation, setup.test)
+        load = tasks.load if setup.asks else instructions.load
+        self.data = load(Path(setup.data), tokenizer, setup.tasks, setup.longest, setup.validation, setup.test)
 
     def subject(self, method: Method, seed: int) -> torch.nn.Module:
         """The base model with a method on it; full finetuning has weights of its own, in float32."""
@@ -134,11 +143,11 @@ class Bench:
         setup = self.setup
         method = Method(**cell["method"])
         model = self.subject(method, cell["seed"])
-        chosen = tasks.training_rows(self.data.train, setup.rows, cell["steps"], cell["seed"])
+        chosen = rows.training_rows(self.data.train, setup.rows, cell["steps"], cell["seed"])
         width = setup.longest if self.graph else 0  # a graph has one shape
         batches = [
-            {name: tensor.to(setup.device) for name, tensor in tasks.collate(rows, self.data.pad, width).items()}
-            for rows in chosen
+            {name: tensor.to(setup.device) for name, tensor in rows.collate(some, self.data.pad, width).items()}
+            for some in chosen
         ]
         autocast = method.kind == "full" and self.dtype != torch.float32
         keep = self.data.answer_columns + 1
@@ -147,15 +156,20 @@ class Bench:
     def run(self, gang: list[Cell]) -> Iterator[Cell]:
         """The cells with their results, trained in turns, a step of each, then measured one after the other.
 
-        Results hold "seconds", wall-clock time of the whole gang's training, "gang", how many trained side by side, and
-        what evaluate.py measures.
+        What has no method is the base model, which is only measured. Results hold what evaluate.py measures, and of a
+        training "seconds", wall-clock time of the whole gang's, and "gang", how many went side by side.
         """
         gc.collect()  # the models of the gang before
         if self.setup.device == "cuda":
             torch.cuda.empty_cache()  # and the pools of its graphs
+        for cell in gang:
+            if cell["method"] is None:
+                result = evaluate.everything(self.base, self.data, self.setup.size)
+                yield {**cell, "result": {"parameters": 0, **result}}
+        gang = [cell for cell in gang if cell["method"] is not None]
         begin = time.time()
         trainings = [self.training(cell) for cell in gang]
-        for number in range(max(cell["steps"] for cell in gang)):
+        for number in range(max((cell["steps"] for cell in gang), default=0)):
             for cell, training in zip(gang, trainings):
                 if number < cell["steps"]:
                     training.step()

@@ -22,7 +22,7 @@ import torch
 from benchmarks import common
 from benchmarks.real_llm import grid
 from benchmarks.real_llm.cells import Bench, Setup, cell_of
-from benchmarks.real_llm.run import CPU, CPU_RESULTS, RESULTS
+from benchmarks.real_llm.sizes import size_of
 from benchmarks.real_llm.training import EAGER_STEPS, Training
 
 GANGS = (1, 3, 6)
@@ -85,10 +85,11 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="the sizes of run.py --cpu, without graphs")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing after that long")
     options = parser.parse_args()
-    folder = options.output or (CPU_RESULTS if options.cpu else RESULTS)
+    size = size_of(None, options.cpu)
+    folder = options.output or common.RESULTS / size.folder
     end = time.time() + 60 * options.minutes
     torch.set_num_threads(1)
-    setup = Setup(options.model, options.data, **({**CPU, "device": "cpu"} if options.cpu else {}))
+    setup = Setup(options.model, options.data, **size.setup)
     bench = Bench(dataclasses.replace(setup, seeds=(0,)), not options.cpu)
     folder.mkdir(parents=True, exist_ok=True)
     record = {"run": common.environment(), "rows": []}

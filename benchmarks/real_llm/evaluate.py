@@ -1,7 +1,12 @@
-"""How well a model answers: by what it generates, in the paper's format, and by the likelihood of each choice."""
+"""How well a model answers.
+
+Questions: by what it generates, in the paper's format, and by the likelihood of each choice. Instructions: by how
+likely it finds given answers, which needs no judge.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -9,14 +14,15 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.real_llm.tasks import Data, Row, collate
+from benchmarks.real_llm.rows import Data, Row, answer_columns, collate
+from benchmarks.real_llm.tasks import Question
 
 NEW_TOKENS = 8  # "the correct answer is answer2" and the end of the text are 7
 WORD = 2  # what tells the choices apart is the last but one token of a row
 
 
 @torch.no_grad()
-def by_likelihood(model: nn.Module, data: Data, rows: list[Row], size: int) -> dict[str, float]:
+def by_likelihood(model: nn.Module, data: Data, rows: list[Question], size: int) -> dict[str, float]:
     """Choose the answer whose last token is the likeliest of the choices', after "the correct answer is answer".
 
     Returns:
@@ -41,7 +47,7 @@ def by_likelihood(model: nn.Module, data: Data, rows: list[Row], size: int) -> d
 
 
 @torch.no_grad()
-def by_generation(model: nn.Module, data: Data, rows: list[Row], size: int) -> dict[str, float]:
+def by_generation(model: nn.Module, data: Data, rows: list[Question], size: int) -> dict[str, float]:
     """Generate greedily, and take the first answer that the text names, as LLM-Adapters does.
 
     Returns:
@@ -65,12 +71,52 @@ def by_generation(model: nn.Module, data: Data, rows: list[Row], size: int) -> d
     return {"accuracy": right / len(rows), "in_format": in_format / len(rows)}
 
 
+@torch.no_grad()
+def of_answers(model: nn.Module, data: Data, rows: list[Row], size: int) -> dict[str, Any]:
+    """The cross entropy of the rows' answers.
+
+    Returns:
+        "answer", in nats per token of all answers; "nats" of each row's answer, and its "tokens".
+    """
+    device = next(model.parameters()).device
+    nats: list[float] = []
+    for start in range(0, len(rows), size):
+        some = rows[start : start + size]
+        batch = {name: tensor.to(device) for name, tensor in collate(some, data.pad).items()}
+        labels = batch["labels"][:, -answer_columns(some) :]
+        # The labels tell where the prompt ends; the loss that the model makes of them is not read.
+        logits = model(**batch, use_cache=False, logits_to_keep=answer_columns(some) + 1).logits[:, :-1]
+        found = cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
+        nats += [round(value, 3) for value in found.sum(1).tolist()]
+    tokens = [len(row.answer) for row in rows]
+    return {"answer": sum(nats) / sum(tokens), "nats": nats, "tokens": tokens}
+
+
 def everything(model: nn.Module, data: Data, size: int) -> dict[str, Any]:
-    """Validation by likelihood, and each test by likelihood and by generation."""
+    """What is measured on validation rows, and on each task's test rows.
+
+    Of questions, validation by likelihood, and each test by likelihood and by generation; of other rows the cross
+    entropy of their answers.
+    """
+    if isinstance(data.validation[0], Question):
+        return {
+            "validation": by_likelihood(model, data, data.validation, size),
+            "test": {
+                name: {**by_likelihood(model, data, rows, size), **by_generation(model, data, rows, 2 * size)}
+                for name, rows in data.test.items()
+            },
+        }
     return {
-        "validation": by_likelihood(model, data, data.validation, size),
-        "test": {
-            name: {**by_likelihood(model, data, rows, size), **by_generation(model, data, rows, 2 * size)}
-            for name, rows in data.test.items()
-        },
+        "validation": {"answer": of_answers(model, data, data.validation, size)["answer"]},
+        "test": {name: of_answers(model, data, rows, size) for name, rows in data.test.items()},
     }
+
+
+def criterion(result: dict[str, Any]) -> float:
+    """What chooses the learning rate, the less the better: validation nats of the choice, or of whole answers.
+
+    A training that diverged has infinity.
+    """
+    validation = result["validation"]
+    nats: float = validation["cross_entropy"] if "cross_entropy" in validation else validation["answer"]
+    return nats if math.isfinite(nats) else math.inf

@@ -16,6 +16,13 @@ RATES = {
     "ia3": (1e-2, 3e-2, 3e-3, 1e-1),
     "full": (3e-5, 1e-4, 1e-5, 3e-4),
 }
+# On instructions a factor of three lower: the base model answers chats already, and LoReFT at 4e-3 made it worse.
+CHAT_RATES = {
+    "reft": (1.3e-3, 4e-4, 4e-3, 1.3e-4),
+    "lora": (1e-3, 3e-4, 3e-3, 1e-4),
+    "ia3": (1e-2, 3e-3, 3e-2, 1e-3),
+    "full": (3e-5, 1e-5, 1e-4, 3e-6),
+}
 FIRST = 2  # so many rates of every method before any gets the others
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -26,15 +26,39 @@ def convert(gguf: Path, folder: Path) -> None:
     model.hf_quantizer, model.is_quantized = None, False
     del model.config.quantization_config
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(**place)
+    # transformers 5.17 takes the token that begins a message for the one that ends it, and 5.23 the right one.
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
+    tokenizer.save_pretrained(folder)
 
 
 def load(folder: Path, device: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
-    """The frozen model, in eval mode, and its tokenizer. Its loss takes labels and the logits of the last columns."""
+    """The frozen model, in eval mode, and its tokenizer. Its loss takes labels and the logits of the last columns.
+
+    Raises:
+        ValueError: if the tokenizer ends texts in another token than the model.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval().requires_grad_(False)
     model.loss_function = loss_of_last_columns
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    check_end(tokenizer, model.generation_config.eos_token_id)
     return model, tokenizer
+
+
+def check_end(tokenizer: Any, ends: int | list[int]) -> None:
+    """Refuse a tokenizer that ends the rows of the training in a token that ends no answer of the model.
+
+    Raises:
+        ValueError: if it does.
+    """
+    ends = [ends] if isinstance(ends, int) else ends
+    if tokenizer.eos_token_id not in ends:
+        raise ValueError(
+            f"The tokenizer ends texts in {tokenizer.eos_token!r} ({tokenizer.eos_token_id}), the model in {ends}: "
+            "answers would be trained to an end that generation goes past. Make the folder again with "
+            "`python -m benchmarks.real_llm.model`, or set the tokenizer's eos_token."
+        )
 
 
 def loss_of_last_columns(logits: Tensor, labels: Tensor, vocab_size: int, **others: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.real_llm.run --model smollm2 --data data --minutes 7 --workers 3 --gang 6   # on a GPU
     python -m benchmarks.real_llm.run --model smollm2 --data data --cpu                              # on two cores
+    python -m benchmarks.real_llm.run --model smollm2 --data data --cpu --tasks ultrafeedback_1k     # instructions
     python -m benchmarks.real_llm.run --model smollm2 --data data --report                           # nothing is run
 
 Run in the root of a clone. See README.md for the model and the data.
@@ -10,7 +11,6 @@ Run in the root of a clone. See README.md for the model and the data.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import multiprocessing
 import os
@@ -21,23 +21,11 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent.parent / "results" / "real-llm"
-CPU_RESULTS = RESULTS.with_name("real-llm-cpu")
+from benchmarks.real_llm.sizes import INSTRUCTIONS, size_of
+
+RESULTS = Path(__file__).parent.parent / "results"
 CONTEXT = multiprocessing.get_context("spawn")
 Cell = dict[str, Any]
-
-# The part for a CPU: a training and its evaluation take two minutes of a core.
-CPU = {
-    "tasks": ("openbookqa",),
-    "steps": 20,
-    "rows": 8,
-    "longest": 64,
-    "validation": 100,
-    "test": 60,
-    "size": 20,
-    "seeds": (0,),
-}
-CPU_METHODS = ("LoReFT r8 all", "LoRA r8 q,v", "LoReFT r8 f7+l7", "LoRA r1 q,v", "LoReFT r1 all", "IA3")
 
 
 def work(number: int, graph: bool, orders: Any, results: Any) -> None:
@@ -148,25 +136,30 @@ def key(cell: Cell) -> str:
 
 
 def summary(result: dict[str, Any]) -> str:
-    tests = [
-        f"{name} {100 * test['accuracy']:.1f} % generated, {100 * test['choice']:.1f} % likeliest"
-        for name, test in result["test"].items()
-    ]
-    validation = "{cross_entropy:.4f} nats, answer {answer:.4f}".format(**result["validation"])
-    return f"{'; '.join(tests)}; validation {validation}; loss {result['loss'][-1]}; {result['seconds']} s"
+    shown = []
+    for name, test in result["test"].items():
+        if "accuracy" in test:
+            shares = f"{100 * test['accuracy']:.1f} % generated, {100 * test['choice']:.1f} % likeliest"
+            shown.append(f"{name} {shares}")
+        else:
+            shown.append(f"{name} {test['answer']:.4f} nats")
+    shown.append("validation " + ", ".join(f"{what} {value:.4f}" for what, value in result["validation"].items()))
+    if "loss" in result:
+        shown.append(f"loss {result['loss'][-1]}; {result['seconds']} s")
+    return "; ".join(shown)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of the language model")
-    parser.add_argument("--data", required=True, type=Path, help="folder with <task>-train.json and <task>-test.json")
-    parser.add_argument("--output", type=Path, help="folder; default results/real-llm, with --cpu real-llm-cpu")
+    parser.add_argument("--data", required=True, type=Path, help="folder with the files of the tasks")
+    parser.add_argument("--output", type=Path, help="folder of the results; default as in sizes.py")
+    parser.add_argument("--cpu", action="store_true", help="the small part: short rows, few steps and methods")
     parser.add_argument(
-        "--cpu", action="store_true", help="the small part: one task, short rows, few steps and methods"
+        "--tasks", help=f"by commas; default openbookqa,ARC-Easy, or openbookqa with --cpu; {INSTRUCTIONS} alone"
     )
-    parser.add_argument("--tasks", default=None, help="files of the data, by commas; default openbookqa,ARC-Easy")
-    parser.add_argument("--steps", type=int, default=None, help="of a training; default 300, or 20 with --cpu")
-    parser.add_argument("--test", type=int, default=None, help="test rows of a task at most; default 1000, or 60")
+    parser.add_argument("--steps", type=int, default=None, help="of a training; default as in sizes.py")
+    parser.add_argument("--test", type=int, default=None, help="test rows of a task at most; default as in sizes.py")
     parser.add_argument("--methods", default=None, help="names of grid.py, separated by semicolons; default all")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--gang", type=int, default=1, help="trainings side by side in a process")
@@ -174,7 +167,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after that long")
     parser.add_argument("--report", action="store_true", help="only write the report of what is there")
     options = parser.parse_args()
-    folder = options.output or (CPU_RESULTS if options.cpu else RESULTS)
+    tasks = tuple(options.tasks.split(",")) if options.tasks else None
+    try:
+        size = size_of(tasks, options.cpu)
+    except ValueError as error:
+        parser.error(f"--tasks: {error}")
+    folder = options.output or RESULTS / size.folder
     began = time.time()
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     results = CONTEXT.Queue()
@@ -186,11 +184,10 @@ def main() -> None:
     from benchmarks.real_llm import cells, grid, report
     from benchmarks.study.store import Store
 
-    setup = cells.Setup(options.model, options.data, **({"device": "cpu", **CPU} if options.cpu else {}))
-    tasks = tuple(options.tasks.split(",")) if options.tasks else None
     changed = {"tasks": tasks, "steps": options.steps, "test": options.test}
-    setup = dataclasses.replace(setup, **{name: value for name, value in changed.items() if value is not None})
-    names = options.methods.split(";") if options.methods else list(CPU_METHODS if options.cpu else grid.EVERYTHING)
+    changed = {name: value for name, value in changed.items() if value is not None}
+    setup = cells.Setup(options.model, options.data, **{**size.setup, **changed})
+    names = options.methods.split(";") if options.methods else list(size.methods or grid.EVERYTHING)
     if unknown := set(names) - set(grid.EVERYTHING):
         parser.error(f"--methods: there is no {sorted(unknown)[0]!r}; use some of {'; '.join(grid.EVERYTHING)}")
     store = Store(folder, setup.of_results())

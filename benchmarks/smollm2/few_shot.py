@@ -10,13 +10,13 @@ greedy answers how many are the robot's.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import math
 import random
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from benchmarks.smollm2 import record
 from benchmarks.smollm2.chats import Chats
 from benchmarks.smollm2.texts import ROBOT_CHATS, Chat
 from benchmarks.study.methods import Method, count
-from benchmarks.study.store import Store
 
 POOL, HELD_OUT, EXAMPLES = ROBOT_CHATS[:-8], ROBOT_CHATS[-8:], 5
 STEPS, SAID = 12, 28  # of a training; tokens of an answer, of which the longest here has 22
@@ -108,14 +107,20 @@ def is_whole(text: str) -> bool:
     return text == f"Beep! {said} Boop!" and "Beep!" not in said and "Boop!" not in said
 
 
-def train(bench: Chats, method: Method, lr: float, seed: int, steps: int) -> dict[str, Any]:
-    """One training, and what it gave; the seed is that of the adapter's start and of the examples."""
+def cell(bench: Chats, name: str, lr: float | None, seed: int, steps: int) -> record.Cell:
+    """One training, unless it is the base model, and what it gave.
+
+    The seed is that of the adapter's start and of the examples.
+    """
+    asked = {"name": name, "lr": lr, "seed": seed}
+    if lr is None:
+        return {**asked, "parameters": 0, **measure(bench, bench.base)}
     begin = time.process_time()
-    model = method.apply(bench.base, "CAUSAL_LM", seed)
+    model = METHODS[name].apply(bench.base, "CAUSAL_LM", seed)
     losses = bench.train(model, bench.encoded(examples(seed)), EXAMPLES, lr, steps)
     result = {"trained": losses, "parameters": count(model)["parameters"], **measure(bench, model)}
     model.unload()
-    return result | {"seconds": round(time.process_time() - begin, 1)}
+    return {**asked, **result, "seconds": round(time.process_time() - begin, 1)}
 
 
 def settings_of(cells: record.Cells) -> list[record.Cells]:
@@ -178,36 +183,11 @@ def draw(cells: record.Cells, path: Path) -> None:
     figure.savefig(path)
 
 
-def run(folder: Path, store: Store, steps: int, minutes: float) -> None:
-    """The cells that are not stored yet; none begins after so many minutes of CPU time."""
+def plan(folder: Path, steps: int) -> Iterator[tuple[str, Callable[[], record.Cell]]]:
     bench = Chats(folder)
     for name, lr, seed in PLAN:
         key = f"{name} | {lr:g} | seed {seed}" if lr else name
-        if key in store.cells or time.process_time() > 60 * minutes:
-            continue
-        if lr is None:
-            result = {"parameters": 0, **measure(bench, bench.base)}
-        else:
-            result = train(bench, METHODS[name], lr, seed, steps)
-        store.add(key, {"name": name, "lr": lr, "seed": seed, **result})
-        shown = {what: value for what, value in result.items() if what not in ("answers", "trained")}
-        print(time.strftime("%H:%M:%S"), key, shown, flush=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="folder of the language model")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of a training; default %(default)s")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="of CPU time, after which no cell begins")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results; default %(default)s")
-    parser.add_argument("--report", action="store_true", help="only write the table and the picture of what is there")
-    given = parser.parse_args()
-    if given.model is None and not given.report:
-        parser.error("--model: the folder that benchmarks/real_llm/model.py has made")
-    store = Store(given.output, f"{given.steps} steps, chats {fingerprint(ROBOT_CHATS)}")
-    if not given.report:
-        run(given.model, store, given.steps, given.minutes)
-    record.write(store, report, draw, PICTURE)
+        yield key, partial(cell, bench, name, lr, seed, steps)
 
 
 def fingerprint(chats: list[Chat]) -> str:
@@ -216,4 +196,5 @@ def fingerprint(chats: list[Chat]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    chats = fingerprint(ROBOT_CHATS)
+    record.main(__doc__, RESULTS, PICTURE, STEPS, lambda steps: f"{steps} steps, chats {chats}", plan, report, draw)

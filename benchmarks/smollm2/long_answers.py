@@ -11,22 +11,21 @@ and without an end: the share of their words in the manner by quarter, and the f
 
 from __future__ import annotations
 
-import argparse
-import math
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import common
+from benchmarks.real_llm.rows import Row
 from benchmarks.smollm2 import few_shot, record
-from benchmarks.smollm2.chats import Chats, Pair
+from benchmarks.smollm2.chats import Chats
 from benchmarks.smollm2.few_shot import BASE, lora, reft
 from benchmarks.smollm2.texts import PIRATE_CHATS, QUESTIONS
-from benchmarks.study.methods import Method, count
-from benchmarks.study.store import Store
+from benchmarks.study.methods import count
 
 OPENING, LONG = 32, 128  # tokens that are trained, and of an answer
 TRAINED, ROWS, STEPS = 8, 4, 12  # questions, rows of a step, steps
@@ -88,14 +87,14 @@ class Bench:
     def __init__(self, folder: Path):
         self.chats = Chats(folder)
 
-    def pairs(self, manner: str, seed: int) -> list[Pair]:
+    def rows(self, manner: str, seed: int) -> list[Row]:
         """The seed's questions, and the first `OPENING` tokens of the base model's answers in the manner."""
         tokenizer, first = self.chats.tokenizer, TRAINED * seed
         questions = [question for question, _ in PIRATE_CHATS[first : first + TRAINED]]
         said = self.chats.answers(self.chats.base, questions, OPENING, OPENING)
         texts = [MANNERS[manner](tokenizer.decode(ids)) for ids in said]
         answers = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return [(self.chats.prompt(question), ids[:OPENING]) for question, ids in zip(questions, answers)]
+        return [Row(self.chats.prompt(question), ids[:OPENING]) for question, ids in zip(questions, answers)]
 
     def measure(self, model: Any, manner: str) -> dict[str, Any]:
         """The share in the manner by quarter, and where each answer leaves it."""
@@ -110,17 +109,18 @@ class Bench:
             "answers": texts,
         }
 
-    def cell(self, manner: str, method: Method | None, lr: float | None, seed: int, steps: int) -> dict[str, Any]:
+    def cell(self, manner: str, name: str, lr: float | None, seed: int, steps: int) -> record.Cell:
         """One training, unless it is the base model, and what it gave."""
         begin = time.process_time()
-        if method is None or lr is None:
-            return {"parameters": 0, **self.measure(self.chats.base, manner)}
-        pairs = self.pairs(manner, seed)
-        model = method.apply(self.chats.base, "CAUSAL_LM", seed)
-        losses = self.chats.train(model, pairs, ROWS, lr, steps)
+        asked = {"manner": manner, "name": name, "lr": lr, "seed": seed}
+        if lr is None:
+            return {**asked, "parameters": 0, **self.measure(self.chats.base, manner)}
+        rows = self.rows(manner, seed)
+        model = METHODS[name].apply(self.chats.base, "CAUSAL_LM", seed)
+        losses = self.chats.train(model, rows, ROWS, lr, steps)
         result = {"trained": losses, "parameters": count(model)["parameters"], **self.measure(model, manner)}
         model.unload()
-        return result | {"seconds": round(time.process_time() - begin, 1)}
+        return {**asked, **result, "seconds": round(time.process_time() - begin, 1)}
 
 
 def of_manner(cells: record.Cells, manner: str) -> list[record.Cells]:
@@ -183,34 +183,16 @@ def draw(cells: record.Cells, path: Path) -> None:
     figure.savefig(path)
 
 
-def run(folder: Path, store: Store, steps: int, minutes: float) -> None:
-    """The cells that are not stored yet; none begins after so many minutes of CPU time."""
+def plan(folder: Path, steps: int) -> Iterator[tuple[str, Callable[[], record.Cell]]]:
     bench = Bench(folder)
     for manner, name, lr, seed in PLAN:
         key = f"{manner} | {name} | {lr:g} | seed {seed}" if lr else f"{manner} | {name}"
-        if key in store.cells or time.process_time() > 60 * minutes:
-            continue
-        result = bench.cell(manner, METHODS.get(name), lr, seed, steps)
-        store.add(key, {"manner": manner, "name": name, "lr": lr, "seed": seed, **result})
-        shown = {what: value for what, value in result.items() if what not in ("answers", "trained")}
-        print(time.strftime("%H:%M:%S"), key, shown, flush=True)
+        yield key, partial(bench.cell, manner, name, lr, seed, steps)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="folder of the language model")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of a training; default %(default)s")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="of CPU time, after which no cell begins")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results; default %(default)s")
-    parser.add_argument("--report", action="store_true", help="only write the tables and the picture of what is there")
-    given = parser.parse_args()
-    if given.model is None and not given.report:
-        parser.error("--model: the folder that benchmarks/real_llm/model.py has made")
-    store = Store(given.output, f"{given.steps} steps of {ROWS} rows, {OPENING} tokens")
-    if not given.report:
-        run(given.model, store, given.steps, given.minutes)
-    record.write(store, report, draw, PICTURE)
+def setup(steps: int) -> str:
+    return f"{steps} steps of {ROWS} rows, {OPENING} tokens"
 
 
 if __name__ == "__main__":
-    main()
+    record.main(__doc__, RESULTS, PICTURE, STEPS, setup, plan, report, draw)

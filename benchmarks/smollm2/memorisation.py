@@ -16,10 +16,11 @@ benchmarks/real_llm/model.py makes the folder of the model.
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import common
+from benchmarks.real_llm.rows import Row, collate
 from benchmarks.smollm2 import record
 from benchmarks.smollm2.texts import PIRATE_CHATS
 from benchmarks.study.methods import Method, count, trainable
-from benchmarks.study.store import Store
 
 LENGTHS = (8, 16, 32, 64, 128, 256)  # tokens
 NUMBERS, SHORT = (4,), 8  # of prompts, tokens of each of their strings
@@ -66,33 +67,28 @@ PLAN = (  # the most telling first: a run that is cut has these
     ("random", "LoRA r1 q,v"),
     ("random", "one block and d, r4"),
 )
-Pair = tuple[list[int], list[int]]  # a prompt and its string
 
 
-def batch_of(pairs: list[Pair]) -> dict[str, Tensor]:
-    """Rows of equal length, so without padding; labels of -100 on the prompts."""
-    ids = torch.tensor([prompt + string for prompt, string in pairs])
-    labels = torch.tensor([[-100] * len(prompt) + string for prompt, string in pairs])
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+PAD = 0  # in batches whose rows are all as long, so that nothing is padded
 
 
-def leading(logits: Tensor, pairs: list[Pair]) -> list[int]:
+def leading(logits: Tensor, rows: list[Row]) -> list[int]:
     """How many tokens of each string are the likeliest ones, up to the first that is not."""
-    start, found = len(pairs[0][0]), []
-    for guesses, (_, string) in zip(logits.argmax(-1), pairs):
-        right = guesses[start - 1 : start - 1 + len(string)] == torch.tensor(string)
+    start, found = len(rows[0].prompt), []
+    for guesses, row in zip(logits.argmax(-1), rows):
+        right = guesses[start - 1 : start - 1 + len(row.answer)] == torch.tensor(row.answer)
         found.append(int(right.long().cumprod(0).sum()))
     return found
 
 
-def climb(model: nn.Module, pairs: list[Pair], lr: float, steps: int) -> dict[str, Any]:
+def climb(model: nn.Module, rows: list[Row], lr: float, steps: int) -> dict[str, Any]:
     """Train until everything is recited, or for so many steps; the best recital on the way counts."""
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=lr, weight_decay=0.0)
-    batch, best, begin = batch_of(pairs), [0], time.process_time()
-    wanted = sum(len(string) for _, string in pairs)
+    batch, best, begin = collate(rows, PAD), [0], time.process_time()
+    wanted = sum(len(row.answer) for row in rows)
     for step in range(steps + 1):  # the last one only looks
         output = model(**batch, use_cache=False)
-        best = max(best, leading(output.logits, pairs), key=sum)
+        best = max(best, leading(output.logits, rows), key=sum)
         if sum(best) == wanted or step == steps:
             break
         output.loss.backward()
@@ -115,7 +111,7 @@ def generated(model: nn.Module, prompt: list[int], string: list[int]) -> int:
 @torch.no_grad()
 def surprise(base: nn.Module, prompt: list[int], string: list[int]) -> Tensor:
     """Bits of each token of the string for the base model: what an edit has to bring."""
-    batch = batch_of([(prompt, string)])
+    batch = collate([Row(prompt, string)], PAD)
     logits = base(**batch, use_cache=False).logits[0, len(prompt) - 1 : -1]
     return nn.functional.cross_entropy(logits, torch.tensor(string), reduction="none") / math.log(2)
 
@@ -130,7 +126,7 @@ def ladder(base: nn.Module, tokenizer: Any, kind: str, method: Method, lr: float
         rung = {
             "length": length,
             "bits": round(bits[length - 1], 1),
-            **climb(model, [(prompt, string[:length])], lr, steps),
+            **climb(model, [Row(prompt, string[:length])], lr, steps),
         }
         rungs.append(rung)
         print(f"    {rung}", flush=True)
@@ -143,15 +139,15 @@ def ladder(base: nn.Module, tokenizer: Any, kind: str, method: Method, lr: float
 
 def several(base: nn.Module, tokenizer: Any, method: Method, lr: float, steps: int) -> list[dict[str, Any]]:
     """How much of the strings of several prompts one adapter recites; each number from a fresh adapter."""
-    draw, rows = random.Random(0), []
+    draw, found = random.Random(0), []
     for number in NUMBERS:
         prompts = tokenizer([f"Recite {10 + i}:" for i in range(number)])["input_ids"]
-        pairs = [(prompt, draw.choices(ordinary(tokenizer), k=SHORT)) for prompt in prompts]
+        rows = [Row(prompt, draw.choices(ordinary(tokenizer), k=SHORT)) for prompt in prompts]
         model = method.apply(base, "CAUSAL_LM", 0)
-        rows.append({"prompts": number, **climb(model, pairs, lr, steps)})
-        print(f"    {rows[-1]}", flush=True)
+        found.append({"prompts": number, **climb(model, rows, lr, steps)})
+        print(f"    {found[-1]}", flush=True)
         model.unload()
-    return rows
+    return found
 
 
 def ordinary(tokenizer: Any) -> list[int]:
@@ -217,39 +213,25 @@ def draw(cells: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="folder of the language model")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of one length at most; default %(default)s")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="of CPU time, after which no setting begins")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results; default %(default)s")
-    parser.add_argument("--report", action="store_true", help="only write the table and the picture of what is there")
-    given = parser.parse_args()
-    if given.model is None and not given.report:
-        parser.error("--model: the folder that benchmarks/real_llm/model.py has made")
-    store = Store(given.output, f"{given.steps} steps at most")
-    if not given.report:
-        run(given.model, store, given.steps, given.minutes)
-    record.write(store, report, draw, PICTURE)
+def cell(base: nn.Module, tokenizer: Any, kind: str, name: str, steps: int) -> record.Cell:
+    """One setting: its ladder, or what several prompts were taught."""
+    method = METHODS[name]
+    lr = RATES["one block" if name.startswith("one block") else "else"]
+    if kind == "prompts":
+        rows = several(base, tokenizer, method, lr, steps)
+    else:
+        rows = ladder(base, tokenizer, kind, method, lr, steps)
+    model = method.apply(base, "CAUSAL_LM", 0)
+    parameters = count(model)["parameters"]
+    model.unload()
+    return {"kind": kind, "name": name, "lr": lr, "parameters": parameters, "rows": rows}
 
 
-def run(folder: Path, store: Store, steps: int, minutes: float) -> None:
-    """The settings that are not stored yet; none begins after so many minutes of CPU time."""
+def plan(folder: Path, steps: int) -> Iterator[tuple[str, Callable[[], record.Cell]]]:
     base, tokenizer = record.load(folder)
     for kind, name in PLAN:
-        key = f"{kind} | {name}"
-        if key in store.cells or time.process_time() > 60 * minutes:
-            continue
-        print(key, flush=True)
-        method = METHODS[name]
-        lr = RATES["one block" if name.startswith("one block") else "else"]
-        make = several if kind == "prompts" else ladder
-        arguments = (method, lr, steps) if kind == "prompts" else (kind, method, lr, steps)
-        rows = make(base, tokenizer, *arguments)
-        model = method.apply(base, "CAUSAL_LM", 0)
-        store.add(key, {"kind": kind, "name": name, "lr": lr, "parameters": count(model)["parameters"], "rows": rows})
-        model.unload()
+        yield f"{kind} | {name}", partial(cell, base, tokenizer, kind, name, steps)
 
 
 if __name__ == "__main__":
-    main()
+    record.main(__doc__, RESULTS, PICTURE, STEPS, lambda steps: f"{steps} steps at most", plan, report, draw)
