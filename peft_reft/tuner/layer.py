@@ -187,8 +187,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             if name not in self.to_be_loaded:
                 continue
             groups: Any = self.reft_interventions[name]
-            if any(parameter.is_meta for parameter in groups.parameters()):
-                continue
+            if any(parameter.is_meta or not parameter.numel() for parameter in groups.parameters()):
+                continue  # to come, or sharded
             identity = self.to_be_loaded.pop(name)
             for intervention in groups:
                 if isinstance(intervention, Intervention) and not any(bool(p.any()) for p in intervention.parameters()):
