@@ -604,6 +604,13 @@ def test_any_adapter_goes_to_pyreft_and_back(tmp_path):
         assert difference(tmp_path / kind / "again", stored, "llama") < 1e-5
 
 
+def test_the_names_of_subspaces_are_noted_as_lost(tmp_path):
+    config = ReftConfig(r=3, subspaces={"german": 2, "formal": 1}, positions="f2", task_type="CAUSAL_LM")
+    get_peft_model(base("llama"), config).save_pretrained(tmp_path / "ours")
+    made = to_pyreft(tmp_path / "ours", tmp_path / "theirs")
+    assert any("{'german': 2, 'formal': 1} are rows of the rotation" in note for note in made.notes)
+
+
 def test_a_head_goes_to_pyreft_and_back(tmp_path):
     from_adapterhub(ADAPTERHUB / "loreft-roberta", tmp_path / "ours")
     to_pyreft(tmp_path / "ours", tmp_path / "theirs")

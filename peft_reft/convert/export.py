@@ -136,6 +136,8 @@ def notes(made: Conversion) -> list[str]:
     ]
     if config.act_fn is not None:
         found.append(f"They hold no activation either: build the interventions with act_fn={config.act_fn!r}.")
+    if config.subspaces:
+        found.append(f"Pyreft's subspaces have no names: {config.subspaces} are rows of the rotation, in this order.")
     if config.intervention in ("noreft", "direft"):
         found.append(
             "ReftModel.load of pyreft 0.1.0 cannot build this class (KeyError: 'add_bias'): make the model with "

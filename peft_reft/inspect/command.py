@@ -12,11 +12,12 @@ from typing import Any
 
 from peft_reft.command_line import OneLineParser, add_model_options, number
 from peft_reft.inspect.batch import is_causal
-from peft_reft.inspect.heatmap import LABELS
+from peft_reft.inspect.heatmap import LABELS, OF_TRACES
 from peft_reft.inspect.run import inspect_adapter
 from peft_reft.inspect.tables import Inspection
 from peft_reft.integrations.loading import load_adapters
 from peft_reft.integrations.threads import share_the_machine
+from peft_reft.tuner.model_sizes import most_tokens
 
 
 def main(argv: list[str]) -> int:
@@ -32,7 +33,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--answer", action="append", help="an answer to each prompt: shows edits of generated tokens")
     parser.add_argument("--out", help="where to draw the heat map; the ending is the format (.png, .svg, .pdf)")
     parser.add_argument("--csv", help="where to write the table of edits; effects go to NAME-effects.csv next to it")
-    parser.add_argument("--value", default="relative", choices=LABELS, help="what the heat map shows")
+    values = [name for name in LABELS if name not in OF_TRACES]
+    parser.add_argument("--value", default="relative", choices=values, help="what the heat map shows")
     parser.add_argument("--no-effects", action="store_true", help="do not run the model once more for each block")
     parser.add_argument(
         "--num-labels", type=number(int, 1), help="classes of a classifier, if its base model does not say"
@@ -61,6 +63,10 @@ def main(argv: list[str]) -> int:
             found.plot(arguments.out, arguments.value)
     except (ValueError, OSError, ImportError, KeyError) as error:
         print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except IndexError as error:  # of learned positions, which end there
+        most, said = most_tokens(model.get_base_model())
+        print(f"{parser.prog}: {error}. The model takes at most {most:,} tokens ({said}).", file=sys.stderr)
         return 2
     print(summary(found, arguments.prompt))
     return 0 if draws or arguments.out is None else 1

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+OF_TRACES = ("restored", "effect")  # of peft_reft.causal.trace; the others are of an Inspection
 LABELS = {
     "relative": "‖Δh‖ / ‖h‖\n(1: as long as h itself)",
     "edit_norm": "‖Δh‖\n(units of the hidden state)",
@@ -21,7 +22,7 @@ LABELS = {
     "angle_before": "angle of h to the subspace\n(degrees)",
     "angle_after": "angle of h + Δh to the subspace\n(degrees)",
     "edit_angle": "angle of Δh to the subspace\n(degrees)",
-    "restored": "part of the clean answer that returns\n(1: all of it)",  # of peft_reft.causal.trace
+    "restored": "part of the clean answer that returns\n(1: all of it)",
     "effect": "change of the metric",
 }
 Row = dict[str, Any]
@@ -51,8 +52,9 @@ def draw(
     """
     from matplotlib.figure import Figure
 
-    if value not in LABELS:
-        raise ValueError(f"value={value!r} cannot be drawn; use one of {', '.join(LABELS)}.")
+    known = [name for name in LABELS if not edits or name in edits[0]]
+    if value not in known:
+        raise ValueError(f"value={value!r} cannot be drawn; use one of {', '.join(known)}.")
     rows = [row for row in edits if row["adapter"] == adapter and (prompts is None or row["prompt"] in prompts)]
     if not rows:
         adapters, numbers = (list(dict.fromkeys(row[key] for row in edits)) for key in ("adapter", "prompt"))

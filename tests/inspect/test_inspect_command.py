@@ -83,3 +83,17 @@ def test_a_name_that_is_no_picture_s_is_refused_before_loading(argv, tmp_path, m
     monkeypatch.setattr(command, "load_adapters", lambda *given: pytest.fail("loaded"))
     assert main([*argv, "--out", str(tmp_path / "plot.jpeg2")]) == 2
     assert ".png" in capsys.readouterr().err
+
+
+def test_values_of_a_trace_and_prompts_that_are_too_long_are_refused_in_words(argv, tmp_path, tokenizer, capsys):
+    with pytest.raises(SystemExit):
+        main([*argv, "--value", "restored"])
+    assert "invalid choice: 'restored'" in capsys.readouterr().err
+    model = reft_model(tiny_model("gpt2"), positions="f1+l1", task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="value='restored' cannot be drawn; use one of relative, "):
+        inspect_adapter(model, "one two", tokenizer, effects=False).plot(value="restored")
+    model.save_pretrained(tmp_path / "adapter")
+    tiny_model("gpt2").save_pretrained(tmp_path / "base")
+    most = model.config.max_position_embeddings
+    assert main([*argv, "--prompt", "one " * most]) == 2
+    assert f"The model takes at most {most:,} tokens (max_position_embeddings" in capsys.readouterr().err
