@@ -186,10 +186,12 @@ def test_speculative_decoding_gives_the_same_tokens(positions):
         assert greedy(model, {"input_ids": ids}) != expected
 
 
-def test_a_decoder_s_prompt_of_several_tokens_is_one_with_guesses_too():
+@pytest.mark.parametrize("start", [[0], []], ids=["start token", "put in front by generate"])
+def test_a_decoder_s_prompt_of_several_tokens_is_one_with_guesses_too(start):
     """The first step holds guesses behind it, which are generated tokens."""
     model = reft_model(tiny_model("t5"), positions="l1", task_type="SEQ_2_SEQ_LM")
-    inputs = {"input_ids": torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8]]), "decoder_input_ids": torch.tensor([[0, 5, 6, 7]])}
+    decoder_ids = torch.tensor([[*start, 5, 6, 7]])
+    inputs = {"input_ids": torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8]]), "decoder_input_ids": decoder_ids}
     with spied(model, tiny_model("t5"), "decoder.block.0") as calls:
         model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False, prompt_lookup_num_tokens=2)
     assert calls[0] == [[3]]

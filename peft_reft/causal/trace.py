@@ -148,8 +148,19 @@ def trace(
         blocks = [name for name in probe.layers if name not in decoder]
         for example in range(len(valid)):
             own = [_row(inputs, example, len(valid)) for inputs in (clean, corrupted)]
-            row = valid[example]
-            _trace_one(result, probe, example, *own, row, blocks, bool(decoder), metric, tokenizer, batch_size)
+            _trace_one(
+                result,
+                probe,
+                example,
+                own[0],
+                own[1],
+                valid[example],
+                blocks,
+                bool(decoder),
+                metric,
+                tokenizer,
+                batch_size,
+            )
     return result
 
 

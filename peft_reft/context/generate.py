@@ -14,8 +14,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor
 
+from peft_reft.context import notices
 from peft_reft.context.arguments import past_length, token_shape, valid_columns
 from peft_reft.context.method import MethodEntry
 from peft_reft.context.passed import NOTHING, Passed, read_passed
@@ -37,7 +39,8 @@ class Generation:
         guesses: the first step may hold guessed tokens behind the prompt.
         in_chunks: the prompt is run in several steps.
         started: a step was prepared. (Some models' `generate` only passes the call on to that of a part.)
-        decoder_columns: the length of a decoder's prompt, where its first step may hold more.
+        decoder_columns: the length of a decoder's prompt; its first step may hold guessed tokens behind it.
+        passed_on: the `generate` of a part, to which the call was passed on, prepared steps.
     """
 
     def __init__(self, state: ModelState, tokens: Tokens | None):
@@ -46,7 +49,7 @@ class Generation:
         self.shape: tuple[int, int] | None = None
         self.passed = NOTHING
         self.edits_answers = state.edits_answers()
-        self.guesses = self.in_chunks = self.started = False
+        self.guesses = self.in_chunks = self.started = self.passed_on = False
         self.decoder_columns: int | None = None
         self._unseen = 0  # columns of the row that are not among the ids of a step: embeddings, earlier turns
         self._prompts: dict[Any, Prompts] = {}
@@ -106,6 +109,11 @@ class Generation:
         valid = torch.ones(rows, width, dtype=torch.bool, device=ids.device) if found is None else found[0]
         same = ids.shape == valid.shape and not is_decoder
         limit = self.decoder_columns if is_decoder else None
+        if is_decoder and self.guesses and limit is None:
+            raise RuntimeError(
+                f"transformers {transformers.__version__} did not call {DecoderPromptEntry.name}: it is unknown where "
+                "the decoder's prompt ends before tokens that were guessed. Generate without assistance."
+            )
         self.tokens = Tokens(valid[:, :limit], ids=ids if same else None, given=True)
         self._prompts.clear()
         return unseen
@@ -172,9 +180,14 @@ class GenerateEntry(MethodEntry):
         running.generation = generation
         self.state.unlabelled = False
         try:
-            return self.original(*args, **kwargs)
+            output = self.original(*args, **kwargs)
         finally:
             running.generation = outer
+        if outer is not None:
+            outer.passed_on = outer.passed_on or generation.started or generation.passed_on
+        elif not (generation.started or generation.passed_on):
+            notices.raise_or_warn_of_no_steps(self.state, self.module, own)
+        return output
 
     def _generation(self, arguments: Mapping[str, Any], locations: Any) -> Generation:
         valid = self._valid_columns(arguments)
@@ -190,9 +203,6 @@ class GenerateEntry(MethodEntry):
         guesses = [arguments.get("assistant_model"), *(self._setting(name, arguments) for name in GUESSING)]
         generation.guesses = any(guess is not None and guess is not False for guess in guesses)
         generation.in_chunks = self._setting("prefill_chunk_size", arguments) is not None
-        if generation.guesses:
-            start = arguments.get("decoder_input_ids")
-            generation.decoder_columns = 1 if start is None else int(start.shape[1])
         return generation
 
     def _take_back_earlier_turns(self, tokens: Tokens, cache: Any) -> None:
@@ -245,6 +255,19 @@ class GenerateEntry(MethodEntry):
         configs = (arguments.get("generation_config"), getattr(self.module, "generation_config", None))
         values = (arguments.get(name), *(getattr(config, name, None) for config in configs))
         return next((value for value in values if value is not None), None)
+
+
+class DecoderPromptEntry(MethodEntry):
+    """Stands in for the method by which `generate` makes a decoder's prompt: it may put the start token in front."""
+
+    name = "_prepare_decoder_input_ids_for_generation"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        ids, arguments = self.original(*args, **kwargs)
+        generation = self.state.running.generation
+        if generation is not None:
+            generation.decoder_columns = int(ids.shape[1])
+        return ids, arguments
 
 
 class PrepareEntry(MethodEntry):

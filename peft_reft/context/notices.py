@@ -5,6 +5,7 @@ In training that is an error: a wrong position trains without one. Otherwise eac
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -57,6 +58,10 @@ MARKER_MISSING = (
     "A row without the marker prompt_end={marker} was given to a ReFT model, without labels or intervention_locations: "
     "the whole row counts as its prompt."
 )
+NO_STEPS = (
+    "`generate` was passed {names}, but ran no forward that `prepare_inputs_for_generation` prepared, so that they had "
+    "no effect. A custom_generate has its model prepare the inputs of each step, or passes them to each forward itself."
+)
 
 
 def raise_or_warn(state: ModelState, module: nn.Module, message: str, key: str) -> None:
@@ -84,6 +89,17 @@ def raise_or_warn_displaced(
     if getattr(found, "original_module", None) is child:
         raise ValueError(message)
     raise_or_warn(state, module, message, "displaced")
+
+
+def raise_or_warn_of_no_steps(state: ModelState, module: nn.Module, own: Mapping[str, Any]) -> None:
+    """Say that `generate` ran no step that its arguments `own`, other than adapter names, could be used in.
+
+    Raises:
+        ValueError: in training.
+    """
+    names = [name for name, value in own.items() if value is not None and name != "adapter_names"]
+    if names:
+        raise_or_warn(state, module, NO_STEPS.format(names=" and ".join(names)), "no steps")
 
 
 def warn_of_unlabelled(state: ModelState, module: nn.Module) -> None:

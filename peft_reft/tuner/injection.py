@@ -12,7 +12,7 @@ from torch import nn
 from peft_reft.blocks import paths_around
 from peft_reft.context.block import CHILD, keep_called
 from peft_reft.context.entry import ForwardEntry
-from peft_reft.context.generate import GenerateEntry, PrepareEntry
+from peft_reft.context.generate import DecoderPromptEntry, GenerateEntry, PrepareEntry
 from peft_reft.context.method import MethodEntry
 from peft_reft.context.opening import Entered
 from peft_reft.context.outermost import attach_entry, detach_entries
@@ -89,7 +89,7 @@ def rebuild_entries(model: nn.Module, state: ModelState) -> None:
 def _attach_method_entries(module: nn.Module, state: ModelState) -> None:
     if not hasattr(type(module), "generate"):
         return
-    entries: list[type[MethodEntry]] = [GenerateEntry, PrepareEntry, *METHODS]
+    entries: list[type[MethodEntry]] = [GenerateEntry, DecoderPromptEntry, PrepareEntry, *METHODS]
     for entry in entries:
         if hasattr(type(module), entry.name) and not isinstance(module.__dict__.get(entry.name), entry):
             entry(module, state).attach()

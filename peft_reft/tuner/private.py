@@ -26,6 +26,8 @@ peft PeftModel.save_pretrained, wrapped           tuner/saving.py               
                                                   files written beside and renamed
 transformers _gradient_checkpointing_func         context/replay.py                blocks run again in backward
                                                   a context around what a checkpoint runs
+transformers _prepare_decoder_input_ids_for_generation  context/generate.py        it may lengthen a decoder's prompt
+                                                  the prompt's length during generate
 transformers _attn_implementation_internal        blocks/tracing/weightless.py     a trace runs on no device: eager code
 transformers _experts_implementation_internal     blocks/tracing/weightless.py     as above
                                                   set_attn_implementation on a config

@@ -1,12 +1,13 @@
 """A forward belongs to `generate` only if it is one of its steps; a state is a continuation like a cache."""
 
+import warnings
 from itertools import chain
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from conftest import batch, randomize, reft_model, tiny_model
+from conftest import batch, logits, randomize, reft_model, tiny_model
 from edit_spy import EditSpy, spied
 from peft import get_peft_model
 from slow_places import places_in_generate
@@ -424,3 +425,28 @@ def test_every_attempt_of_whispers_temperature_fallback_has_its_decoders_prompt_
     assert len(begun) >= 2  # else nothing fell back
     assert len(encoder.calls) >= 1
     assert all(columns and columns[0] == 0 for columns in begun)
+
+
+@pytest.mark.parametrize("prepares", [False, True])
+def test_what_a_custom_generate_leaves_unused_is_said(prepares):
+    model = reft_model(tiny_model("llama"), positions="l1", task_type="CAUSAL_LM")
+    inputs = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    found = []
+
+    def loop(model, input_ids, **kwargs):
+        own = {"attention_mask": kwargs["attention_mask"]}
+        if prepares:
+            own = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **own)
+        found.append(model(**{"input_ids": input_ids, **own}).logits)
+        return input_ids
+
+    expected = logits(model, {**inputs, "intervention_locations": torch.tensor([[1]])})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.generate(**inputs, intervention_locations=torch.tensor([[1]]), custom_generate=loop)
+    told = [str(warning.message) for warning in caught if "had no effect" in str(warning.message)]
+    assert len(told) == (0 if prepares else 1)
+    assert all("intervention_locations" in message for message in told)
+    if prepares:
+        torch.testing.assert_close(found[0], expected)
+        assert (expected - logits(model, inputs)).abs().max() > 1e-3
