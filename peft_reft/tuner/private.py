@@ -39,6 +39,9 @@ peft _active_adapter, _disable_adapters           context/, causal/             
                                                   they are its public properties
 peft BaseTuner's methods for tuners, overridden   tuner/model.py                   as in PEFT's own tuners
                                                   (the contract of a tuner)
+peft BaseTunerLayer._all_available_adapter_names  tuner/layer.py                   the adapter after the active one
+peft _move_adapter_to_device_of_base_layer        tuner/layer.py                   a layer has no weight to ask
+                                                  the tuner chooses; a layer says its device
 transformers CallbackHandler.__init__, wrapped    integrations/trainer.py          notices when training starts
                                                   callbacks that a model brings
 lm-eval HFLM._model_call, wrapped                 integrations/lm_eval.py          where a context ends is not passed on
