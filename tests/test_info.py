@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -217,3 +219,15 @@ def test_the_command_prints_text_or_json(tmp_path, capsys):
     fields = json.loads(capsys.readouterr().out)
     assert fields["parameters"] == adapter_info(tmp_path).parameters
     assert fields["config"]["positions"] == fields["positions"] == "f2+l2"
+
+
+def test_a_command_whose_reader_has_gone_ends_without_a_traceback(tmp_path):
+    saved(tmp_path, positions="f2+l1")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "peft_reft", "info", tmp_path], stdout=writer, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writer)
+    assert done.returncode == 141
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
