@@ -174,7 +174,21 @@ def test_rates_are_chosen_on_validation_rows_and_seeds_follow(tmp_path):
         store.add(str(rate), {**cells.cell_of("main", name, rate, 0, 16), "result": result})
     last = list(cells.plan(store, setup, [name]))[-1]
     assert (last["seed"], last["lr"]) == (1, grid.CHAT_RATES["reft"][1])
-    assert report.best_rate(report.by_name(store)[name]) == grid.CHAT_RATES["reft"][1]
+    assert evaluate.best_rate(report.by_name(store)[name]) == grid.CHAT_RATES["reft"][1]
+
+
+def test_a_rate_that_fails_with_the_next_seed_is_given_up_for_another(tmp_path):
+    name = "LoReFT r8 all"
+    setup = cells.Setup("model", "data", **{**sizes.TAUGHT_CPU.setup, "tasks": (sizes.INSTRUCTIONS,)})
+    store = Store(tmp_path, setup.of_results())
+    first, second, *others = grid.CHAT_RATES["reft"]
+    nats = {(rate, 0): 2.0 for rate in others} | {(first, 0): 1.5, (second, 0): 1.6, (first, 1): 1.8}
+    for (rate, seed), value in nats.items():
+        result = of_instructions([1.0, 2.0], validation=value)
+        store.add(f"{rate} {seed}", {**cells.cell_of("main", name, rate, seed, 16), "result": result})
+    assert evaluate.best_rate(report.by_name(store)[name]) == second  # 1.6, the mean of the other is 1.65
+    planned = [(cell["lr"], cell["seed"]) for cell in cells.plan(store, setup, [name])]
+    assert planned[-2:] == [(second, 1), (second, 2)]
 
 
 def test_differences_of_losses_are_taken_row_by_row():

@@ -41,7 +41,7 @@ class Setup:
         validation: rows that choose the learning rate.
         test: test rows of each task at most.
         size: rows in a batch of the evaluation.
-        seeds: seeds of each method at its best rate; the first also chose the rate.
+        seeds: of each method at its best rate; the first tries all rates, the others may change which is best.
         device: "cuda" or "cpu".
     """
 
@@ -109,12 +109,15 @@ def rates(name: str, setup: Setup) -> tuple[float, ...]:
 
 
 def best_rate(store: Store, name: str, setup: Setup) -> float | None:
-    """The rate that is best on the validation rows; None until all four are known, or if all diverged."""
-    found = [cell for cell in store.of("main") if cell["name"] == name and cell["seed"] == setup.seeds[0]]
-    if {cell["lr"] for cell in found} != set(rates(name, setup)):
+    """The rate that is best on the validation rows so far; None until all four are known, or if all diverged."""
+    found: dict[float, list[dict[str, Any]]] = {lr: [] for lr in rates(name, setup)}
+    for cell in store.of("main"):
+        if cell["name"] == name and cell["lr"] in found:
+            found[cell["lr"]].append(cell["result"])
+    if not all(found.values()):
         return None
-    best = min(found, key=lambda cell: evaluate.criterion(cell["result"]))
-    return best["lr"] if math.isfinite(evaluate.criterion(best["result"])) else None
+    best = evaluate.best_rate(found)
+    return best if math.isfinite(evaluate.criterion(found[best][0])) else None
 
 
 class Bench:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -120,3 +122,11 @@ def criterion(result: dict[str, Any]) -> float:
     validation = result["validation"]
     nats: float = validation["cross_entropy"] if "cross_entropy" in validation else validation["answer"]
     return nats if math.isfinite(nats) else math.inf
+
+
+def best_rate(rates: Mapping[float, Sequence[dict[str, Any]]]) -> float:
+    """The learning rate whose results, one for each seed that it has, are best on validation rows; by their mean.
+
+    A rate that looks best with one seed and fails with the next is given up for another. Test rows are not asked.
+    """
+    return min(rates, key=lambda rate: statistics.mean(criterion(result) for result in rates[rate]))

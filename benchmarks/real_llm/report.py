@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.real_llm import grid
-from benchmarks.real_llm.evaluate import criterion
+from benchmarks.real_llm.evaluate import best_rate, criterion
 from benchmarks.real_llm.sizes import INSTRUCTIONS
 from benchmarks.study.store import Store
 
@@ -58,11 +58,6 @@ def tasks_of(methods: dict[str, dict[float, Results]]) -> list[str]:
     return [task for rates in methods.values() for results in rates.values() for task in results[0]["test"]]
 
 
-def best_rate(rates: dict[float, Results]) -> float:
-    """The learning rate whose first seed is best on validation rows; test rows are not asked."""
-    return min(rates, key=lambda rate: criterion(rates[rate][0]))
-
-
 def accuracy(test: dict[str, Any]) -> float:
     return 100 * float(test["accuracy"])
 
@@ -78,7 +73,12 @@ def common_columns(name: str, rates: dict[float, Results]) -> list[str]:
 
 
 def validation_column(rates: dict[float, Results]) -> str:
-    return ", ".join(f"{rate:g}: {criterion(rates[rate][0]):.3f}" for rate in sorted(rates))
+    """The mean over the seeds of each learning rate, and how many there are."""
+    shown = []
+    for rate, results in sorted(rates.items()):
+        nats = statistics.mean(criterion(result) for result in results)
+        shown.append(f"{rate:g}: {nats:.3f}" + f" ({len(results)} seeds)" * (len(results) > 1))
+    return ", ".join(shown)
 
 
 def accuracy_table(methods: dict[str, dict[float, Results]], base: dict[str, Any] | None) -> str:
