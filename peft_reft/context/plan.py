@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_reft.context.edit import Edit
-from peft_reft.context.subspaces import BASE, Choice, Choices, by_direction, strengths
+from peft_reft.context.subspaces import BASE, Choices, strengths
 from peft_reft.interventions import FactorMemo, Factors, Kind, kind_of, stack_factors
 from peft_reft.positions import Places, PositionSpec
 
@@ -26,34 +26,53 @@ DEVICE_AND_DTYPE = attrgetter("device", "dtype")
 MOST_PLANS = 8  # plans: a server, or a trainer with a reference, goes back and forth between a few sets of adapters
 
 
-@dataclass(eq=False)
-class Family:
-    """Interventions that are worked out together: those of one or several adapters, next to several layers.
+class Alike(NamedTuple):
+    """What the interventions of an adapter have in common next to some layers.
 
-    Attributes:
-        spec, share_weights: of the adapters.
-        names: the adapters, A of them; several only for rows with adapters of their own.
-        scales: the strength of each.
-        layers: numbers of L layers.
-        groups: [L][A], a block's interventions of an adapter, one per position group.
-        kind: what the interventions have in common; None if they are to be called as modules.
-        memo: remembers their factors; None for a plan that is used once.
-        parts: [A], ranks of the named parts of R, by name; {} for adapters without.
-        chosen: [A], the strengths of the parts that act where a call says nothing; None for all.
+    `scale`, the names of parts and what is chosen among them may differ within a family.
     """
 
     spec: PositionSpec
     share_weights: bool | str
-    names: list[str]
-    scales: list[float]
-    layers: list[int]
-    groups: list[list[nn.ModuleList]]
-    kind: Kind | None
+    scale: float
+    groups: int
+    kind: Kind | None  # None if they are to be called as modules, or are not alike
+    place: int
+    parts: tuple[tuple[str, int], ...]
+    chosen: tuple[tuple[str, float], ...] | None
+
+
+@dataclass(eq=False)
+class Family:
+    """Interventions that are worked out together: those of one or several adapters, next to several layers.
+
+    Args:
+        names: the adapters, A of them; several only for rows with adapters of their own.
+        settings: of each of them.
+        layers: numbers of L layers.
+        groups: [L][A], a block's interventions of an adapter, one per position group.
+        memo: remembers their factors; None for a plan that is used once.
+
+    Attributes:
+        spec, share_weights: of the adapters.
+        kind: what the interventions have in common; None if they are to be called as modules.
+        scales: [A], the strength of each adapter.
+        parts: [A], ranks of the named parts of R, by name; {} for adapters without.
+        chosen: [A], the strengths of the parts that act where a call says nothing; None for all.
+    """
+
+    names: Sequence[str]
+    settings: Sequence[Alike]
+    layers: Sequence[int]
+    groups: Sequence[Sequence[nn.ModuleList]]
     memo: FactorMemo | None
-    parts: list[Mapping[str, int]]
-    chosen: list[Choice]
 
     def __post_init__(self) -> None:
+        first = self.settings[0]
+        self.spec, self.share_weights, self.kind = first.spec, first.share_weights, first.kind
+        self.scales = [own.scale for own in self.settings]
+        self.parts = [dict(own.parts) for own in self.settings]
+        self.chosen = [None if own.chosen is None else dict(own.chosen) for own in self.settings]
         places: dict[int, int] = {}
         self.distinct: list[Any] = []  # the interventions, those that layers share once
         for row in self.groups:
@@ -142,11 +161,16 @@ class Family:
         adapters: list[int] | None,
         choices: Choices | None,
     ) -> Tensor:
-        """`Edit.keep` of interventions with named parts, of which not all may act: by direction where that is so."""
+        """`Edit.keep` of interventions with named parts: a factor for each direction where not all parts act alike."""
         numbers = range(shape[0]) if rows is None else rows
         like = keep if keep.is_floating_point() else keep.float()
         of_rows = strengths(self.parts, self.chosen, choices, numbers, adapters, like)
-        return keep if of_rows is None else by_direction(keep, of_rows, self.count, by_row=adapters is not None)
+        if of_rows is None:
+            return keep
+        if adapters is not None:  # an intervention for each row and group
+            return keep * of_rows.repeat_interleave(self.count, 0).unsqueeze(1)
+        # The places of a group lie row after row.
+        return keep * of_rows.repeat_interleave(keep.shape[-2] // len(of_rows), 0)
 
     def blocks(self, adapters: Sequence[int] | None, split: bool) -> Mapping[int, Any]:
         """What each layer multiplies with, or calls: see `Edit.blocks`.
@@ -195,22 +219,6 @@ def _numbers(numbers: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(numbers).to(device, non_blocking=True)
 
 
-class Alike(NamedTuple):
-    """What the interventions of an adapter have in common next to some layers.
-
-    `scale`, the names of parts and what is chosen among them may differ within a family.
-    """
-
-    spec: PositionSpec
-    share_weights: bool | str
-    scale: float
-    groups: int
-    kind: Kind | None  # None if they are to be called as modules, or are not alike
-    place: int
-    parts: tuple[tuple[str, int], ...]
-    chosen: tuple[tuple[str, float], ...] | None
-
-
 def alike(layer: Any, name: str, groups: nn.ModuleList) -> Alike:
     """What an adapter's interventions next to one layer have in common with others."""
     kinds = {kind_of(one) for one in groups}
@@ -253,21 +261,8 @@ def families_of(layers: Sequence[Any], names: Sequence[str] | None, once: bool =
         together.setdefault((key, tuple(numbers)), []).append((name, own, lists))
     families = []
     for (_, layer_numbers), found in together.items():
-        adapters, owns, by_adapter = zip(*found)
-        families.append(
-            Family(
-                owns[0].spec,
-                owns[0].share_weights,
-                names=list(adapters),
-                scales=[own.scale for own in owns],
-                layers=list(layer_numbers),
-                groups=[list(groups) for groups in zip(*by_adapter)],
-                kind=owns[0].kind,
-                memo=None if once else FactorMemo(),
-                parts=[dict(own.parts) for own in owns],
-                chosen=[None if own.chosen is None else dict(own.chosen) for own in owns],
-            )
-        )
+        adapters, settings, by_adapter = zip(*found)
+        families.append(Family(adapters, settings, layer_numbers, [*zip(*by_adapter)], None if once else FactorMemo()))
     return families
 
 

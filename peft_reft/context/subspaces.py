@@ -1,7 +1,6 @@
 """Which named parts of R act in which row: what `subspaces=` of a call says, and what it makes of an edit's strengths.
 
-Shape letters: B rows, K parts of an adapter, G position groups, P places per group, n interventions, m places for each,
-r rank.
+Shape letters: B rows, K parts of an adapter, r rank.
 """
 
 from __future__ import annotations
@@ -156,21 +155,3 @@ def strengths(
         own, choice = parts[adapter], chosen[adapter] if choices is None else choices[row]
         found.append([1.0 if choice is None else choice.get(name, 0.0) for name in own for _ in range(own[name])])
     return torch.tensor(found, device=like.device, dtype=like.dtype)
-
-
-def by_direction(keep: Tensor, of_rows: Tensor, groups: int, by_row: bool) -> Tensor:
-    """The factors of an edit's places, one for each direction.
-
-    Args:
-        keep: `Edit.keep`: [m, 1] or [n, m, 1].
-        of_rows: the strengths of the rows' directions [B, r].
-        groups: G.
-        by_row: there is an intervention for each row and group, n = B * G.
-
-    Returns:
-        [m, r] or [n, m, r].
-    """
-    if by_row:
-        return keep * of_rows.repeat_interleave(groups, 0).unsqueeze(1)
-    # The places of a group lie row after row.
-    return keep * of_rows.repeat_interleave(keep.shape[-2] // len(of_rows), 0)
