@@ -87,7 +87,7 @@ def valid_columns(
         mask = mask.unsqueeze(1)
     if mask.dim() != 4 or mask.shape[-2] not in (1, columns):
         return None
-    seen = mask[:, 0] if mask.dtype == torch.bool else _visible(mask[:, 0])
+    seen = _visible(mask[:, 0])
     if mask.shape[-2] != columns:
         return _of_columns(seen[:, 0], rows, columns, past)
     offset = int(past) if not isinstance(past, Tensor) else 0
@@ -182,7 +182,8 @@ def past_length(arguments: Mapping[str, Any], columns: int, seen: int) -> int | 
             length = cache.get_seq_length()
         except ValueError:  # a cache of linear-attention layers only
             return seen
-        return int(length) if isinstance(length, Tensor) and length.device.type == "cpu" and _is_plain() else length
+        is_known = isinstance(length, Tensor) and length.device.type == "cpu" and not torch.compiler.is_compiling()
+        return int(length) if is_known else length
     if isinstance(cache, (tuple, list)) and cache:  # the old format: (key, value) [B, H, S, d] of each layer
         return int(cache[0][0].shape[-2])
     mems = arguments.get("mems")
@@ -212,10 +213,6 @@ def has_state(arguments: Mapping[str, Any]) -> bool:
             if states and any(states.values() if isinstance(states, dict) else [states]):
                 return True
     return False
-
-
-def _is_plain() -> bool:
-    return not torch.compiler.is_compiling()
 
 
 # Labels.

@@ -216,14 +216,11 @@ class Tokens:
             masked = self._labels_behind(prompt_end, turns or "last")
             return replace(self, labels=masked).prompts(turns, answers=answers)
         closing = None
-        if prompt_end and self.labels is None and self.ids is not None:
+        if prompt_end and self.labels is None and self.ids is not None and not (self.given and turns is None):
             closing = self.marked(prompt_end)
             if self.given:
-                if turns is None:
-                    closing = None
-                else:
-                    order = self.valid.long().cumsum(1)
-                    closing = closing | (self.valid & (order == order[:, -1:]))
+                order = self.valid.cumsum(1)
+                closing = closing | (self.valid & (order == order[:, -1:]))
         turns = turns or ("first" if closing is None else "last")
         found = find_prompts(self.valid, self.labels, self.starts, self.num_documents, turns, closing, answers)
         if closing is None or self.given or turns == "all" or not answers:
