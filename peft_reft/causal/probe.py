@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from peft_reft.blocks import ModelBlocks, own_name, present_names
-from peft_reft.context.sources import Collected
+from peft_reft.context.sources import COLLECTED, Collected
 from peft_reft.context.state import ModelState
 from peft_reft.tuner.config import ReftConfig
 from peft_reft.tuner.injection import predicts_tokens, rebuild_entries, reft_layers, remove_adapter, state_of
@@ -50,16 +50,11 @@ class Probe:
 
     base: Any
     layers: dict[str, ReftLayer]
-    state: ModelState
 
     def read(self, inputs: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
         """By block, the hidden states at the places of some inputs [B, P, d], and which places there are [B, P]."""
-        running, collected = self.state.running, Collected()
-        outer, running.collecting = running.collecting, collected
-        try:
-            self.base(**inputs)
-        finally:
-            running.collecting = outer
+        collected = Collected()
+        self.base(**inputs, **{COLLECTED: collected})
         found = {}
         for block, layer in self.layers.items():
             key = (layer.number, NAME)
@@ -140,7 +135,7 @@ def probing(
         rebuild_entries(base, state)
         for layer in reft_layers(base).values():
             layer._active_adapter, layer._disable_adapters = [NAME], False
-        yield Probe(base, lent, state)
+        yield Probe(base, lent)
     finally:
         for layer in reft_layers(base).values():
             layer._active_adapter, layer._disable_adapters = own.get(layer, ([], False))

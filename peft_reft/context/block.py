@@ -42,12 +42,6 @@ class BlockEntry(MethodEntry):
         super().__init__(module, state)
         self.running = state.running
 
-    def of_replica(self, replica: nn.Module) -> BlockEntry:
-        """The entry of a replica that nn.DataParallel made of the block, with a copy of its attributes."""
-        entry = BlockEntry(replica, self.state)
-        entry.replaced = self.replaced
-        return entry
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         block, context = self.module, self.running.context
         if self.replaced is None:

@@ -52,7 +52,7 @@ class Edit(NamedTuple):
         if several:
             selected = selected.expand(len(keep), -1, -1) if indices is None else selected.unflatten(0, keep.shape[:2])
         if called:
-            delta = _call(factors, selected) * keep if keep.shape[-1] == 1 else _call(factors, selected, keep)
+            delta = _call(factors, selected, keep)
         elif autocast:
             with torch.autocast(h.device.type, enabled=False):
                 delta = low_rank_edit(selected, factors, keep)
@@ -70,9 +70,8 @@ class Edit(NamedTuple):
         return (flat if out is h else out.flatten(0, 1)).index_add(0, indices, delta).view_as(h)
 
 
-def _call(modules: Sequence[nn.Module], selected: Tensor, keep: Tensor | None = None) -> Tensor:
+def _call(modules: Sequence[nn.Module], selected: Tensor, keep: Tensor) -> Tensor:
     """The edits of interventions that are called as modules: of [m, d] for one, of [n, m, d] for several."""
     if selected.dim() == 2:
         return edit_of(modules[0], selected, keep=keep)
-    kept = [None] * len(modules) if keep is None else keep
-    return torch.stack([edit_of(module, h, keep=own) for module, h, own in zip(modules, selected, kept)])
+    return torch.stack([edit_of(module, h, keep=own) for module, h, own in zip(modules, selected, keep)])

@@ -9,44 +9,61 @@ The entry stands in for the module's `forward`, as an attribute of the instance.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
 from types import CodeType
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from peft_reft.context import notices
 from peft_reft.context.block import BlockEntry, attach_block_entry
 from peft_reft.context.forward import ForwardContext, Given
-from peft_reft.context.generate import STEP
 from peft_reft.context.method import MethodEntry
-from peft_reft.context.opening import Entered, open_context
+from peft_reft.context.opening import open_context
+from peft_reft.context.passed import STEP, take_own
 from peft_reft.context.replay import Path
+from peft_reft.context.state import ModelState
 from peft_reft.context.training import look_at_training
-
-# Taken out of the call: the model does not know them.
-OWN_ARGUMENTS = ("intervention_locations", "adapter_names", "subspaces", "source_inputs", STEP)
 
 
 class ForwardEntry(MethodEntry):
     """Stands in for the `forward` of a module that takes tokens and has blocks below it.
 
     Args:
-        entered: the module.
-        blocks: names of the blocks below it.
+        module: the module.
+        state: shared by all entries of a model.
+        role: "encoder" or "decoder" in an encoder-decoder model, "router" for the module above both, else "".
+        depth: how many modules it lies in: a call of a module at the same or a smaller depth is another call.
+        causal: it is a causal language model by itself, or within one, whatever the whole model is.
+        layers: the layers next to the blocks below it.
+        blocks: names of those blocks.
     """
 
     name = "forward"
 
-    def __init__(self, entered: Entered, blocks: Iterable[str]):
-        super().__init__(entered.module, entered.state)
-        self.entered = entered
-        self.path = Path(entered.module, blocks)
-        self.idle = ForwardContext(entered.state, (), Given(), entered.role, entered.depth, idle=True)
+    def __init__(
+        self,
+        module: nn.Module,
+        state: ModelState,
+        role: str,
+        depth: int,
+        causal: bool,
+        layers: Sequence[Any],
+        blocks: Iterable[str],
+    ):
+        super().__init__(module, state)
+        self.role = role
+        self.depth = depth
+        self.causal = causal
+        self.layers = layers
+        self.path = Path(module, blocks)
+        self.idle = ForwardContext(state, (), Given(), role, depth, idle=True)
         self.passive = False
+        self.stay: RemovableHandle | None = None  # of the hook that keeps it outermost
         self.close: Callable[[], None] | None = None  # of a passive one, while its first call runs
-        parameters = inspect.signature(type(entered.module).forward).parameters.values()
+        parameters = inspect.signature(type(module).forward).parameters.values()
         self.names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
 
     @property
@@ -63,9 +80,9 @@ class ForwardEntry(MethodEntry):
         outer = running.context
         if self.passive:
             return self._below_what_replaced_it(*args, **kwargs)
-        if outer is not None and outer.idle and outer.depth < self.entered.depth:
+        if outer is not None and outer.idle and outer.depth < self.depth:
             return self.original(*args, **kwargs)
-        if STEP in kwargs and kwargs[STEP].edits_nothing(self.entered.role):
+        if STEP in kwargs and kwargs[STEP].edits_nothing(self.role):
             del kwargs[STEP]
             context = self.idle
         else:
@@ -91,21 +108,14 @@ class ForwardEntry(MethodEntry):
         Raises:
             ValueError: in training, for what was given and cannot be used, or a block that is no longer in its place.
         """
-        own = {name: kwargs.pop(name) for name in OWN_ARGUMENTS if name in kwargs}
-        context = self.context(outer, args, kwargs, own)
+        own = take_own(kwargs)
+        context = open_context(self, outer, {**dict(zip(self.names, args)), **kwargs}, own)
+        if context is not outer:
+            context.prepare()
         if outer is None and not torch.compiler.is_compiling():
             self._look_at_blocks()
         if context is not outer and is_recorded():
             self.path.wrap_checkpoints(self.state.running)
-        return context
-
-    def context(
-        self, outer: ForwardContext | None, args: Sequence[Any], kwargs: Mapping[str, Any], own: Mapping[str, Any]
-    ) -> ForwardContext:
-        """As `enter`, of arguments from which ours are taken out already; nothing but a context is made."""
-        context = open_context(self.entered, outer, {**dict(zip(self.names, args)), **kwargs}, own)
-        if context is not outer:
-            context.prepare()
         return context
 
     def _look_at_blocks(self) -> None:
@@ -131,7 +141,7 @@ class ForwardEntry(MethodEntry):
 
     def succeeded_by(self, found: Any) -> ForwardEntry:
         """A new entry in front of what has taken this one's place, which may call this one, or no longer does."""
-        successor = self._copy(replaced=found)
+        successor = self.copied(replaced=found)
         self.state.entries[self.state.entries.index(self)] = successor
         self.passive = True
         self.module.__dict__["forward"] = successor
@@ -141,19 +151,13 @@ class ForwardEntry(MethodEntry):
         """The entry of the replica that nn.DataParallel calls in this thread, whose layers are its own."""
         module, self.state.running.replica = self.state.running.replica, None
         assert module is not None
-        kinds = {type(layer) for layer in self.entered.layers}
+        kinds = {type(layer) for layer in self.layers}
         layers = [part for part in module.modules() if type(part) in kinds]
         for part in module.modules():
             block_entry = part.__dict__.get("forward")
             if type(block_entry) is BlockEntry:
-                block_entry.of_replica(part).attach()
-        entered = replace(self.entered, module=module, layers=layers)
-        return self._copy(module=module, entered=entered, path=Path(module, ()))
-
-    def _copy(self, **changes: Any) -> ForwardEntry:
-        entry = object.__new__(ForwardEntry)
-        entry.__dict__.update(self.__dict__, **changes)
-        return entry
+                block_entry.copied(module=part).attach()
+        return self.copied(module=module, layers=layers, path=Path(module, ()))
 
 
 def is_recorded() -> bool:

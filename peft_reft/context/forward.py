@@ -18,7 +18,7 @@ from peft_reft.context.edit import Edit
 from peft_reft.context.generate import Step
 from peft_reft.context.passed import NOTHING, Passed
 from peft_reft.context.plan import Family, families_of, kept_families
-from peft_reft.context.sources import Collected, Collector, Exchange, Listed, listed
+from peft_reft.context.sources import Collected, Collector, Exchange
 from peft_reft.context.state import ModelState, names_of_rows
 from peft_reft.context.subspaces import Choices, repeated
 from peft_reft.positions import Places, PositionSpec, Prompts, Tokens, find_prompts, places_of
@@ -163,27 +163,16 @@ class ForwardContext:
         sources, collecting = self.given.passed.sources, self.given.collecting
         if sources is None and collecting is None:
             return []
-        places = self.listed(family.spec, family.share_weights)
-        if places is None:
+        whole = None if self.answers_only else self._whole_places(family.spec, family.share_weights)
+        if whole is None:
             return []
+        whole = whole.listed()  # the k-th place takes what the source has at its k-th place
+        places = self._window(whole)
         own = range(len(places.keep)) if rows is None else rows
         if collecting is not None:
             return [Collector(family, places, own, collecting)]
         assert sources is not None
-        return [Exchange(family, places, own, sources, choices)]
-
-    def listed(self, spec: PositionSpec, share_weights: bool | str) -> Listed | None:
-        """Where to edit, by a spec, in the order of the whole row's places; None for nowhere."""
-        whole = None if self.answers_only else self._whole_places(spec, share_weights)
-        if whole is None:
-            return None
-        assert self.columns is not None
-        columns, keep = listed(whole)
-        if self.start is None:
-            return Listed(columns, keep)
-        columns = columns - self.start
-        inside = (columns >= 0) & (columns < self.columns)
-        return Listed(columns.clamp(0, self.columns - 1), keep, inside)
+        return [Exchange(family, places, whole.keep, own, sources, choices)]
 
     def places(self, spec: PositionSpec, share_weights: bool | str, h: Tensor) -> Places | None:
         """Where this call edits the hidden state `h` [B, S, d] by a spec; None for nowhere."""
@@ -196,10 +185,12 @@ class ForwardContext:
     def _places(self, spec: PositionSpec, share_weights: bool | str) -> Places | None:
         """Where to edit, by a spec, in columns of this forward; None for nowhere."""
         whole = self._whole_places(spec, share_weights)
-        if whole is None or self.start is None:
-            return whole
+        return None if whole is None else self._window(whole)
+
+    def _window(self, whole: Places) -> Places:
+        """Of places of the whole row, those in columns of this forward."""
         assert self.columns is not None
-        return whole.window(self.start, self.columns)
+        return whole if self.start is None else whole.window(self.start, self.columns)
 
     def _whole_places(self, spec: PositionSpec, share_weights: bool | str) -> Places | None:
         """Where to edit, by a spec, in columns of the whole row if there is a `start`; None for nowhere."""
@@ -268,23 +259,18 @@ class ForwardContext:
 
     def _other(self, key: tuple[int, int], **changes: Any) -> ForwardContext:
         if key not in self._others:
-            self._others[key] = self._anew(**changes)
+            self._others[key] = self.anew(**changes)
         return self._others[key]
 
-    def replayed(self) -> ForwardContext:
-        """This context for a reentrant checkpoint's second run of blocks: see `edits_of`."""
-        return self._anew()
-
-    def _anew(self, **changes: Any) -> ForwardContext:
+    def anew(self, **changes: Any) -> ForwardContext:
+        """This context without its edits, for other hidden states or a checkpoint's second run: see `edits_of`."""
         return replace(self, **changes, _edits=None, _others={})
 
 
 def _places_given(spec: PositionSpec, share_weights: bool | str, locations: Tensor) -> Places:
     if share_weights is True:
         locations = locations.flatten(1).unsqueeze(1)
-        return Places(locations, locations >= 0)
-    groups = spec.num_interventions(share_weights)
-    if locations.shape[1] != groups:
+    elif locations.shape[1] != (groups := spec.num_interventions(share_weights)):
         raise ValueError(
             f"intervention_locations of shape {tuple(locations.shape)} cannot be split over the {groups} "
             f"groups of positions={str(spec)!r} with share_weights={share_weights!r}; pass [B, {groups}, P]."

@@ -20,11 +20,10 @@ from torch import Tensor
 from peft_reft.context import notices
 from peft_reft.context.arguments import past_length, token_shape, valid_columns
 from peft_reft.context.method import MethodEntry
-from peft_reft.context.passed import NOTHING, Passed, read_passed
+from peft_reft.context.passed import NOTHING, STEP, Passed, read_passed, take_own
 from peft_reft.context.state import ModelState, names_of_rows
 from peft_reft.positions import PositionSpec, Prompts, Tokens, mark
 
-STEP = "reft_generation_step"  # the argument of a forward that says so; taken out before the model sees it
 GUESSING = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")  # settings by which tokens are guessed ahead
 
 
@@ -151,28 +150,15 @@ class GenerateEntry(MethodEntry):
 
     name = "generate"
 
-    def __call__(
-        self,
-        *args: Any,
-        intervention_locations: Any = None,
-        adapter_names: list[str] | None = None,
-        subspaces: Any = None,
-        source_inputs: Any = None,
-        **kwargs: Any,
-    ) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        own = take_own(kwargs)
         parameters = list(inspect.signature(self.__wrapped__).parameters)
-        generation = self._generation({**dict(zip(parameters, args)), **kwargs}, intervention_locations)
+        generation = self._generation({**dict(zip(parameters, args)), **kwargs}, own.get("intervention_locations"))
         running = self.state.running
         outer = running.generation
         inherited = NOTHING if outer is None else outer.passed
         if outer is not None and outer.started:  # it does more than pass the call on to a part
             inherited = Passed(adapter_names=inherited.adapter_names)
-        own = {
-            "intervention_locations": intervention_locations,
-            "adapter_names": adapter_names,
-            "subspaces": subspaces,
-            "source_inputs": source_inputs,
-        }
         generation.passed = read_passed(self.module, self.state, own, generation.shape, inherited)
         names = generation.passed.adapter_names or running.adapter_names
         if names is not None and outer is None and generation.shape is not None and generation.shape[0] != len(names):

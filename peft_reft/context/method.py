@@ -5,7 +5,7 @@ An object rather than a function, so that models with an adapter can still be pi
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 
@@ -36,6 +36,12 @@ class MethodEntry:
             del self.module.__dict__[self.name]
             if self.replaced is not None:
                 self.module.__dict__[self.name] = self.replaced
+
+    def copied(self, **changes: Any) -> Self:
+        """A copy with other attributes, on no module yet."""
+        entry = object.__new__(type(self))
+        entry.__dict__.update(self.__dict__, **changes)
+        return entry
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module's own method, or what had been put in its place."""

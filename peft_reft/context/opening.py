@@ -5,12 +5,12 @@ Shape letters: B rows, S columns, G position groups, P positions per group.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_reft.context import notices
 from peft_reft.context.arguments import (
@@ -24,9 +24,10 @@ from peft_reft.context.arguments import (
     valid_columns,
 )
 from peft_reft.context.forward import ForwardContext, Given
-from peft_reft.context.generate import STEP, Step
+from peft_reft.context.generate import Step
 from peft_reft.context.labels import look_at_labels
-from peft_reft.context.passed import NOTHING, Passed, read_passed
+from peft_reft.context.passed import NOTHING, STEP, Passed, read_passed
+from peft_reft.context.sources import COLLECTED, Collected
 from peft_reft.context.state import ModelState
 from peft_reft.context.within import (
     has_another_mask,
@@ -37,37 +38,19 @@ from peft_reft.context.within import (
 )
 from peft_reft.positions import PositionSpec, Prompts, Tokens, generated
 
+if TYPE_CHECKING:
+    from peft_reft.context.entry import ForwardEntry
+
 Shape = tuple[int, int] | None  # rows and columns of a call's tokens; None if it has none
 
 
-@dataclass(frozen=True, eq=False)
-class Entered:
-    """A module that calls enter, and its place in the model.
-
-    Attributes:
-        module: the module that is called.
-        state: shared by all modules of a model.
-        role: "encoder" or "decoder" in an encoder-decoder model, "router" for the module above both, else "".
-        depth: how many modules it lies in: a call of a module at the same or a smaller depth is another call.
-        causal: it is a causal language model by itself, or within one, whatever the whole model is.
-        layers: the layers next to the blocks below it.
-    """
-
-    module: nn.Module
-    state: ModelState
-    role: str
-    depth: int
-    causal: bool
-    layers: Sequence[Any]
-
-
 def open_context(
-    entered: Entered, outer: ForwardContext | None, arguments: Mapping[str, Any], own: Mapping[str, Any]
+    entry: ForwardEntry, outer: ForwardContext | None, arguments: Mapping[str, Any], own: Mapping[str, Any]
 ) -> ForwardContext:
     """The context of a call.
 
     Args:
-        entered: what the call enters.
+        entry: where the call enters.
         outer: the context that is open.
         arguments: of the module's forward, by name.
         own: those that are ours, which the module does not know.
@@ -75,14 +58,14 @@ def open_context(
     Returns:
         `outer` for the same tokens one level further in, where labels and masks may be gone or have changed.
     """
-    if outer is not None and outer.depth >= entered.depth:
+    if outer is not None and outer.depth >= entry.depth:
         outer = None  # another call, made while one runs
-    shape = token_shape(arguments, entered.state.blocks.ids_per_row)
-    given = _given(entered, arguments, own, shape) if outer is None else outer.given
+    shape = token_shape(arguments, entry.state.blocks.ids_per_row)
+    given = _given(entry, arguments, own, shape) if outer is None else outer.given
     same_shape = outer is not None and shape in (None, (outer.rows, outer.columns))
-    is_new = outer is None or outer.role != entered.role or not same_shape
-    if outer is not None and outer.role == entered.role and outer.tokens is not None:
-        if runs_other_rows(outer, entered.depth, arguments):
+    is_new = outer is None or outer.role != entry.role or not same_shape
+    if outer is not None and outer.role == entry.role and outer.tokens is not None:
+        if runs_other_rows(outer, entry.depth, arguments):
             given = replace(given, labels_show_prompts=False, labels=None, shift_labels=None)  # those have their own
             is_new = True
         elif not same_shape:
@@ -90,17 +73,17 @@ def open_context(
             given = replace(given, labels_show_prompts=shows)
         else:
             is_new = has_another_mask(outer, arguments)
-            if note_ids(outer, entered.depth, arguments):
-                notices.raise_or_warn(entered.state, entered.module, notices.OTHERS_FIRST, "others first")
-    if _predicts(entered, given, arguments, shape, outer):
+            if note_ids(outer, entry.depth, arguments):
+                notices.raise_or_warn(entry.state, entry.module, notices.OTHERS_FIRST, "others first")
+    if _predicts(entry, given, arguments, shape, outer):
         labels, shift_labels = arguments.get("labels"), arguments.get("shift_labels")
         given = replace(given, labels_show_prompts=True, labels=labels, shift_labels=shift_labels)
         is_new = is_new or labels is not None or shift_labels is not None
     if not is_new:
         assert outer is not None
         return outer
-    state, role = entered.state, entered.role
-    context = ForwardContext(state, entered.layers, given, role, entered.depth, training=entered.module.training)
+    state, role = entry.state, entry.role
+    context = ForwardContext(state, entry.layers, given, role, entry.depth, training=entry.module.training)
     if role == "router" or shape is None:
         context.locations, context.start = given.passed.locations, 0
         return context
@@ -110,23 +93,23 @@ def open_context(
         return _paged(context, arguments)
     if given.step is not None and role != "encoder":
         return _step(context, given.step, *shape, arguments)
-    return _plain(entered, context, *shape, arguments)
+    return _plain(entry, context, *shape, arguments)
 
 
-def _given(entered: Entered, arguments: Mapping[str, Any], own: Mapping[str, Any], shape: Shape) -> Given:
+def _given(entry: ForwardEntry, arguments: Mapping[str, Any], own: Mapping[str, Any], shape: Shape) -> Given:
     """What the outermost call was given: by its caller, or by that of the `generate` that makes it."""
-    running = entered.state.running
+    running = entry.state.running
     generation = running.generation
-    collecting, running.collecting = running.collecting, None
     step: Step | None = own.get(STEP)
+    collecting: Collected | None = own.get(COLLECTED)
     inherited = NOTHING if generation is None else generation.passed
-    if step is None and entered.role != "encoder":  # which `generate` runs without making a step of it
+    if step is None and entry.role != "encoder":  # which `generate` runs without making a step of it
         inherited = Passed(adapter_names=inherited.adapter_names)  # a call of its own, made meanwhile
-    elif entered.role not in ("encoder", "router"):
+    elif entry.role not in ("encoder", "router"):
         inherited = inherited._replace(locations=None)  # those are cut to the step's columns
     is_located = own.get("intervention_locations") is not None
     past = past_length(arguments, shape[1] if shape else 0, 0) if is_located else 0
-    passed = read_passed(entered.module, entered.state, own, shape, inherited, past, may_repeat=collecting is not None)
+    passed = read_passed(entry.module, entry.state, own, shape, inherited, past)
     if passed.adapter_names is None:
         passed = passed._replace(adapter_names=running.adapter_names)
     labels, shift_labels = arguments.get("labels"), arguments.get("shift_labels")
@@ -134,25 +117,25 @@ def _given(entered: Entered, arguments: Mapping[str, Any], own: Mapping[str, Any
 
 
 def _predicts(
-    entered: Entered, given: Given, arguments: Mapping[str, Any], shape: Shape, outer: ForwardContext | None
+    entry: ForwardEntry, given: Given, arguments: Mapping[str, Any], shape: Shape, outer: ForwardContext | None
 ) -> bool:
     """Whether this is the module whose labels show where prompts end; says so if it gets none that can be used.
 
     Raises:
         ValueError: in training, for labels that were given and cannot be used.
     """
-    state = entered.state
+    state = entry.state
     if given.labels_show_prompts:
         return False
     has_labels = given.labels is not None or given.shift_labels is not None
     lengthened = outer is not None and outer.given.labels_show_prompts and has_labels  # by a causal model
-    if not (entered.causal or lengthened or (outer is None and state.causal)):
+    if not (entry.causal or lengthened or (outer is None and state.causal)):
         return False
     if shape is None:
         return False  # a module whose tokens, and labels if any, are in arguments of its own making
     state.unlabelled = False
     if given.step is None and given.passed.locations is None and not _is_paged(state, arguments):
-        look_at_labels(state, entered.module, given, arguments, shape, outer)
+        look_at_labels(state, entry.module, given, arguments, shape, outer)
     return True
 
 
@@ -214,15 +197,15 @@ def _repeats(given: int, rows: int) -> int:
 
 
 def _plain(
-    entered: Entered, context: ForwardContext, rows: int, columns: int, arguments: Mapping[str, Any]
+    entry: ForwardEntry, context: ForwardContext, rows: int, columns: int, arguments: Mapping[str, Any]
 ) -> ForwardContext:
-    past: int | Tensor = 0 if entered.role == "encoder" else past_length(arguments, columns, 0)
-    locations = None if entered.role == "decoder" else context.given.passed.locations
+    past: int | Tensor = 0 if entry.role == "encoder" else past_length(arguments, columns, 0)
+    locations = None if entry.role == "decoder" else context.given.passed.locations
     if locations is not None:
         context.locations, context.start = locations, past
         return context
-    labels = _labels(entered.role, context.given, rows, columns)
-    continues = entered.role != "encoder" and (has_state(arguments) or (not isinstance(past, Tensor) and past > 0))
+    labels = _labels(entry.role, context.given, rows, columns)
+    continues = entry.role != "encoder" and (has_state(arguments) or (not isinstance(past, Tensor) and past > 0))
     if labels is None and continues:
         context.idle = True
         return context
@@ -230,12 +213,12 @@ def _plain(
     read = valid_columns(mask, rows, columns, past, device)
     if read is None:
         message = notices.UNREADABLE_MASK.format(mask=notices.describe(mask), rows=rows, columns=columns)
-        notices.raise_or_warn(entered.state, entered.module, message, "unreadable mask")
+        notices.raise_or_warn(entry.state, entry.module, message, "unreadable mask")
         read = torch.ones(rows, columns, dtype=torch.bool, device=device), None
     valid, shown = read
     if labels is None and isinstance(past, Tensor):  # a cache's length that one would have to wait for
         valid = valid & (past == 0)
-    starts, num_documents = documents(arguments, valid, shown) if entered.role == "" else (None, None)
+    starts, num_documents = documents(arguments, valid, shown) if entry.role == "" else (None, None)
     ids = arguments.get("input_ids") if arguments.get("inputs_embeds") is None else None
     tokens = Tokens(valid, labels, starts, num_documents, ids)
     found: dict[Any, Prompts] = {}
@@ -243,7 +226,7 @@ def _plain(
     def prompts_of(spec: PositionSpec) -> Prompts:
         key = (spec.turns, spec.prompt_end, spec.edits_answers)
         if key not in found:
-            found[key] = prompts_in(tokens, spec, entered.role, entered.state)
+            found[key] = prompts_in(tokens, spec, entry.role, entry.state)
         return found[key]
 
     context.prompts_of, context.tokens, context.mask = prompts_of, tokens, mask

@@ -49,18 +49,16 @@ class StayOutermost:
 def attach_entry(entry: ForwardEntry) -> None:
     """Put an entry on its module, and keep it there."""
     entry.attach()
-    entry.module.register_forward_pre_hook(StayOutermost(entry), prepend=True, with_kwargs=True)
+    stay = StayOutermost(entry)
+    entry.stay = entry.module.register_forward_pre_hook(stay, prepend=True, with_kwargs=True)
     entry.state.entries.append(entry)
 
 
-def detach_entries(state: ModelState, model: nn.Module) -> None:
+def detach_entries(state: ModelState) -> None:
     """Give all modules their own forward back."""
-    for module in model.modules():
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, StayOutermost) and hook.entry.state is state:
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
     for entry in state.entries:
+        assert entry.stay is not None
+        entry.stay.remove()
         entry.passive = True  # should something else hold it
         entry.detach()
     state.entries.clear()

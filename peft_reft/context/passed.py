@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from peft_reft.context.arguments import check_locations
-from peft_reft.context.sources import Sources, run_sources
+from peft_reft.context.sources import COLLECTED, Sources, run_sources
 from peft_reft.context.state import ModelState
 from peft_reft.context.subspaces import Choices
 
@@ -30,6 +30,13 @@ class Passed(NamedTuple):
 
 
 NOTHING = Passed()
+STEP = "reft_generation_step"  # which step of a `generate` a forward is: a `Step`, added by our entry there
+OWN_ARGUMENTS = ("intervention_locations", "adapter_names", "subspaces", "source_inputs", STEP, COLLECTED)
+
+
+def take_own(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Take our arguments out of those of a call."""
+    return {name: arguments.pop(name) for name in OWN_ARGUMENTS if name in arguments}
 
 
 def read_passed(
@@ -39,7 +46,6 @@ def read_passed(
     shape: tuple[int, int] | None,
     inherited: Passed,
     past: int | Tensor = 0,
-    may_repeat: bool = False,
 ) -> Passed:
     """Our arguments of a call, checked; those that it was not passed are inherited.
 
@@ -49,7 +55,6 @@ def read_passed(
         shape: rows and columns of the call's tokens, if it has tokens.
         inherited: what holds where nothing was passed.
         past: columns before those.
-        may_repeat: a column may be named twice.
 
     Raises:
         ValueError: for what does not fit the call or the model's adapters.
@@ -57,7 +62,7 @@ def read_passed(
     locations, names, subspaces, sources = inherited
     rows = None if shape is None else shape[0]
     if own.get("intervention_locations") is not None:
-        locations = check_locations(own["intervention_locations"], shape, past, may_repeat)
+        locations = check_locations(own["intervention_locations"], shape, past, may_repeat=COLLECTED in own)
     if own.get("adapter_names") is not None:
         names = state.check_adapter_names(own["adapter_names"])
     by_row = state.running.adapter_names if names is None else names

@@ -47,7 +47,7 @@ class InContext:
             self.recorded = torch.is_grad_enabled()
             return self.run(*args, **kwargs)
         outer = self.running.context
-        self.running.context = self.context if self.recorded else self.context.replayed()
+        self.running.context = self.context if self.recorded else self.context.anew()
         try:
             return self.run(*args, **kwargs)
         finally:

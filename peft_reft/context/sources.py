@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,27 +21,14 @@ from peft_reft.context.plan import Family
 from peft_reft.context.state import ModelState
 from peft_reft.context.subspaces import Choices, strengths
 from peft_reft.interventions import edit_of
-from peft_reft.positions import Places, columns_of
+from peft_reft.positions import Places
 
 SOURCE_RULE = (
     "Pass the inputs of a call, source_inputs={'input_ids': ..., 'attention_mask': ...}, or such inputs by the name of "
     "a subspace."
 )
+COLLECTED = "reft_collected"  # the argument of the forward of a source: the `Collected` in which it notes its states
 WITHIN = ("source_inputs", "subspaces", "adapter_names")  # which a source cannot have: its rows are the call's
-
-
-class Listed(NamedTuple):
-    """The places of a forward in the order of the whole row's, those outside of the forward's window included.
-
-    Attributes:
-        columns: long [B, G, P], columns of this forward that exist.
-        keep: bool [B, G, P], the places that the whole row has.
-        inside: bool [B, G, P], those of them that are among this forward's columns; None for all.
-    """
-
-    columns: Tensor
-    keep: Tensor
-    inside: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -121,30 +108,32 @@ def _run(module: nn.Module, state: ModelState, inputs: Mapping[str, Any], names:
         if inputs.get(name) is not None:
             raise ValueError(f"source_inputs hold {name}, but a source is run unedited, for the rows of the call.")
     running, collected = state.running, Collected()
-    outer = running.context, running.generation, running.collecting
-    running.context, running.generation, running.collecting = None, None, collected
-    by_row = {} if names is None else {"adapter_names": list(names)}
+    arguments = {**inputs, "adapter_names": names, COLLECTED: collected}
+    outer = running.context, running.generation
+    running.context, running.generation = None, None
     try:
         with torch.no_grad():
-            module(**inputs, **by_row)
+            module(**arguments)
     finally:
-        running.context, running.generation, running.collecting = outer
+        running.context, running.generation = outer
     return collected
 
 
-def listed(places: Places) -> tuple[Tensor, Tensor]:
-    """Columns [B, G, P] and which of them count, also where places are marks on all columns."""
-    columns, keep = places
-    return columns_of(keep, keep.shape[-1]) if columns is None else (columns, keep)
-
-
 class Collector:
-    """Stands where an edit would, and notes down the hidden states at its places instead of editing them."""
+    """Stands where an edit would, and notes down the hidden states at its places instead of editing them.
 
-    def __init__(self, family: Family, places: Listed, rows: Sequence[int], collected: Collected):
-        self.places, self.rows, self.collected = places, list(rows), collected
+    Args:
+        family: of interventions that take a source.
+        places: of all rows of the source, with columns.
+        rows: numbers of the rows that take part.
+        collected: where they are noted down.
+    """
+
+    def __init__(self, family: Family, places: Places, rows: Sequence[int], collected: Collected):
+        assert places.columns is not None
+        self.rows, self.collected = list(rows), collected
         collected.rows = len(places.keep)
-        self.keep = places.keep[self.rows]
+        self.columns, self.keep = places.columns[self.rows], places.keep[self.rows]
         self.name = family.names[0]
         self.blocks = {number: number for number in family.layers}
 
@@ -156,9 +145,8 @@ class Collector:
                 "A block ran several times in the forward of a source, so that it is unknown which of its hidden "
                 "states is meant. Target a module that runs once."
             )
-        columns = self.places.columns[self.rows].to(h.device)
         rows = torch.tensor(self.rows, device=h.device)[:, None, None]
-        self.collected.states[key] = h.detach()[rows, columns]
+        self.collected.states[key] = h.detach()[rows, self.columns.to(h.device)]
         self.collected.keep[key] = self.keep.to(h.device)
         return out
 
@@ -168,18 +156,27 @@ class Exchange:
 
     Args:
         family: of interventions that are called as modules.
-        places: of all rows of the call.
+        places: of all rows of the call, with columns of this forward.
+        whole: bool [B, G, P], which of the places the whole row has, in the same order.
         rows: numbers of the rows that take part.
         sources: what was collected.
         choices: which named parts of R act in each row.
     """
 
-    def __init__(self, family: Family, places: Listed, rows: Sequence[int], sources: Sources, choices: Choices | None):
+    def __init__(
+        self,
+        family: Family,
+        places: Places,
+        whole: Tensor,
+        rows: Sequence[int],
+        sources: Sources,
+        choices: Choices | None,
+    ):
+        assert places.columns is not None
         self.family, self.sources = family, sources
         self.rows = list(rows)
-        self.columns, self.whole = places.columns[self.rows], places.keep[self.rows]
-        keep = self.whole if places.inside is None else self.whole & places.inside[self.rows]
-        self.keep = keep.float().unsqueeze(-1) * family.scales[0]  # [B, G, P, 1]
+        self.columns, self.whole = places.columns[self.rows], whole[self.rows]
+        self.keep = places.keep[self.rows].float().unsqueeze(-1) * family.scales[0]  # [B, G, P, 1]
         if family.parts[0]:
             acting = strengths(family.parts, family.chosen, choices, self.rows, None, self.keep)
             if acting is not None:
@@ -197,10 +194,9 @@ class Exchange:
         for part, collected in self.sources.items():
             source = self._source(collected, number, selected.shape)
             factor = keep if part is None else keep * self._mask(part, keep)
-            for group, module in enumerate(modules):
-                h_G, s_G, k_G = selected[:, group], source[:, group], factor[:, group]
-                edit = edit_of(module, h_G, s_G) * k_G if k_G.shape[-1] == 1 else edit_of(module, h_G, s_G, keep=k_G)
-                delta = delta.index_add(1, torch.tensor([group], device=h.device), edit.to(exact).unsqueeze(1))
+            groups = zip(modules, selected.unbind(1), source.unbind(1), factor.unbind(1))
+            edits = [edit_of(module, own, other, keep=kept) for module, own, other, kept in groups]
+            delta = delta + torch.stack(edits, dim=1).to(exact)
         delta = delta.masked_fill((keep == 0).all(-1, keepdim=True), 0.0)  # not 0 times what padding may hold
         index = (rows * h.shape[1] + columns).flatten()
         # In at least single precision, so that h + (s - h) is s where h is in half precision.

@@ -20,7 +20,6 @@ class Running(threading.local):
         context: the `ForwardContext` of the innermost call that knows about tokens; None outside of any.
         generation: the `Generation` of the innermost call of `generate`.
         adapter_names: the adapter of each row, as PEFT's `forward` and `generate` hand it over.
-        collecting: the `Collected` in which the forward of a source, about to begin, notes its hidden states down.
         replica: the replica of a module that nn.DataParallel is about to run.
     """
 
@@ -28,7 +27,6 @@ class Running(threading.local):
         self.context: Any = None
         self.generation: Any = None
         self.adapter_names: list[str] | None = None
-        self.collecting: Any = None
         self.replica: nn.Module | None = None
 
     def forget_interrupted_scope(self) -> None:

@@ -15,8 +15,11 @@ def edit_of(intervention: nn.Module, *states: Tensor, keep: Tensor | None = None
 
     Args:
         states: `h`, and the source [..., d] for an intervention that takes one.
-        keep: [..., r], a factor for each direction, which interventions with parts take; None for 1.
+        keep: [..., 1], a factor for each vector's edit; or with r in the place of 1, one for each direction, which
+            interventions with parts take; None for 1.
     """
+    if keep is not None and keep.shape[-1] == 1:
+        return edit_of(intervention, *states) * keep
     given = states if keep is None else (*states, keep)
     # A forward of the instance is accelerate's, which fetches offloaded weights.
     if "forward" not in vars(intervention) and any(type(intervention).forward is cls.forward for cls in OURS):

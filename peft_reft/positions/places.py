@@ -38,6 +38,10 @@ class Places(NamedTuple):
         column = self.columns - start
         return places_at(torch.where(self.keep & (column >= 0) & (column < columns), column, -1))
 
+    def listed(self) -> Places:
+        """The same places with their columns, where they are marks on all S of them."""
+        return Places(*columns_of(self.keep, self.keep.shape[-1])) if self.columns is None else self
+
     def rows(self, index: Tensor) -> Places:
         """The places of some rows."""
         columns, keep = self

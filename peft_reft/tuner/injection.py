@@ -14,7 +14,6 @@ from peft_reft.context.block import CHILD, keep_called
 from peft_reft.context.entry import ForwardEntry
 from peft_reft.context.generate import DecoderPromptEntry, GenerateEntry, PrepareEntry
 from peft_reft.context.method import MethodEntry
-from peft_reft.context.opening import Entered
 from peft_reft.context.outermost import attach_entry, detach_entries
 from peft_reft.context.replay import unwrap_checkpoints
 from peft_reft.context.state import ModelState
@@ -43,7 +42,7 @@ def rebuild_entries(model: nn.Module, state: ModelState) -> None:
 
     Layers are numbered anew, and plans forgotten, which depend on the numbers. Without layers no entry is left.
     """
-    detach_entries(state, model)
+    detach_entries(state)
     unwrap_checkpoints(model)
     state.plans.clear()
     layers = reft_layers(model)
@@ -73,15 +72,16 @@ def rebuild_entries(model: nn.Module, state: ModelState) -> None:
             continue
         below = {name: layer for name, layer in layers.items() if not path or name.startswith(f"{path}.")}
         role = roles.get(module, "router" if roles else "")
-        entered = Entered(
+        entry = ForwardEntry(
             module,
             state,
             role,
             depth=len(path.split(".")) if path else 0,
             causal=role == "" and causal[path],
             layers=list(below.values()),
+            blocks=[name[len(path) + 1 :] if path else name for name in below],
         )
-        attach_entry(ForwardEntry(entered, [name[len(path) + 1 :] if path else name for name in below]))
+        attach_entry(entry)
         if takes_tokens or not path:
             _attach_method_entries(module, state)
 

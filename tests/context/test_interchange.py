@@ -356,8 +356,23 @@ def test_sources_that_do_not_pair_with_the_call_are_refused(source, message):
     with pytest.raises(ValueError, match=message):
         model.generate(**BASE, source_inputs=source, max_new_tokens=1, pad_token_id=0)
     running = state_of(model.get_base_model()).running
-    assert (running.context, running.generation, running.collecting) == (None, None, None)
+    assert (running.context, running.generation) == (None, None)
     assert torch.isfinite(logits(model, BASE, source_inputs=SOURCE)).all()
+
+
+@torch.no_grad()
+def test_a_place_in_what_a_source_has_cached_is_refused():
+    """Its hidden state there is gone: that of another column is not taken for it."""
+    model = interchange(positions="f1")
+    with model.disable_adapter():
+        cache = model(BASE["input_ids"][:, :5], use_cache=True).past_key_values
+    source = {"input_ids": BASE["input_ids"][:, 5:], "past_key_values": cache}
+    source["intervention_locations"] = torch.tensor([[1], [1], [1]])
+    with pytest.raises(ValueError, match="each place needs one to take its value from"):
+        model(**BASE, intervention_locations=torch.tensor([[2], [2], [2]]), source_inputs=source)
+    source["intervention_locations"] = torch.tensor([[5], [5], [5]])
+    cache.crop(-2)
+    model(**BASE, intervention_locations=torch.tensor([[2], [2], [2]]), source_inputs=source)
 
 
 @pytest.mark.parametrize(
