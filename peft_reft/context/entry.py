@@ -20,28 +20,19 @@ from torch.utils.hooks import RemovableHandle
 from peft_reft.context import notices
 from peft_reft.context.block import BlockEntry, attach_block_entry
 from peft_reft.context.forward import ForwardContext, Given
-from peft_reft.context.method import MethodEntry
-from peft_reft.context.opening import open_context
+from peft_reft.context.opening import Entrance, open_context
 from peft_reft.context.passed import STEP, take_own
 from peft_reft.context.replay import Path
 from peft_reft.context.state import ModelState
 from peft_reft.context.training import look_at_training
 
 
-class ForwardEntry(MethodEntry):
+class ForwardEntry(Entrance):
     """Stands in for the `forward` of a module that takes tokens and has blocks below it.
 
     Args:
-        module: the module.
-        state: shared by all entries of a model.
-        role: "encoder" or "decoder" in an encoder-decoder model, "router" for the module above both, else "".
-        depth: how many modules it lies in: a call of a module at the same or a smaller depth is another call.
-        causal: it is a causal language model by itself, or within one, whatever the whole model is.
-        layers: the layers next to the blocks below it.
-        blocks: names of those blocks.
+        blocks: names of the blocks; the others are those of `Entrance`.
     """
-
-    name = "forward"
 
     def __init__(
         self,
@@ -53,11 +44,7 @@ class ForwardEntry(MethodEntry):
         layers: Sequence[Any],
         blocks: Iterable[str],
     ):
-        super().__init__(module, state)
-        self.role = role
-        self.depth = depth
-        self.causal = causal
-        self.layers = layers
+        super().__init__(module, state, role, depth, causal, layers)
         self.path = Path(module, blocks)
         self.idle = ForwardContext(state, (), Given(), role, depth, idle=True)
         self.passive = False

@@ -5,12 +5,12 @@ Shape letters: B rows, S columns, G position groups, P positions per group.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_reft.context import notices
 from peft_reft.context.arguments import (
@@ -26,6 +26,7 @@ from peft_reft.context.arguments import (
 from peft_reft.context.forward import ForwardContext, Given
 from peft_reft.context.generate import Step
 from peft_reft.context.labels import look_at_labels
+from peft_reft.context.method import MethodEntry
 from peft_reft.context.passed import NOTHING, STEP, Passed, read_passed
 from peft_reft.context.sources import COLLECTED, Collected
 from peft_reft.context.state import ModelState
@@ -38,14 +39,35 @@ from peft_reft.context.within import (
 )
 from peft_reft.positions import PositionSpec, Prompts, Tokens, generated
 
-if TYPE_CHECKING:
-    from peft_reft.context.entry import ForwardEntry
-
 Shape = tuple[int, int] | None  # rows and columns of a call's tokens; None if it has none
 
 
+class Entrance(MethodEntry):
+    """Where calls enter a module: what opening their context asks of it.
+
+    Args:
+        module: the module.
+        state: shared by all entries of a model.
+        role: "encoder" or "decoder" in an encoder-decoder model, "router" for the module above both, else "".
+        depth: how many modules it lies in: a call of a module at the same or a smaller depth is another call.
+        causal: it is a causal language model by itself, or within one, whatever the whole model is.
+        layers: the layers next to the blocks below it.
+    """
+
+    name = "forward"
+
+    def __init__(
+        self, module: nn.Module, state: ModelState, role: str, depth: int, causal: bool, layers: Sequence[Any]
+    ):
+        super().__init__(module, state)
+        self.role = role
+        self.depth = depth
+        self.causal = causal
+        self.layers = layers
+
+
 def open_context(
-    entry: ForwardEntry, outer: ForwardContext | None, arguments: Mapping[str, Any], own: Mapping[str, Any]
+    entry: Entrance, outer: ForwardContext | None, arguments: Mapping[str, Any], own: Mapping[str, Any]
 ) -> ForwardContext:
     """The context of a call.
 
@@ -96,7 +118,7 @@ def open_context(
     return _plain(entry, context, *shape, arguments)
 
 
-def _given(entry: ForwardEntry, arguments: Mapping[str, Any], own: Mapping[str, Any], shape: Shape) -> Given:
+def _given(entry: Entrance, arguments: Mapping[str, Any], own: Mapping[str, Any], shape: Shape) -> Given:
     """What the outermost call was given: by its caller, or by that of the `generate` that makes it."""
     running = entry.state.running
     generation = running.generation
@@ -117,7 +139,7 @@ def _given(entry: ForwardEntry, arguments: Mapping[str, Any], own: Mapping[str, 
 
 
 def _predicts(
-    entry: ForwardEntry, given: Given, arguments: Mapping[str, Any], shape: Shape, outer: ForwardContext | None
+    entry: Entrance, given: Given, arguments: Mapping[str, Any], shape: Shape, outer: ForwardContext | None
 ) -> bool:
     """Whether this is the module whose labels show where prompts end; says so if it gets none that can be used.
 
@@ -197,7 +219,7 @@ def _repeats(given: int, rows: int) -> int:
 
 
 def _plain(
-    entry: ForwardEntry, context: ForwardContext, rows: int, columns: int, arguments: Mapping[str, Any]
+    entry: Entrance, context: ForwardContext, rows: int, columns: int, arguments: Mapping[str, Any]
 ) -> ForwardContext:
     past: int | Tensor = 0 if entry.role == "encoder" else past_length(arguments, columns, 0)
     locations = None if entry.role == "decoder" else context.given.passed.locations
