@@ -139,7 +139,7 @@ class ForwardContext:
         names = self.adapters_of_rows(self.rows)
         if torch.compiler.is_compiling() or not any(layer is layers[0] for layer in self.state.layers):
             # Not kept: they would be part of the graph; or the layers are a replica's, made for this call alone.
-            families = families_of(layers, None if names is None else list(dict.fromkeys(names)), once=True)
+            families = families_of(layers, None if names is None else list(dict.fromkeys(names)))
         else:
             families = kept_families(self.state.plans, layers, names)
         choices = self.given.passed.subspaces

@@ -22,7 +22,7 @@ from peft_reft.context.arguments import past_length, token_shape, valid_columns
 from peft_reft.context.method import MethodEntry
 from peft_reft.context.passed import NOTHING, STEP, Passed, read_passed, take_own
 from peft_reft.context.state import ModelState, names_of_rows
-from peft_reft.positions import PositionSpec, Prompts, Tokens, mark
+from peft_reft.positions import Tokens, mark
 
 GUESSING = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")  # settings by which tokens are guessed ahead
 
@@ -51,7 +51,6 @@ class Generation:
         self.guesses = self.in_chunks = self.started = self.passed_on = False
         self.decoder_columns: int | None = None
         self._unseen = 0  # columns of the row that are not among the ids of a step: embeddings, earlier turns
-        self._prompts: dict[Any, Prompts] = {}
 
     def step(self, is_decoder: bool, ids: Any, arguments: Mapping[str, Any], inputs: Mapping[str, Any]) -> Step | None:
         """The step whose arguments `generate` has just prepared.
@@ -114,16 +113,7 @@ class Generation:
                 "the decoder's prompt ends before tokens that were guessed. Generate without assistance."
             )
         self.tokens = Tokens(valid[:, :limit], ids=ids if same else None, given=True)
-        self._prompts.clear()
         return unseen
-
-    def prompts(self, spec: PositionSpec) -> Prompts:
-        """The prompts, in columns of the whole row; worked out once."""
-        key = (spec.turns, spec.prompt_end)
-        if key not in self._prompts:
-            assert self.tokens is not None
-            self._prompts[key] = self.tokens.prompts(*key)
-        return self._prompts[key]
 
 
 class Step(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_reft.context.state import ModelState
-from peft_reft.positions import PositionSpec
+from peft_reft.positions import PositionSpec, Tokens
 
 WAYS_OUT = (
     "Pass intervention_locations (peft_reft.ReftDataCollator(collator, config) adds them to a trainer's batches), or "
@@ -116,16 +116,13 @@ def unlabelled_forward(state: ModelState) -> bool:
     return noted and any(spec.depends_on_the_end and not spec.prompt_end for spec in state.active_specs())
 
 
-def warn_of_missing_marker(state: ModelState, spec: PositionSpec, found: Tensor | None) -> None:
-    """Say so if a row has no marker.
-
-    Args:
-        found: bool [B, S], where the marker ends; None if there are no ids to look for it in.
-    """
+def warn_of_missing_marker(state: ModelState, spec: PositionSpec, tokens: Tokens) -> None:
+    """Say so if a row has no marker, or there are no ids to look for it in."""
     message = MARKER_MISSING.format(marker=list(spec.prompt_end))
     if torch.compiler.is_compiling() or message in state.warned:
         return
-    if found is None or (found.device.type == "cpu" and not found.any(1).all()):
+    ids = tokens.ids
+    if ids is None or (ids.device.type == "cpu" and not tokens.marked(spec.prompt_end).any(1).all()):
         state.warn_once(message)
 
 

@@ -182,8 +182,9 @@ def _paged(context: ForwardContext, arguments: Mapping[str, Any]) -> ForwardCont
 
 def _step(context: ForwardContext, step: Step, rows: int, columns: int, arguments: Mapping[str, Any]) -> ForwardContext:
     generation, past = step
-    assert generation.tokens is not None
-    given, total = generation.tokens.valid.shape
+    tokens = generation.tokens
+    assert tokens is not None
+    given, total = tokens.valid.shape
     locations = None if context.role == "decoder" else generation.passed.locations
     if past >= total:
         device = token_device(arguments)
@@ -198,7 +199,7 @@ def _step(context: ForwardContext, step: Step, rows: int, columns: int, argument
     times, behind = _repeats(given, rows), max(0, past + columns - total)
 
     def prompts_of(spec: PositionSpec) -> Prompts:
-        prompts = generation.prompts(spec).repeat(times)
+        prompts = tokens.prompts(spec.turns, spec.prompt_end).repeat(times)
         return prompts.followed_by(behind) if behind and spec.edits_answers else prompts
 
     context.prompts_of, context.start = prompts_of, None if (past, columns) == (0, total) else past
@@ -243,15 +244,8 @@ def _plain(
     starts, num_documents = documents(arguments, valid, shown) if entry.role == "" else (None, None)
     ids = arguments.get("input_ids") if arguments.get("inputs_embeds") is None else None
     tokens = Tokens(valid, labels, starts, num_documents, ids)
-    found: dict[Any, Prompts] = {}
-
-    def prompts_of(spec: PositionSpec) -> Prompts:
-        key = (spec.turns, spec.prompt_end, spec.edits_answers)
-        if key not in found:
-            found[key] = prompts_in(tokens, spec, entry.role, entry.state)
-        return found[key]
-
-    context.prompts_of, context.tokens, context.mask = prompts_of, tokens, mask
+    context.prompts_of = lambda spec: prompts_in(tokens, spec, entry.role, entry.state)
+    context.tokens, context.mask = tokens, mask
     return context
 
 
@@ -265,8 +259,7 @@ def _labels(role: str, given: Given, rows: int, columns: int) -> Tensor | None:
 def prompts_in(tokens: Tokens, spec: PositionSpec, role: str, state: ModelState) -> Prompts:
     """Where the prompts lie by a spec; says so where its marker is missing."""
     if spec.prompt_end and tokens.labels is None:
-        marked = None if tokens.ids is None else tokens.marked(spec.prompt_end)
-        notices.warn_of_missing_marker(state, spec, marked)
+        notices.warn_of_missing_marker(state, spec, tokens)
     if role == "decoder" and tokens.labels is not None:  # which never cover more than the start token
         return tokens.prompts(spec.turns, answers=spec.edits_answers)
     return tokens.prompts(spec.turns, spec.prompt_end, spec.edits_answers)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from peft_reft.context.edit import Edit
 from peft_reft.context.subspaces import BASE, Choices, strengths
-from peft_reft.interventions import FactorMemo, Factors, Kind, kind_of, stack_factors
+from peft_reft.interventions import FactorMemo, Factors, Kind, kind_of
 from peft_reft.positions import Places, PositionSpec
 
 DEVICE_AND_DTYPE = attrgetter("device", "dtype")
@@ -51,7 +51,6 @@ class Family:
         settings: of each of them.
         layers: numbers of L layers.
         groups: [L][A], a block's interventions of an adapter, one per position group.
-        memo: remembers their factors; None for a plan that is used once.
 
     Attributes:
         spec, share_weights: of the adapters.
@@ -65,7 +64,6 @@ class Family:
     settings: Sequence[Alike]
     layers: Sequence[int]
     groups: Sequence[Sequence[nn.ModuleList]]
-    memo: FactorMemo | None
 
     def __post_init__(self) -> None:
         first = self.settings[0]
@@ -85,6 +83,7 @@ class Family:
         self.count = len(self.groups[0][0])  # G
         self.dtype = None if self.kind is None else torch.promote_types(self.kind.dtype, torch.float32)  # of factors
         self.takes_source = self.kind is None and getattr(self.distinct[0], "takes_source", False)
+        self.memo = FactorMemo()
         self._split: tuple[Factors, Any, Mapping[int, Any]] | None = None
 
     def rows_in(self, names: Sequence[str] | None) -> list[int] | None:
@@ -181,7 +180,7 @@ class Family:
         """
         if self.kind is None:
             return {number: list(row[0]) for number, row in zip(self.layers, self.groups)}
-        factors = stack_factors(self.distinct) if self.memo is None else self.memo(self.distinct)
+        factors = self.memo(self.distinct)
         key = None if adapters is None else tuple(adapters)
         known = self._split  # read once: another thread may replace it
         if known is not None and known[0] is factors and known[1] == key:
@@ -201,7 +200,7 @@ class Family:
             number: Factors(own[0], own[1], own[2], own[3], whole.act) for number, *own in zip(self.layers, *parts)
         }
         # Others belong to one call, and to its gradients, which must not outlive it.
-        self._split = (factors, key, found) if self.memo is not None and self.memo.holds(factors) else None
+        self._split = (factors, key, found) if self.memo.holds(factors) else None
         return found
 
     def _of_rows(self, factors: Factors, adapters: Sequence[int]) -> Factors:
@@ -235,13 +234,12 @@ def alike(layer: Any, name: str, groups: nn.ModuleList) -> Alike:
     )
 
 
-def families_of(layers: Sequence[Any], names: Sequence[str] | None, once: bool = False) -> list[Family]:
+def families_of(layers: Sequence[Any], names: Sequence[str] | None) -> list[Family]:
     """The families of the adapters of a call.
 
     Args:
         layers: the model's layers.
         names: the adapters that take part, in rows of their own; None for each layer's active ones in all rows.
-        once: whether they are not kept, so that factors need not be remembered.
     """
     members: dict[tuple[str, Alike], tuple[list[int], list[nn.ModuleList]]] = {}
     for layer in layers:
@@ -262,7 +260,7 @@ def families_of(layers: Sequence[Any], names: Sequence[str] | None, once: bool =
     families = []
     for (_, layer_numbers), found in together.items():
         adapters, settings, by_adapter = zip(*found)
-        families.append(Family(adapters, settings, layer_numbers, [*zip(*by_adapter)], None if once else FactorMemo()))
+        families.append(Family(adapters, settings, layer_numbers, [*zip(*by_adapter)]))
     return families
 
 

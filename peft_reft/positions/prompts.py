@@ -10,7 +10,7 @@ Shape letters: B rows, S columns of the batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class Prompts:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Prompts:
         """The same function applied to every tensor."""
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        values: dict[str, Any] = {own.name: getattr(self, own.name) for own in fields(self)}
         mapped: dict[str, Any] = {name: function(v) for name, v in values.items() if isinstance(v, Tensor)}
         return replace(self, **mapped)
 
@@ -203,15 +203,22 @@ class Tokens:
     num_documents: int | None = None
     ids: Tensor | None = None
     given: bool = False
+    _found: dict[Any, Prompts] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def prompts(self, turns: str | None = None, prompt_end: Sequence[int] = (), answers: bool = True) -> Prompts:
-        """The prompts in the batch.
+        """The prompts in the batch, worked out once.
 
         Args:
             turns: "first", "last" or "all"; None for the first by labels, and the last by a marker.
             prompt_end: token ids that end a prompt, where neither labels nor `generate` tell.
             answers: whether to number the tokens of answers.
         """
+        key = (turns, tuple(prompt_end), answers)
+        if key not in self._found:
+            self._found[key] = self._find(*key)
+        return self._found[key]
+
+    def _find(self, turns: str | None, prompt_end: Sequence[int], answers: bool) -> Prompts:
         if prompt_end and self.labels is not None and self.ids is not None and turns != "all":
             masked = self._labels_behind(prompt_end, turns or "last")
             return replace(self, labels=masked).prompts(turns, answers=answers)
