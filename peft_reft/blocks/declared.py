@@ -19,14 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
 from peft_reft.blocks.compiled import named_children, own_modules, uncompiled
-from peft_reft.blocks.structure import (
-    can_pad,
-    input_embedding,
-    is_own_code,
-    modules_around,
-    named_block_lists,
-    path_of,
-)
+from peft_reft.blocks.structure import can_pad, input_embedding, is_own_code, modules_around, named_block_lists, path_of
 
 NO_TEXT = ("pixel_values", "input_features", "input_values", "image", "audio", "video", "bbox")  # arguments' beginnings
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from peft_reft.blocks.compiled import own_modules, own_name, present_names
+from peft_reft.blocks.compiled import own_modules, own_name
 from peft_reft.blocks.declared import DeclaredStack, declared_stacks
 from peft_reft.blocks.layout import CHANNELS_FIRST, PLAIN, Layout
 from peft_reft.blocks.limits import refuse_unsound
@@ -38,19 +38,19 @@ class ModelBlocks:
         self._traced: TracedModel | None = None
 
     def stacks(self) -> list[list[str]]:
-        """Names of the blocks of each of the model's stacks, encoder first, in their order.
+        """Own names of the blocks of each of the model's stacks, encoder first, in their order.
 
-        They are names for `model.get_submodule`: where `torch.compile` has wrapped a block, that of the block inside.
-        `own_name` gives the base model's own.
+        `present_names` gives those for `model.get_submodule`: where `torch.compile` has wrapped a block, that of the
+        block inside.
 
         Raises:
             ValueError: if there are none, or an adapter cannot work on them, with the reason.
         """
         if self._stacks is None:
-            stacks, names = self._find_stacks(), present_names(self.model)
+            stacks = self._find_stacks()
             for stack in stacks:
                 refuse_unsound(self.model, stack)
-            self._stacks = [[names[name] for name in stack] for stack in stacks]
+            self._stacks = stacks
         return self._stacks
 
     def shape_of(self, name: str) -> tuple[int, Layout]:

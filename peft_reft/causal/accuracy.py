@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 from peft_reft.causal.collator import InterchangeCollator
-from peft_reft.causal.probe import base_model_of, on_device
+from peft_reft.causal.probe import on_device
 from peft_reft.positions import IGNORED
-from peft_reft.tuner.injection import predicts_tokens
+from peft_reft.tuner.injection import base_model_of, predicts_tokens
 
 
 @torch.no_grad()

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_reft.blocks import ModelBlocks
+from peft_reft.blocks import ModelBlocks, present_names
 from peft_reft.blocks.layout import hidden_state_of
 from peft_reft.blocks.numbering import block_number
 from peft_reft.causal.accuracy import evaluating
-from peft_reft.causal.probe import base_model_of, on_device
-from peft_reft.tuner.injection import reft_layers, state_of
+from peft_reft.causal.probe import on_device
+from peft_reft.tuner.injection import base_model_of, editing_layers, reft_layers, state_of
 from peft_reft.tuner.layer import ReftLayer
 
 
@@ -46,17 +46,13 @@ def edit_drift(model: nn.Module, inputs: Mapping[str, Any]) -> list[dict[str, An
         ValueError: if no ReFT adapter is active, or an intervention has no `subspace`.
     """
     base = base_model_of(model)
-    layers = {
-        name: layer
-        for name, layer in reft_layers(base).items()
-        if not layer.disable_adapters and any(adapter in layer.reft_interventions for adapter in layer.active_adapters)
-    }
-    state = state_of(base)
+    layers, state = editing_layers(base), state_of(base)
     if not layers or state is None:
         raise ValueError("No ReFT adapter is active in this model, so there is no edit to follow.")
     blocks = ModelBlocks(base) if state.blocks.model is not base else state.blocks
-    names = list(dict.fromkeys([*layers, *(name for stack in blocks.stacks() for name in stack)]))
-    names = [name for name, _ in base.named_modules() if name in names]
+    present = present_names(base)
+    followed = {*layers, *(present[name] for stack in blocks.stacks() for name in stack)}
+    names = [name for name, _ in base.named_modules() if name in followed]
     inputs = on_device(dict(inputs), model)
     mask, rows = inputs.get("attention_mask"), []
     valid = mask.flatten() != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None

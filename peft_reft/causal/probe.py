@@ -8,25 +8,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from peft_reft.blocks import ModelBlocks, own_name, present_names
+from peft_reft.blocks import ModelBlocks, present_names
 from peft_reft.context.sources import COLLECTED, Collected
 from peft_reft.context.state import ModelState
 from peft_reft.tuner.config import ReftConfig
-from peft_reft.tuner.injection import predicts_tokens, rebuild_entries, reft_layers, remove_adapter, state_of
+from peft_reft.tuner.injection import (
+    base_model_of,
+    predicts_tokens,
+    rebuild_entries,
+    reft_layers,
+    remove_adapter,
+    state_of,
+)
 from peft_reft.tuner.layer import ReftLayer, attach_layer
 from peft_reft.tuner.targets import choose_targets
 
 NAME = "causal_probe"  # of the adapter that is lent
-
-
-def base_model_of(model: Any) -> Any:
-    """The model below PEFT's wrappers."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return base.model if isinstance(base, BaseTuner) else base
 
 
 def on_device(value: Any, model: nn.Module) -> Any:
@@ -120,7 +119,7 @@ def probing(
     if not chosen:
         raise ValueError(f"target_modules={target_modules!r} names no module of {type(base).__name__}.")
     present = present_names(base)
-    names = [own_name(name) for stack in blocks.stacks() for name in stack] if target_modules is None else []
+    names = [name for stack in blocks.stacks() for name in stack] if target_modules is None else []
     ordered = [name for name in names or present if name in chosen]
     own = {layer: (layer._active_adapter, layer._disable_adapters) for layer in reft_layers(base).values()}
     causal = state.causal

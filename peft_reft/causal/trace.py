@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,88 +147,100 @@ def trace(
         roles = roles_of(probe.base)
         decoder = [name for name in probe.layers if roles.get(probe.base.get_submodule(name)) == "decoder"]
         blocks = [name for name in probe.layers if name not in decoder]
-        for example in range(len(valid)):
-            own = [_row(inputs, example, len(valid)) for inputs in (clean, corrupted)]
-            _trace_one(
-                result,
-                probe,
-                example,
-                own[0],
-                own[1],
-                valid[example],
-                blocks,
-                bool(decoder),
-                metric,
-                tokenizer,
-                batch_size,
-            )
+        for number in range(len(valid)):
+            rows = [_row(inputs, number, len(valid)) for inputs in (clean, corrupted)]
+            example = _Example(probe, rows[0], rows[1], valid[number], decodes=bool(decoder))
+            states = example.states()
+            before = example.predicted(probe.base(**example.clean))
+            measure = metric if metric is not None else _probability_of(int(before.argmax()))
+            high, low = float(measure(before)), float(measure(example.predicted(probe.base(**example.corrupted))))
+            result.examples.append({"example": number, "clean": high, "corrupted": low})
+            tokens = example.tokens(tokenizer)
+            for block in blocks:
+                values = example.restored(block, states[block], measure, batch_size)
+                result.rows += [
+                    {
+                        "example": number,
+                        "block": block,
+                        "depth": block_number(block),
+                        "position": position,
+                        "column": example.columns[position],
+                        "token": tokens[position][0],
+                        "token_id": tokens[position][1],
+                        "value": value,
+                        "effect": value - low,
+                        "restored": (value - low) / (high - low) if high != low else float("nan"),
+                    }
+                    for position, value in enumerate(values)
+                ]
     return result
 
 
-def _trace_one(
-    result: Trace,
-    probe: Probe,
-    example: int,
-    clean: Row,
-    corrupted: Row,
-    valid: Tensor,
-    blocks: Sequence[str],
-    decodes: bool,
-    metric: Metric | None,
-    tokenizer: Any,
-    batch_size: int,
-) -> None:
-    columns = valid.nonzero().flatten().tolist()
-    # By columns, not as the prompt: labels among the inputs would end that.
-    states = probe.read({**clean, "intervention_locations": torch.tensor([columns], device=valid.device)})
+@dataclass
+class _Example:
+    """One row of the inputs, which is run by itself.
 
-    def predicted(output: Any) -> Tensor:
+    Attributes:
+        probe: runs the model and puts states into it.
+        clean, corrupted: the row's inputs.
+        valid: bool [S], its columns without padding.
+        decodes: whether the prediction is a decoder's.
+    """
+
+    probe: Probe
+    clean: Row
+    corrupted: Row
+    valid: Tensor
+    decodes: bool
+
+    @cached_property
+    def columns(self) -> list[int]:
+        """The numbers of the columns without padding."""
+        return self.valid.nonzero().flatten().tolist()
+
+    def states(self) -> dict[str, Tensor]:
+        """The states [n, d] of the clean run at all tokens, by block."""
+        # By columns, not as the prompt: labels among the inputs would end that.
+        places = torch.tensor([self.columns], device=self.valid.device)
+        states = self.probe.read({**self.clean, "intervention_locations": places})
+        return {block: found[0] for block, (found, _) in states.items()}
+
+    def predicted(self, output: Any) -> Tensor:
+        """The logits [n, V] of the prediction in what the model returned."""
         logits = output_of(output)
         if logits.dim() == 2:
             return logits
-        last = 1 if decodes else len(valid) - columns[-1]  # from the end: a model may return the last logits alone
+        end = self.columns[-1]
+        last = 1 if self.decodes else len(self.valid) - end  # from the end: a model may return the last logits alone
         if last > logits.shape[1]:
             raise ValueError(
                 f"The model returned logits of its last {logits.shape[1]} column(s), which are padding; the prediction "
-                f"is that of column {columns[-1]}. Pad on the left, or leave out logits_to_keep."
+                f"is that of column {end}. Pad on the left, or leave out logits_to_keep."
             )
         return logits[:, -last]
 
-    before = predicted(probe.base(**clean))
-    measure = metric if metric is not None else _probability_of(int(before.argmax()))
-    high, low = float(measure(before)), float(measure(predicted(probe.base(**corrupted))))
-    result.examples.append({"example": example, "clean": high, "corrupted": low})
-    ids = corrupted.get("input_ids")
-    numbers = [-1] * len(columns) if ids is None else ids[0, valid].tolist()
-    names = [str(position) for position in range(len(columns))] if ids is None else names_of(numbers, tokenizer)
-    for block in blocks:
-        found, _ = states[block]
+    def tokens(self, tokenizer: Any) -> list[tuple[str, int]]:
+        """The corrupted input's tokens and their ids."""
+        ids = self.corrupted.get("input_ids")
+        if ids is None:
+            return [(str(position), -1) for position in range(len(self.columns))]
+        numbers = ids[0, self.valid].tolist()
+        return list(zip(names_of(numbers, tokenizer), numbers))
+
+    def restored(self, block: str, states: Tensor, measure: Metric, batch_size: int) -> list[float]:
+        """The metric of the corrupted run with the state of a block put back at each of the tokens in turn."""
         values: list[float] = []
-        for first in range(0, len(columns), batch_size):
-            chunk = columns[first : first + batch_size]
-            output = probe.restored(corrupted, block, chunk, found[0, first : first + len(chunk)])
-            measured = measure(predicted(output))
-            if measured.shape != (len(chunk),):
+        for first in range(0, len(self.columns), batch_size):
+            columns = self.columns[first : first + batch_size]
+            output = self.probe.restored(self.corrupted, block, columns, states[first : first + len(columns)])
+            measured = measure(self.predicted(output))
+            if measured.shape != (len(columns),):
                 raise ValueError(
-                    f"metric returned {list(measured.shape)} for the logits of {len(chunk)} rows; it must return a "
+                    f"metric returned {list(measured.shape)} for the logits of {len(columns)} rows; it must return a "
                     "number for each row."
                 )
             values += measured.tolist()
-        for position, value in enumerate(values):
-            result.rows.append(
-                {
-                    "example": example,
-                    "block": block,
-                    "depth": block_number(block),
-                    "position": position,
-                    "column": columns[position],
-                    "token": names[position],
-                    "token_id": numbers[position],
-                    "value": value,
-                    "effect": value - low,
-                    "restored": (value - low) / (high - low) if high != low else float("nan"),
-                }
-            )
+        return values
 
 
 def _probability_of(answer: int) -> Metric:

@@ -13,7 +13,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 from peft_reft.info.files import one_line
 from peft_reft.tuner.adapters import set_strength
-from peft_reft.tuner.model_sizes import most_tokens
+from peft_reft.tuner.fit import most_tokens
 
 Message = dict[str, str]
 

@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import GenerationConfig
 
-from peft_reft.blocks import Layout, ModelBlocks, own_name
+from peft_reft.blocks import Layout, ModelBlocks
 from peft_reft.info.files import one_line
 
 
@@ -110,7 +110,7 @@ def blocks_of_model(model: nn.Module) -> tuple[list[str], int]:
             f"The blocks of {type(model).__name__} return hidden states {odd[0]}, where an exported graph edits "
             "[rows, columns, width] of one width. Export the model with its adapter by torch.export instead."
         )
-    return [own_name(name) for name in stacks[0]], widths[0]
+    return stacks[0], widths[0]
 
 
 def _odd_words(layout: Layout) -> list[str]:

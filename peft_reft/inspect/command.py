@@ -17,7 +17,7 @@ from peft_reft.inspect.run import inspect_adapter
 from peft_reft.inspect.tables import Inspection
 from peft_reft.integrations.loading import load_adapters
 from peft_reft.integrations.threads import share_the_machine
-from peft_reft.tuner.model_sizes import most_tokens
+from peft_reft.tuner.fit import most_tokens
 
 
 def main(argv: list[str]) -> int:

@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from peft_reft.inspect.batch import batches
@@ -20,7 +18,7 @@ from peft_reft.inspect.edits import edit_rows
 from peft_reft.inspect.effects import effect_rows
 from peft_reft.inspect.spy import Note, watched
 from peft_reft.inspect.tables import Inspection
-from peft_reft.tuner.injection import reft_layers, roles_of
+from peft_reft.tuner.injection import base_model_of, editing_layers, roles_of
 
 
 @torch.no_grad()
@@ -57,13 +55,8 @@ def inspect_adapter(
     Raises:
         ValueError: if no ReFT adapter is active, or the prompts are not what is described above.
     """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    base = base.model if isinstance(base, BaseTuner) else base
-    layers = {
-        name: layer
-        for name, layer in reft_layers(base).items()
-        if not layer.disable_adapters and any(adapter in layer.reft_interventions for adapter in layer.active_adapters)
-    }
+    base = base_model_of(model)
+    layers = editing_layers(base)
     if not layers:
         raise ValueError(
             "No ReFT adapter is active in this model, so there is nothing to inspect. Call set_adapter first."

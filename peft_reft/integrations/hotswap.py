@@ -14,7 +14,7 @@ from peft.utils import get_peft_model_state_dict, hotswap, set_peft_model_state_
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
-from peft_reft.tuner.checkpoint import cannot_replace, intervention_shapes, mismatch, other_meaning
+from peft_reft.tuner.checkpoint import cannot_replace, mismatch, other_meaning, shapes_of
 from peft_reft.tuner.config import ReftConfig
 from peft_reft.tuner.injection import reft_layers
 from peft_reft.tuner.loading import wait_for_writers, wrap_function
@@ -80,7 +80,7 @@ def swap_weights(
     wanted = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     names = insert_adapter_name_into_state_dict({name: name for name in wanted}, adapter_name, prefix)
     saved = {names.get(key, key): tensor for key, tensor in state_dict.items()}
-    reason = other_meaning(config, current) or mismatch(intervention_shapes(saved), intervention_shapes(wanted))
+    reason = other_meaning(config, current) or mismatch(shapes_of(saved), shapes_of(wanted))
     if reason is None:
         shapes = [{name: tensor.shape for name, tensor in tensors.items()} for tensors in (saved, wanted)]
         different = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})

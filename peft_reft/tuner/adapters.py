@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from peft_reft.blocks import own_name
 from peft_reft.context.subspaces import choice_of
-from peft_reft.tuner.injection import reft_layers
+from peft_reft.tuner.injection import base_model_of, reft_layers
 from peft_reft.tuner.sizes import is_finite
 
 
@@ -28,8 +26,7 @@ def get_interventions(model: nn.Module, adapter_name: str | None = None) -> dict
     Raises:
         ValueError: if there is no such adapter, or several are active and none is named.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    base = base.model if isinstance(base, BaseTuner) else base
+    base = base_model_of(model)
     if adapter_name is None:
         active = sorted({name for layer in reft_layers(base).values() for name in layer.active_adapters})
         if len(active) != 1:

@@ -14,7 +14,8 @@ from peft.config import PeftConfig
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from peft_reft.tuner.keys import PEFT_PREFIX, blocks_of, is_intervention, without_adapter
+from peft_reft.tuner.injection import base_model_of
+from peft_reft.tuner.keys import INTERVENTIONS, PEFT_PREFIX, blocks_of, is_intervention, without_adapter
 
 # Settings that say what weights mean, and that the names and shapes of interventions do not show.
 MEANING = (
@@ -93,18 +94,41 @@ def cannot_replace(adapter_name: str, reason: str) -> str:
     )
 
 
-def intervention_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors that belong to interventions."""
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items() if is_intervention(name)}
+def shapes_of(tensors: Mapping[str, Tensor], adapter_name: str | None = None) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that belong to interventions, by their names in a file.
 
-
-def wanted_shapes(tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of an adapter's interventions in a model, by their names in a file."""
+    Args:
+        tensors: those of a file; with a name those of a model, of which the adapter's are looked at.
+    """
     return {
-        without_adapter(name, adapter_name): tuple(tensor.shape)
+        name if adapter_name is None else without_adapter(name, adapter_name): tuple(tensor.shape)
         for name, tensor in tensors.items()
         if is_intervention(name, adapter_name)
     }
+
+
+def fitting_tensors(
+    state_dict: Mapping[str, Tensor], model: nn.Module, config: PeftConfig, adapter_name: str
+) -> dict[str, Tensor]:
+    """The tensors of a file that belong to an adapter, after a check that they fit the model as a whole.
+
+    Raises:
+        ValueError: naming the mismatch, or a tensor without finite numbers.
+    """
+    current = model.state_dict()
+    own, ignored = own_tensors(state_dict, model, adapter_name)
+    wanted = shapes_of(current, adapter_name)
+    if config.share_layers and wanted and own:  # stored once, for the first of the blocks
+        first, *others = blocks_of(wanted)
+        stored = {name: tensor for name, tensor in own.items() if name.startswith(first + INTERVENTIONS)}
+        for block in others:
+            own = {name.replace(first, block, 1): tensor for name, tensor in stored.items()} | own
+    reason = mismatch(shapes_of(own), wanted)
+    if reason is not None:
+        raise ValueError(does_not_fit(base_model_of(model), reason, config))
+    check_tensors(own, current)
+    warn_of_ignored(ignored, current, adapter_name)
+    return own
 
 
 def own_tensors(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from peft import PeftModel
 from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.peft_types import TaskType
 from torch import nn
 
@@ -30,6 +32,21 @@ def reft_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, 
         for name, layer in model.named_modules()
         if isinstance(layer, ReftLayer) and (adapter_name is None or adapter_name in layer.reft_interventions)
     }
+
+
+def editing_layers(model: nn.Module) -> dict[str, ReftLayer]:
+    """The ReFT layers with an active adapter, as far as they are switched on, by the names of their blocks."""
+    return {
+        name: layer
+        for name, layer in reft_layers(model).items()
+        if not layer.disable_adapters and any(adapter in layer.reft_interventions for adapter in layer.active_adapters)
+    }
+
+
+def base_model_of(model: Any) -> Any:
+    """The model below PEFT's wrappers."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base.model if isinstance(base, BaseTuner) else base
 
 
 def state_of(model: nn.Module) -> ModelState | None:

@@ -73,11 +73,6 @@ def without_child(key: str) -> str:
     return key.replace(f".{CHILD}.{PREFIX}", f".{PREFIX}")
 
 
-def block_of(key: str) -> str:
-    """What stands before the intervention's part of a key: the block's name, with PEFT's prefix if the key has it."""
-    return key.split(INTERVENTIONS)[0]
-
-
 def blocks_of(keys: Iterable[str]) -> list[str]:
-    """The blocks of interventions' keys, each once, in the keys' order."""
-    return list(dict.fromkeys(map(block_of, keys)))
+    """The blocks of interventions' keys, each once, in the keys' order; with PEFT's prefix if the keys have it."""
+    return list(dict.fromkeys(key.split(INTERVENTIONS)[0] for key in keys))

@@ -23,7 +23,7 @@ from peft_reft.tuner.checkpoint import (
     does_not_fit,
     mismatch,
     other_meaning,
-    wanted_shapes,
+    shapes_of,
     warn_of_ignored,
 )
 from peft_reft.tuner.config import ReftConfig
@@ -172,7 +172,7 @@ def _put_back(before: list[tuple[str, dict[str, Any], str, Tensor]]) -> tuple[di
 def _missed(model: nn.Module, adapter_name: str, info: Any) -> str | None:
     """What keeps the loaded tensors from fitting, from transformers' report."""
     anonymous = functools.partial(without_adapter, adapter_name=adapter_name)
-    wanted = wanted_shapes(dict(model.named_parameters()), adapter_name)
+    wanted = shapes_of(dict(model.named_parameters()), adapter_name)
     saved = dict(wanted)
     for key in info.missing_keys:
         saved.pop(anonymous(key), None)

@@ -7,46 +7,23 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from peft import PeftModel
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from peft_reft.blocks import Layout, ModelBlocks, device_and_dtype, own_name, present_names, refuse_unsound
 from peft_reft.context.state import ModelState
-from peft_reft.tuner.checkpoint import (
-    check_tensors,
-    does_not_fit,
-    intervention_shapes,
-    mismatch,
-    own_tensors,
-    wanted_shapes,
-    warn_of_ignored,
-)
+from peft_reft.tuner.checkpoint import fitting_tensors
 from peft_reft.tuner.combine import check_sum, config_of_sum, fill_sum, grow, grown, linear_parts
 from peft_reft.tuner.config import ReftConfig, prompt_end_ids
-from peft_reft.tuner.injection import (
-    is_causal_lm,
-    reft_layers,
-    remove_adapter,
-    remove_reft,
-    state_of,
-    tidy_up,
-)
-from peft_reft.tuner.keys import INTERVENTIONS, PREFIX, blocks_of, is_intervention, without_adapter, without_child
+from peft_reft.tuner.fit import check_fit, check_shapes
+from peft_reft.tuner.injection import is_causal_lm, reft_layers, remove_adapter, remove_reft, state_of, tidy_up
+from peft_reft.tuner.keys import PREFIX, blocks_of, is_intervention, without_adapter, without_child
 from peft_reft.tuner.layer import ReftLayer, attach_layer
-from peft_reft.tuner.model_sizes import check_sizes
 from peft_reft.tuner.neighbours import ON_INJECTION
 from peft_reft.tuner.private import ExcludedModule, maybe_include_all_linear_layers
 from peft_reft.tuner.rows import AdaptersOfRows
-from peft_reft.tuner.targets import (
-    check_adapter_name,
-    check_shapes,
-    check_trained_tokens,
-    choose_targets,
-    rank_of,
-    warn_of_settings_without_effect,
-)
+from peft_reft.tuner.targets import check_adapter_name, choose_targets, rank_of
 
 
 @dataclass(eq=False)
@@ -133,11 +110,8 @@ class ReftModel(BaseTuner):
         refuse_unsound(model, names)
         targets = {name: (*blocks.shape_of(name), rank_of(peft_config, name)) for name in names}
         blocks.forget_trace()
-        sizes = {name: (width, r) for name, (width, _, r) in targets.items()}
-        check_shapes(peft_config, sizes)  # before anything is changed
-        check_sizes(peft_config, model, sizes)
-        check_trained_tokens(peft_config, model, {*names, *reft_layers(model)})
-        warn_of_settings_without_effect(peft_config, model, names)
+        # Before anything is changed.
+        check_fit(peft_config, model, {name: (width, r) for name, (width, _, r) in targets.items()})
         model_name = getattr(getattr(model, "config", None), "name_or_path", None)
         found.prompt_end = prompt_end_ids(peft_config, None, model_name)
         found.targets = targets
@@ -257,39 +231,19 @@ class ReftModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        own = [name for name in state_dict if is_intervention(name, adapter_name)]
         # PEFT looks for the names of modules, which are others than in the state dict where FSDP1 has wrapped blocks.
-        selected.update({name: state_dict[name] for name in own})
-        if config.share_layers:
-            repeated = {name for name in own if blocks_of([name]) != blocks_of(own)[:1]}
-            selected = {name: tensor for name, tensor in selected.items() if name not in repeated}
-        return selected
+        own = {name: tensor for name, tensor in state_dict.items() if is_intervention(name, adapter_name)}
+        if not config.share_layers:
+            return own
+        first = blocks_of(own)[:1]  # which holds what the others repeat
+        return {name: tensor for name, tensor in own.items() if blocks_of([name]) == first}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """PEFT's remapping of names, after a check that the adapter fits the model as a whole.
-
-        Raises:
-            ValueError: naming the mismatch, or a tensor without finite numbers.
-        """
-        current = model.state_dict()
-        state_dict, ignored = own_tensors(state_dict, model, adapter_name)
-        wanted = wanted_shapes(current, adapter_name)
-        if config.share_layers and wanted and state_dict:  # stored once, for the first of the blocks
-            first = blocks_of(wanted)[0]
-            stored = {name: tensor for name, tensor in state_dict.items() if name.startswith(first + INTERVENTIONS)}
-            for block in blocks_of(wanted)[1:]:
-                repeated = {name.replace(first, block, 1): tensor for name, tensor in stored.items()}
-                state_dict = {**repeated, **state_dict}
-        reason = mismatch(intervention_shapes(state_dict), wanted)
-        if reason is not None:
-            base = model.get_base_model() if isinstance(model, PeftModel) else model
-            raise ValueError(does_not_fit(base, reason, config))
-        check_tensors(state_dict, current)
-        warn_of_ignored(ignored, current, adapter_name)
+        """PEFT's remapping of names, after a check that the adapter fits the model as a whole."""
+        state_dict = fitting_tensors(state_dict, model, config, adapter_name)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     # Taking it off.

@@ -12,7 +12,7 @@ peft _ExcludedModule                              tuner/targets.py, model.py    
                                                   a public class
 peft _maybe_include_all_linear_layers             tuner/model.py                   "all-linear" is expanded too late
                                                   expand it before _prepare_model
-peft _get_input_embeddings_name                   tuner/targets.py                 which embedding trained tokens have
+peft _get_input_embeddings_name                   tuner/fit.py                     which embedding trained tokens have
                                                   a public function
 peft _insert_adapter_name_into_state_dict         integrations/hotswap.py          names in a swapped state dict
 peft hotswap_adapter_from_state_dict, wrapped     integrations/hotswap.py          only LoRA is swapped

@@ -1,7 +1,7 @@
 """How large the numbers of a config may be, whatever the model: compared when the config is built.
 
 A config may come from a stranger. Its numbers become sizes of tensors and counts of modules; the limits of the model
-that an adapter is made for are in model_sizes.py.
+that an adapter is made for are in fit.py.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import architectures
 import pytest
 import reference
 import torch
-from conftest import BLOCKS, HIDDEN, inputs_of, logits, randomize, tiny_model
+from conftest import BLOCKS, HIDDEN, batch, inputs_of, logits, randomize, tiny_model
 from peft import get_peft_model
 
 from peft_reft import ReftConfig, get_interventions
@@ -152,3 +152,20 @@ def test_a_model_that_rescales_its_hidden_states_is_refused_with_the_way_out():
         get_peft_model(base, ReftConfig())
     base.config.rescale_every = 0
     assert len(targets(base)) == architectures.DEPTH
+
+
+@pytest.mark.parametrize("number", range(architectures.DEPTH))
+def test_blocks_before_the_first_rescaling_are_edited_alike_in_training_and_at_inference(number):
+    base = architectures.tiny_model("rwkv")
+    base.config.rescale_every = 2
+    config = ReftConfig(target_modules=[f"blocks.{number}"], positions="all", r=2, task_type="CAUSAL_LM")
+    if number >= 2:
+        with pytest.raises(ValueError, match="halves its hidden states every 2 blocks"):
+            get_peft_model(base, config)
+        return
+    model = randomize(get_peft_model(base, config))
+    inputs = {"input_ids": batch(5)["input_ids"]}
+    at_inference, in_training = logits(model.eval(), inputs), logits(model.train(), inputs)
+    torch.testing.assert_close(at_inference, in_training, rtol=1e-3, atol=1e-3)
+    with model.disable_adapter():
+        assert not torch.allclose(logits(model, inputs), in_training, atol=0.05)

@@ -16,10 +16,10 @@ from torch import nn
 from transformers import CLIPConfig, LlamaConfig, T5Config, WhisperConfig
 
 from peft_reft import ReftConfig
-from peft_reft.tuner import model_sizes
+from peft_reft.tuner import fit
 from peft_reft.tuner.checkpoint import check_tensors, warn_of_ignored
+from peft_reft.tuner.fit import check_sizes, most_tokens, vocabulary_of
 from peft_reft.tuner.keys import INTERVENTIONS
-from peft_reft.tuner.model_sizes import check_sizes, most_tokens, vocabulary_of
 from peft_reft.tuner.sizes import shown
 
 INPUTS = batch(7, 4)
@@ -106,13 +106,9 @@ def test_settings_that_no_model_or_not_this_one_can_use_are_refused(case, good, 
 def test_an_adapter_larger_than_the_model_is_refused(monkeypatch):
     base = tiny_model("llama")
     config = ReftConfig(r=HIDDEN, positions="f100", share_weights="position")
-    assert (
-        sum(p.numel() for p in base.parameters())
-        < 100 * BLOCKS * HIDDEN * (2 * HIDDEN + 1)
-        < model_sizes.MOST_PARAMETERS
-    )
+    assert sum(p.numel() for p in base.parameters()) < 100 * BLOCKS * HIDDEN * (2 * HIDDEN + 1) < fit.MOST_PARAMETERS
     check_sizes(config, base, {"a": (HIDDEN, HIDDEN)})  # small enough for any machine
-    monkeypatch.setattr(model_sizes, "MOST_PARAMETERS", 1000)
+    monkeypatch.setattr(fit, "MOST_PARAMETERS", 1000)
     built = []
     monkeypatch.setattr("peft_reft.tuner.layer.build_intervention", lambda *args, **kwargs: built.append(args))
     with pytest.raises(ValueError, match="make an adapter of 624000 parameters in 3 block"):
@@ -125,7 +121,7 @@ def test_what_a_model_s_config_allows_is_allowed():
     model = reft_model(tiny_model("llama"), positions="f64+l128")
     assert not torch.allclose(logits(model, INPUTS), logits(tiny_model("llama"), INPUTS))
     reft_model(tiny_model("llama"), prompt_end=[VOCAB - 1], trainable_token_indices=[VOCAB - 1])
-    assert most_tokens(nn.Linear(2, 2))[0] == model_sizes.MOST_UNSTATED
+    assert most_tokens(nn.Linear(2, 2))[0] == fit.MOST_UNSTATED
 
 
 @pytest.mark.parametrize(
@@ -133,8 +129,8 @@ def test_what_a_model_s_config_allows_is_allowed():
     [
         (LlamaConfig(max_position_embeddings=10_000_000), 10_000_000),
         (WhisperConfig(max_source_positions=1500, max_target_positions=448), 1500),
-        (T5Config(), model_sizes.MOST_UNSTATED),
-        (CLIPConfig(), model_sizes.MOST_UNSTATED),  # its text part's 77 do not bound the patches of an image
+        (T5Config(), fit.MOST_UNSTATED),
+        (CLIPConfig(), fit.MOST_UNSTATED),  # its text part's 77 do not bound the patches of an image
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -15,6 +15,9 @@ from peft_reft.blocks.compiled import own_modules
 from peft_reft.blocks.configs import configs_of
 from peft_reft.blocks.structure import input_embedding, path_of, paths_around
 
+BOTH = {"input_ids", "pixel_values"}  # what a model of text and images takes
+MORE_FOR_DECODERS = 5  # columns
+
 
 @dataclass(frozen=True)
 class EntryPoint:
@@ -48,13 +51,9 @@ def entry_points(model: nn.Module) -> list[EntryPoint]:
     paths = dict.fromkeys(["", getattr(model, "base_model_prefix", ""), *inner])
     for with_image, path, ids_per_row in product((False, True), paths, per_row):
         names = _argument_names(model, path)
-        if (path == "" or names & {"input_ids", "pixel_values"}) and (not with_image or _takes_both(names)):
+        if (path == "" or names & BOTH) and (not with_image or names >= BOTH):
             found.append(EntryPoint(path, ids_per_row, with_image))
     return found
-
-
-def _takes_both(names: set[str]) -> bool:
-    return names >= {"input_ids", "pixel_values"}
 
 
 def _argument_names(model: nn.Module, path: str) -> set[str]:
@@ -66,23 +65,22 @@ def _argument_names(model: nn.Module, path: str) -> set[str]:
 def has_images_beside_tokens(model: nn.Module, entry: EntryPoint) -> bool:
     """Whether images may come with the tokens, and have places of their own: no token stands for them."""
     settings = [name for config in configs_of(getattr(model, "config", None)) for name in vars(config)]
-    names = _argument_names(model, entry.path)
-    return _takes_both(names) and not any("image_token" in name for name in settings)
+    return _argument_names(model, entry.path) >= BOTH and not any("image_token" in name for name in settings)
 
 
 def dummy_inputs(
-    module: nn.Module, entry: EntryPoint, rows: int, columns: int, decoder_columns: int, other_at: int | None = None
+    module: nn.Module, entry: EntryPoint, rows: int, columns: int, other_at: int | None = None
 ) -> dict[str, Tensor]:
     """Tokens (or an image) for a module's forward, by the names of its parameters.
 
     Args:
-        rows, columns: the shape of the tokens, `decoder_columns` that of a decoder's beside an encoder.
+        rows, columns: the shape of the tokens. A decoder beside an encoder gets more columns, to tell the two apart.
         other_at: a column (0 or -1) that gets another token than without it.
     """
     names = inspect.signature(type(module).forward).parameters
     config = getattr(module, "config", None)
     inputs: dict[str, Any] = {}
-    for name, count in (("input_ids", columns), ("decoder_input_ids", decoder_columns)):
+    for name, count in (("input_ids", columns), ("decoder_input_ids", columns + MORE_FOR_DECODERS)):
         if name in names:
             other, *row = _usable_ids(module, count + 1)
             if other_at is not None:

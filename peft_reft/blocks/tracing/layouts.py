@@ -57,7 +57,7 @@ def _pooled_layout(model: TracedModel, name: str) -> Layout | None:
         return None
     if shapes[0][1] == shapes[1][1]:
         return Layout(pool=NOT_TOKENS)
-    output = trace(model.model, model.entry, rows[0], MANY).calls_by_name()[name][0].output
+    output = trace(model.model, model.entry, rows[0], MANY).by_name[name][0].output
     return None if output is None else Layout(pool=round(MANY / output.shape[1]))
 
 
@@ -66,8 +66,7 @@ def _first_token(model: TracedModel, name: str, layout: Layout) -> int | None:
     place of the first or of the last one.
     """
     before, *outputs = (
-        trace(model.model, model.entry, *TOKENS[-1], other_at).calls_by_name()[name][0].output
-        for other_at in (None, 0, -1)
+        trace(model.model, model.entry, *TOKENS[-1], other_at).by_name[name][0].output for other_at in (None, 0, -1)
     )
     found: list[int] = []
     for output in outputs:

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from peft_reft.blocks.tracing.layouts import traced_layout
-from peft_reft.blocks.tracing.trace import affects_output
-from peft_reft.blocks.tracing.traced_model import TOKENS, BlockList, TracedModel
+from peft_reft.blocks.tracing.traced_model import BlockList, TracedModel
 
 
 def traced_stacks(model: TracedModel) -> list[list[str]]:
@@ -38,9 +37,7 @@ def traced_stacks(model: TracedModel) -> list[list[str]]:
         for twin in twins:
             _refuse_maps(model, twin)
             # Decoders that read the cache of an encoder's blocks read no output of the last one.
-            is_read = (
-                not has_decoder or is_decoder or affects_output(model.model, model.entry, twin.names[-1], *TOKENS[0])
-            )
+            is_read = not has_decoder or is_decoder or model.affects_output(twin.names[-1])
             stacks.append(twin.names if is_read else twin.names[:-1])
     return stacks
 

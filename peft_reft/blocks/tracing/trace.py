@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,10 +44,11 @@ class Trace:
     rows: int
     columns: int
     decoder_columns: int
-    is_image: bool = False
+    is_image: bool
     calls: list[ModuleCall] = field(default_factory=list)
 
-    def calls_by_name(self) -> dict[str, list[ModuleCall]]:
+    @cached_property
+    def by_name(self) -> dict[str, list[ModuleCall]]:
         """The calls of each module that ran."""
         by_name: dict[str, list[ModuleCall]] = {}
         for call in self.calls:
@@ -55,61 +56,47 @@ class Trace:
         return by_name
 
 
-def trace(model: nn.Module, entry: EntryPoint, rows: int, columns: int, other_at: int | None = None) -> Trace:
+def trace(
+    model: nn.Module,
+    entry: EntryPoint,
+    rows: int,
+    columns: int,
+    other_at: int | None = None,
+    followed: str | None = None,
+) -> Trace:
     """Call a weightless copy of the model on tokens.
 
     Args:
         other_at: a column (0 or -1) that gets another token than without it.
+        followed: the name of a module whose output requires a gradient, so that what is computed from it does, too;
+            nothing else does.
 
     Raises:
         Exception: whatever the model's code raises on such inputs.
     """
     copied = weightless_copy(model)
     part = copied.get_submodule(entry.path)
-    record = _empty_trace(part, rows, columns)
+    inputs = dummy_inputs(part, entry, rows, columns, other_at)
+    decoder_ids = inputs.get("decoder_input_ids")
+    decoder_columns = columns if decoder_ids is None else decoder_ids.shape[1]
+    record = Trace(rows, columns, decoder_columns, is_image="input_ids" not in inputs)
     for name, module in copied.named_modules():
 
         def hook(_: Any, args: tuple, kwargs: dict, output: Any, name: str = name) -> None:
-            inputs = [t for t in _tensors_in([args, kwargs]) if t.is_floating_point()]
-            record.calls.append(ModuleCall(name, inputs, hidden_state_of(output)))
+            given = [t for t in _tensors_in([args, kwargs]) if t.is_floating_point()]
+            h = hidden_state_of(output)
+            if name == followed and h is not None:
+                h.requires_grad_()
+            record.calls.append(ModuleCall(name, given, h))
 
         module.register_forward_hook(hook, with_kwargs=True)
     embedding = input_embedding(copied)
     for module in copied.modules():  # tied embeddings are modules of their own
         if module is embedding or (isinstance(module, nn.Embedding) and _same_table(module, embedding)):
             module.register_forward_hook(_distinct_vectors, prepend=True)
-    with torch.no_grad():
-        call_quietly(part, dummy_inputs(part, entry, rows, columns, record.decoder_columns, other_at))
+    with torch.set_grad_enabled(followed is not None):
+        call_quietly(part, inputs)
     return record
-
-
-def affects_output(model: nn.Module, entry: EntryPoint, name: str, rows: int, columns: int) -> bool:
-    """Whether what the model returns (its logits, mostly) depends on a module's output in a differentiable way.
-
-    True also where that cannot be seen.
-    """
-    copied = weightless_copy(model)
-    part = copied.get_submodule(entry.path)
-
-    def follow(_: Any, args: tuple, output: Any) -> None:
-        h = hidden_state_of(output)
-        if h is not None:
-            h.requires_grad_()  # nothing else does, so that only what is computed from it will
-
-    copied.get_submodule(name).register_forward_hook(follow)
-    inputs = dummy_inputs(part, entry, rows, columns, _empty_trace(part, rows, columns).decoder_columns)
-    try:
-        with torch.enable_grad():
-            output = call_quietly(part, inputs)
-    except Exception:  # code that writes to what requires gradients
-        return True
-    result = hidden_state_of(output)
-    return result is None or result.requires_grad
-
-
-def _empty_trace(module: nn.Module, rows: int, columns: int) -> Trace:
-    names = inspect.signature(type(module).forward).parameters
-    return Trace(rows, columns, columns + 5 if "decoder_input_ids" in names else columns, "input_ids" not in names)
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:

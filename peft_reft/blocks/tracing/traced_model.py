@@ -49,34 +49,31 @@ class TracedModel:
         """Args: entries: the entry points to try; None for those of `entry_points`."""
         self.model = uncompiled(model)
         self.modules = own_modules(model)
-        self._take(EntryPoint(), [])
-        first: tuple[EntryPoint, list[Trace]] | None = None
+        self.entry, self.traces = EntryPoint(), []
+        without_lists: list[tuple[EntryPoint, list[Trace]]] = []
         for entry in entry_points(self.model) if entries is None else entries:
             try:
                 traces = [trace(self.model, entry, *tokens) for tokens in TOKENS]
             except Exception:  # whatever a model's own code may raise on dummy inputs
                 continue
-            first = first or (entry, traces)
-            self._take(entry, traces)
+            self.entry, self.traces = entry, traces
             if next(self.lists(), None) is not None:
                 break
+            without_lists.append((entry, traces))
         else:
-            self._take(*(first or (EntryPoint(), [])))
+            if without_lists:
+                self.entry, self.traces = without_lists[0]
         has_image = bool(self.traces) and not self.entry.with_image and has_images_beside_tokens(model, self.entry)
         with_image = [replace(self.entry, with_image=True)]
         self.with_image = TracedModel(model, with_image) if has_image else None
 
-    def _take(self, entry: EntryPoint, traces: list[Trace]) -> None:
-        self.entry, self.traces = entry, traces
-        self._calls = [one.calls_by_name() for one in traces]
-
     def calls(self, name: str) -> list[ModuleCall]:
         """A module's calls in the first trace."""
-        return self._calls[0].get(name, [])
+        return self.traces[0].by_name.get(name, [])
 
     def shapes(self, name: str) -> list[tuple[int, ...]]:
         """The shapes of a module's output in the traces; fewer than two if it did not run."""
-        calls = [calls[name][0] for calls in self._calls if name in calls]
+        calls = [one.by_name[name][0] for one in self.traces if name in one.by_name]
         return [tuple(call.output.shape) for call in calls if call.output is not None]
 
     def columns(self, name: str) -> list[int]:
@@ -86,6 +83,17 @@ class TracedModel:
             if one != other and one % decoder[0] == 0 and one // decoder[0] * decoder[1] == other:
                 return decoder
         return [one.columns for one in self.traces]
+
+    def affects_output(self, name: str) -> bool:
+        """Whether what the model returns (its logits, mostly) depends on a module's output in a differentiable way.
+
+        True also where that cannot be seen.
+        """
+        try:
+            result = trace(self.model, self.entry, *TOKENS[0], followed=name).calls[-1].output
+        except Exception:  # code that writes to what requires gradients
+            return True
+        return result is None or result.requires_grad
 
     def lists(self, path: str = "") -> Iterator[BlockList]:
         """The outermost lists of modules that ran, below a module; a list of lists counts as one."""
