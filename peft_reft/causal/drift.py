@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_reft.blocks import ModelBlocks
 from peft_reft.blocks.layout import hidden_state_of
 from peft_reft.blocks.numbering import block_number
 from peft_reft.causal.accuracy import evaluating
@@ -54,7 +53,7 @@ def edit_drift(model: nn.Module, inputs: Mapping[str, Any]) -> list[dict[str, An
     state = state_of(base)
     if not layers or state is None:
         raise ValueError("No ReFT adapter is active in this model, so there is no edit to follow.")
-    blocks = ModelBlocks(base) if state.blocks.model is not base else state.blocks
+    blocks = state.blocks_of(base)
     names = list(dict.fromkeys([*layers, *(name for stack in blocks.stacks() for name in stack)]))
     names = [name for name, _ in base.named_modules() if name in names]
     inputs = on_device(dict(inputs), model)

@@ -124,7 +124,7 @@ class ReftModel(BaseTuner):
         maybe_include_all_linear_layers(peft_config, model)  # PEFT expands "all-linear" after this method only
         found = self._injection
         # A model around the one that has adapters already has names of its own for the same blocks.
-        blocks = self._state.blocks if self._state.blocks.model is model else ModelBlocks(model)
+        blocks = self._state.blocks_of(model)
         matched, excluded = choose_targets(peft_config, model, blocks)
         present = present_names(model)
         found.matched, found.excluded = ({present[name] for name in names} for names in (matched, excluded))
