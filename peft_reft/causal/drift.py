@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_reft.blocks import ModelBlocks, present_names
+from peft_reft.blocks import present_names
 from peft_reft.blocks.layout import hidden_state_of
 from peft_reft.blocks.numbering import block_number
 from peft_reft.causal.accuracy import evaluating
@@ -49,9 +49,8 @@ def edit_drift(model: nn.Module, inputs: Mapping[str, Any]) -> list[dict[str, An
     layers, state = editing_layers(base), state_of(base)
     if not layers or state is None:
         raise ValueError("No ReFT adapter is active in this model, so there is no edit to follow.")
-    blocks = ModelBlocks(base) if state.blocks.model is not base else state.blocks
     present = present_names(base)
-    followed = {*layers, *(present[name] for stack in blocks.stacks() for name in stack)}
+    followed = {*layers, *(present[name] for stack in state.blocks_of(base).stacks() for name in stack)}
     names = [name for name, _ in base.named_modules() if name in followed]
     inputs = on_device(dict(inputs), model)
     mask, rows = inputs.get("attention_mask"), []

@@ -113,7 +113,7 @@ def probing(
         else [*target_modules],
     )
     state = state_of(base)
-    blocks = state.blocks if state is not None and state.blocks.model is base else ModelBlocks(base)
+    blocks = ModelBlocks(base) if state is None else state.blocks_of(base)
     state = state or ModelState(blocks)
     chosen, _ = choose_targets(config, base, blocks)
     if not chosen:

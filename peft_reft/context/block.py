@@ -31,6 +31,7 @@ OUTSIDE = (
     "apply_activation_checkpointing, whose second runs know the call. To run a block by itself, put it in evaluation "
     "mode."
 )
+COPY = "A copy of a block is outside of every model; without its child `{child}` (del block.{child}) it edits nothing."
 
 
 class BlockEntry(MethodEntry):
@@ -68,11 +69,12 @@ class BlockEntry(MethodEntry):
         def edit(h: Tensor) -> Tensor:
             specs = sorted({str(spec) for spec in layer.active_specs()} - {"all"})
             if specs and layer.layout.pool != NOT_TOKENS:
+                copy = "" if self.state.entries else f" {COPY.format(child=CHILD)}"
                 raise ValueError(
                     f"positions={specs[0]!r} counts tokens, but the block of a ReFT adapter ran outside of its model's "
-                    "forward, where there are none. Call the model as a whole, or use positions='all'."
+                    f"forward, where there are none. Call the model as a whole, or use positions='all'.{copy}"
                 )
-            if not specs and torch.is_grad_enabled() and self.state.takes_ids():
+            if not specs and torch.is_grad_enabled() and self.state.takes_ids:
                 notices.raise_or_warn(self.state, self.module, OUTSIDE, "outside")
             return layer.edit(h, ForwardContext(self.state, [layer], Given()))
 

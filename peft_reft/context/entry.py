@@ -53,6 +53,11 @@ class ForwardEntry(Entrance):
         parameters = inspect.signature(type(module).forward).parameters.values()
         self.names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
 
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        self.__dict__.update(attributes)
+        if not self.passive:
+            self.state.add_entry(self)
+
     @property
     def __code__(self) -> CodeType:  # torch.export names the function that it exports
         code: CodeType = self.__wrapped__.__code__

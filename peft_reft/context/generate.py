@@ -68,7 +68,7 @@ class Generation:
                 "input_ids": inputs.get("decoder_input_ids"),
                 "inputs_embeds": inputs.get("decoder_inputs_embeds"),
             }
-        shape = token_shape(inputs, 1 if is_decoder else self.state.blocks.ids_per_row)
+        shape = token_shape(inputs, 1 if is_decoder else self.state.ids_per_row)
         if shape is None or not isinstance(ids, Tensor):
             return None
         is_first = bool(arguments.get("is_first_iteration"))
@@ -218,8 +218,8 @@ class GenerateEntry(MethodEntry):
             pad, eos = self._setting("pad_token_id", arguments), self._setting("eos_token_id", arguments)
             if pad is not None and pad not in (eos if isinstance(eos, list) else [eos]):
                 # transformers infers the mask by the same rule.
-                return (tokens != pad)[:: self.state.blocks.ids_per_row]
-        rows = tokens.shape[0] // (self.state.blocks.ids_per_row if embeds is None else 1)
+                return (tokens != pad)[:: self.state.ids_per_row]
+        rows = tokens.shape[0] // (self.state.ids_per_row if embeds is None else 1)
         return torch.ones(rows, tokens.shape[1], dtype=torch.bool, device=tokens.device)
 
     def _ids(self, arguments: Mapping[str, Any]) -> Tensor | None:

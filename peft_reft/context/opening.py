@@ -82,7 +82,7 @@ def open_context(
     """
     if outer is not None and outer.depth >= entry.depth:
         outer = None  # another call, made while one runs
-    shape = token_shape(arguments, entry.state.blocks.ids_per_row)
+    shape = token_shape(arguments, entry.state.ids_per_row)
     given = _given(entry, arguments, own, shape) if outer is None else outer.given
     same_shape = outer is not None and shape in (None, (outer.rows, outer.columns))
     is_new = outer is None or outer.role != entry.role or not same_shape

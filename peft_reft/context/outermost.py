@@ -51,7 +51,7 @@ def attach_entry(entry: ForwardEntry) -> None:
     entry.attach()
     stay = StayOutermost(entry)
     entry.stay = entry.module.register_forward_pre_hook(stay, prepend=True, with_kwargs=True)
-    entry.state.entries.append(entry)
+    entry.state.add_entry(entry)
 
 
 def detach_entries(state: ModelState) -> None:
@@ -62,3 +62,4 @@ def detach_entries(state: ModelState) -> None:
         entry.passive = True  # should something else hold it
         entry.detach()
     state.entries.clear()
+    state.takes_ids = False

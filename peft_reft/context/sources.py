@@ -28,6 +28,12 @@ SOURCE_RULE = (
     "a subspace."
 )
 COLLECTED = "reft_collected"  # the argument of the forward of a source: the `Collected` in which it notes its states
+DECODED = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
+NOT_DECODED = (
+    "source_inputs without decoder_input_ids could not be run. They are the inputs of a call of the model, which "
+    "`generate` adds nothing to. Pass the source's decoder_input_ids among them: [B, 1] of "
+    "model.generation_config.decoder_start_token_id are what a decoder generates from."
+)
 WITHIN = ("source_inputs", "subspaces", "adapter_names")  # which a source cannot have: its rows are the call's
 
 
@@ -111,9 +117,14 @@ def _run(module: nn.Module, state: ModelState, inputs: Mapping[str, Any], names:
     arguments = {**inputs, "adapter_names": names, COLLECTED: collected}
     outer = running.context, running.generation
     running.context, running.generation = None, None
+    has_decoder = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
     try:
         with torch.no_grad():
             module(**arguments)
+    except Exception as error:
+        if has_decoder and all(inputs.get(name) is None for name in DECODED):
+            raise ValueError(f"{NOT_DECODED} The model said: {error}") from error
+        raise
     finally:
         running.context, running.generation = outer
     return collected

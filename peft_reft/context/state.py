@@ -1,15 +1,22 @@
-"""What the entries of one model share: its kind, its layers, its warnings, and what runs in each thread."""
+"""What the entries of one model share: its kind, its layers, its warnings, and what runs in each thread.
+
+A block refers to it, so a copy of a block gets one of its own. It must not bring the whole model along: what is copied
+joins the copied state by itself.
+"""
 
 from __future__ import annotations
 
 import threading
 import warnings
+from bisect import insort
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
 
+from peft_reft.blocks import ModelBlocks
 from peft_reft.context.subspaces import BASE, Choices, read_choices
 
 
@@ -45,7 +52,7 @@ class ModelState:
         causal: a causal language model, whose labels tell where the prompt ends.
         layers: the layers next to its blocks.
         entries: the `ForwardEntry` of each module around the blocks, from the outside in.
-        blocks: what was found out about the model's blocks.
+        takes_ids: the model runs on tokens, among which there may be padding.
         running: what runs in this thread.
         plans: how adapters are put together, by what is active (see plan.py).
         paged: reads where prompts lie in a forward of continuous batching; set by that integration.
@@ -55,11 +62,13 @@ class ModelState:
         has_edited: one of those edited a token.
     """
 
-    def __init__(self, blocks: Any):
-        self.blocks = blocks
+    def __init__(self, blocks: ModelBlocks):
+        self._blocks: ModelBlocks | None = blocks  # which know the model: None in a copy, until it is asked for
+        self._ids_per_row = 1
         self.causal = False
         self.layers: list[Any] = []
         self.entries: list[Any] = []
+        self.takes_ids = False
         self.running = Running()
         self.plans: dict[Any, Any] = {}
         self.paged: Callable[[int, torch.device], Any] | None = None
@@ -70,7 +79,35 @@ class ModelState:
 
     def __getstate__(self) -> dict[str, Any]:
         # Plans are found by the identity of modules, which a copied or pickled model does not share.
-        return {**self.__dict__, "plans": {}}
+        parts: dict[str, Any] = {
+            "layers": [],
+            "entries": [],
+            "paged": None,
+            "_blocks": None,
+            "_ids_per_row": self.ids_per_row,
+        }
+        return {**self.__dict__, **parts, "plans": {}}
+
+    def add_layer(self, layer: Any) -> None:
+        """Take in the layer next to a block."""
+        insort(self.layers, layer, key=attrgetter("number"))
+
+    def add_entry(self, entry: Any) -> None:
+        """Take in the entry of a module around the blocks."""
+        insort(self.entries, entry, key=attrgetter("depth"))
+        self.takes_ids = self.takes_ids or "input_ids" in entry.names
+
+    def blocks_of(self, model: nn.Module) -> ModelBlocks:
+        """What was found out about the blocks of a model: of this one, or of one around it."""
+        if self._blocks is None:
+            self._blocks = ModelBlocks(model)
+            self._blocks.ids_per_row = self._ids_per_row
+        return self._blocks if self._blocks.model is model else ModelBlocks(model)
+
+    @property
+    def ids_per_row(self) -> int:
+        """How many rows of ids make one row of the hidden state."""
+        return self._ids_per_row if self._blocks is None else self._blocks.ids_per_row
 
     def adapters(self) -> list[str]:
         """Names of the model's ReFT adapters."""
@@ -118,10 +155,6 @@ class ModelState:
     def has_markers(self) -> bool:
         """Whether all active adapters find the prompt's end by a marker in the ids."""
         return all(spec.prompt_end for spec in self.active_specs())
-
-    def takes_ids(self) -> bool:
-        """Whether the model runs on tokens, among which there may be padding."""
-        return any("input_ids" in entry.names for entry in self.entries)
 
     def edits_answers(self) -> bool:
         """Whether some adapter edits generated tokens."""

@@ -35,6 +35,10 @@ class BatchingEntry(MethodEntry):
         super().__init__(module, state)
         self.manager: Any = None
 
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        self.__dict__.update(attributes)
+        self.state.paged = self.prompts
+
     def attach(self) -> None:
         super().attach()
         self.state.paged = self.prompts

@@ -83,6 +83,10 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
 
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        super().__setstate__(attributes)
+        self.state.add_layer(self)
+
     @property
     def block(self) -> nn.Module:
         return self._block[0]

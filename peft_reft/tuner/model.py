@@ -58,16 +58,24 @@ class ReftModel(BaseTuner):
     prefix = PREFIX
     tuner_layer_cls = ReftLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # no table of architectures: see blocks/
+    _state: ModelState
+
+    @property
+    def _current_state(self) -> ModelState:
+        """What the model's adapters share. Another tuner of the model may have taken all off, and put on others."""
+        if not self._state.layers:
+            self._state = state_of(self.model) or self._state
+        return self._state
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         """Entered by `PeftModel` around forward and generate, from which it has taken `adapter_names` out."""
         names: Sequence[str] | None = kwargs.get("adapter_names")
         if names is None:
-            self._state.running.forget_interrupted_scope()
+            self._current_state.running.forget_interrupted_scope()
             return nullcontext()
         if self.training:  # refused by all of PEFT's methods
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        return AdaptersOfRows(self.model, self._state, names)
+        return AdaptersOfRows(self.model, self._current_state, names)
 
     # Injection: which modules, and what is created there.
 
@@ -101,7 +109,7 @@ class ReftModel(BaseTuner):
         maybe_include_all_linear_layers(peft_config, model)  # PEFT expands "all-linear" after this method only
         found = self._injection
         # A model around the one that has adapters already has names of its own for the same blocks.
-        blocks = self._state.blocks if self._state.blocks.model is model else ModelBlocks(model)
+        blocks = self._state.blocks_of(model)
         matched, excluded = choose_targets(peft_config, model, blocks)
         present = present_names(model)
         found.matched, found.excluded = ({present[name] for name in names} for names in (matched, excluded))
@@ -181,7 +189,7 @@ class ReftModel(BaseTuner):
         check_shapes(larger, {name: (layer.width, larger.r) for name, layer in layers.items()})
         grow(list(layers.values()), adapter_name, larger)
         self.peft_config[adapter_name] = larger
-        self._state.plans.clear()  # which hold the interventions
+        self._current_state.plans.clear()  # which hold the interventions
 
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
         """Add an adapter that is the weighted sum of others: exactly, as one DiReFT adapter of the sum of their ranks.

@@ -5,6 +5,7 @@ import functools
 import gc
 import inspect
 import pickle
+import types
 import weakref
 
 import accelerate
@@ -19,6 +20,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 
+from peft_reft import ReftConfig
 from peft_reft.context.block import BlockEntry
 
 CONFIG = {"positions": "f1+l1", "r": 2, "task_type": "CAUSAL_LM"}
@@ -121,6 +123,55 @@ def test_a_copied_model_runs_its_own_blocks(model, copied):
         for parameter in model.parameters():
             parameter.zero_()
     torch.testing.assert_close(logits(other, inputs), wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda block: pickle.loads(pickle.dumps(block))], ids=["copy", "pickle"]
+)
+@pytest.mark.parametrize("positions", ["all", "f1+l1"])
+def test_a_copied_block_leaves_its_model_behind_and_edits_by_its_own_weights(positions, copied):
+    model = reft_model(tiny_model("llama"), **{**CONFIG, "positions": positions}).eval()
+    block, base = blocks_of(model)[1], model.get_base_model()
+    hidden = torch.randn(2, 5, base.config.hidden_size)
+    turned = base.model.rotary_emb(hidden, torch.arange(5)[None])
+    other, left = copied(block), weakref.ref(base)
+    with torch.no_grad():
+        if positions == "all":
+            wanted = block(hidden, position_embeddings=turned)
+            torch.testing.assert_close(other(hidden, position_embeddings=turned), wanted, rtol=0, atol=0)
+            other.reft.requires_grad_(False).apply(lambda part: [p.zero_() for p in part._parameters.values()])
+            assert not torch.allclose(other(hidden, position_embeddings=turned), wanted, atol=1e-3)
+            torch.testing.assert_close(block(hidden, position_embeddings=turned), wanted, rtol=0, atol=0)
+        else:
+            with pytest.raises(ValueError, match=r"outside of its model's forward.*del block\.reft"):
+                other(hidden, position_embeddings=turned)
+        del other.reft
+        with model.disable_adapter():
+            plain = block(hidden, position_embeddings=turned)
+        torch.testing.assert_close(other(hidden, position_embeddings=turned), plain, rtol=0, atol=0)
+    held, seen = [copied(block)], set()
+    while held:  # whatever a copy refers to
+        one = held.pop()
+        if id(one) not in seen and not isinstance(one, (type, types.ModuleType, types.FunctionType)):
+            seen.add(id(one))
+            assert not isinstance(one, type(base)) and one is not left()
+            held += gc.get_referents(one)
+
+
+@pytest.mark.parametrize("whole", ["first", "last"])
+def test_parts_that_are_copied_with_their_model_belong_to_the_copy(model, whole):
+    base, inputs = model.get_base_model(), batch(6, 4, seed=2)
+    wanted = edited(model, inputs)
+    parts = [base.model.layers[1], base.model]
+    found = copy.deepcopy([model, *parts] if whole == "first" else [*parts, model])
+    other = found[0 if whole == "first" else -1]
+    torch.testing.assert_close(edited(other, inputs), wanted, rtol=0, atol=0)
+    other.add_adapter("second", ReftConfig(**CONFIG))
+    torch.testing.assert_close(logits(other, inputs, adapter_names=["default"] * 2), wanted, rtol=0, atol=0)
+    other.delete_adapter("default")
+    other.set_adapter("second")
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(other, inputs), logits(model, inputs), rtol=0, atol=0)
 
 
 def replica_of(module):

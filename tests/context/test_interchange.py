@@ -1,5 +1,7 @@
 """Interchange interventions do what plain hooks do, a vector at a time: sources, places, parts, steps of `generate`."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import batch, logits, tiny_model
@@ -373,6 +375,22 @@ def test_a_place_in_what_a_source_has_cached_is_refused():
     source["intervention_locations"] = torch.tensor([[5], [5], [5]])
     cache.crop(-2)
     model(**BASE, intervention_locations=torch.tensor([[2], [2], [2]]), source_inputs=source)
+
+
+def test_a_source_that_the_decoder_needs_more_for_says_so_and_runs_with_it():
+    base = tiny_model("t5", eos_token_id=None)
+    model = interchange(tiny_model("t5", eos_token_id=None), task_type=None, positions="l1", r=32)
+    start = torch.full((3, 1), model.generation_config.decoder_start_token_id)
+    for call in (model.generate, partial(model, decoder_input_ids=start)):
+        with pytest.raises(ValueError, match="source_inputs without decoder_input_ids") as told:
+            call(**BASE, source_inputs=SOURCE)
+        assert "exactly one of input_ids or inputs_embeds" in str(told.value.__cause__)
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):  # which is another mistake
+        model.generate(**BASE, source_inputs={**SOURCE, "inputs_embeds": torch.zeros(3, 7, 32), "labels": start})
+    found = model.generate(**BASE, source_inputs={**SOURCE, "decoder_input_ids": start}, max_new_tokens=1)
+    # The last block's whole state at the start token, which the logits are made of, is the source's.
+    assert torch.equal(found, base.generate(**SOURCE, max_new_tokens=1))
+    assert not torch.equal(found, base.generate(**BASE, max_new_tokens=1))
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,19 @@ def test_deleting_the_last_native_adapter_leaves_the_base_models_logits_and_weig
     assert torch.equal(logits(model, batch(6, 4)), expected)
 
 
+def test_of_two_tuners_each_knows_the_adapters_that_the_other_put_on():
+    base, inputs = tiny_model("llama"), batch(6, 4)
+    first = reft_model(base, **CONFIG)
+    reft_model(base, adapter="second", **CONFIG).unload()
+    third = reft_model(base, adapter="third", seed=3, **CONFIG)
+    wanted = [logits(third, inputs)[0], logits(third, inputs, adapter_names=["__base__"] * 2)[1]]
+    assert (wanted[1] - logits(third, inputs)[1]).abs().max() > 1e-3
+    found = logits(first, inputs, adapter_names=["third", "__base__"])
+    torch.testing.assert_close([*found], wanted, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"non-existing adapter\(s\): default. The ReFT adapters .* \['third'\]"):
+        logits(first, inputs, adapter_names=["default"] * 2)
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "deepcopy of the base", "pickle of the base"])
 @pytest.mark.parametrize("after", ["nothing", "generate", "labelled", "with gradients", "training step"])
 def test_a_copy_of_a_model_computes_the_same_and_is_a_model_of_its_own(after, how):
