@@ -198,6 +198,15 @@ def test_a_decoder_s_prompt_of_several_tokens_is_one_with_guesses_too(start):
     assert calls[1:] and all(call == [[]] for call in calls[1:])
 
 
+@pytest.mark.parametrize("start", [[0], []], ids=["start token", "put in front by generate"])
+def test_a_decoder_s_prompt_that_is_run_in_chunks_is_one(start):
+    model = reft_model(tiny_model("t5"), positions="f1+l1+d2", task_type="SEQ_2_SEQ_LM")
+    inputs = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "decoder_input_ids": torch.tensor([[*start, 5, 6, 7]])}
+    with spied(model, tiny_model("t5"), "decoder.block.0") as calls:
+        model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False, prefill_chunk_size=3)
+    assert calls == [[[0]], [[0]], [[]], [[0]]]  # columns of each chunk, then of each step
+
+
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_embeddings_continue_like_the_tokens_they_stand_for(positions):
     model = family(positions=positions)

@@ -5,6 +5,7 @@ Knows torch's modules and transformers' classes. What is edited, and at which to
 
 from peft_reft.blocks.compiled import own_modules, own_name, present_names
 from peft_reft.blocks.configs import configs_of
+from peft_reft.blocks.declared import takes_no_text
 from peft_reft.blocks.device import device_and_dtype
 from peft_reft.blocks.find import ModelBlocks
 from peft_reft.blocks.layout import NOT_TOKENS, PLAIN, Layout, edit_hidden_state
@@ -30,4 +31,5 @@ __all__ = [
     "pick_layers",
     "present_names",
     "refuse_unsound",
+    "takes_no_text",
 ]

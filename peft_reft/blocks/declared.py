@@ -123,3 +123,9 @@ def _matrix_sizes(module: nn.Module) -> list[tuple[int, ...]]:
     if isinstance(sizes[0], int) and isinstance(sizes[1], int):  # also of a quantised layer, whose weight is none
         return [(sizes[0], sizes[1])]
     return [tuple(parameter.shape[-2:]) for parameter in module.parameters(recurse=False) if parameter.dim() > 1]
+
+
+def takes_no_text(module: Any) -> bool:
+    """Whether transformers declares of a module that it takes images, sounds or other inputs, and no text."""
+    declared = getattr(module, "input_modalities", None)
+    return declared is not None and "text" not in ([declared] if isinstance(declared, str) else declared)

@@ -36,6 +36,19 @@ def token_shape(arguments: Mapping[str, Any], ids_per_row: int = 1) -> tuple[int
     return None
 
 
+def with_ids(arguments: Mapping[str, Any], main_input: Any) -> Mapping[str, Any]:
+    """The arguments of a decoder, its ids under their usual name.
+
+    Args:
+        main_input: what transformers declares to be the name of its main input: a decoder beside an encoder of sounds
+            may take its ids under the name of those.
+    """
+    ids = arguments.get(main_input)
+    if arguments.get("input_ids") is not None or not isinstance(ids, Tensor) or ids.is_floating_point():
+        return arguments
+    return {**arguments, "input_ids": ids}
+
+
 def repeats(given: int, rows: int) -> int | None:
     """How often each of `given` rows is run in a batch of `rows`, as `generate` does; None if that is no multiple.
 

@@ -24,6 +24,7 @@ from peft_reft.context.opening import Entrance, open_context
 from peft_reft.context.passed import STEP, take_own
 from peft_reft.context.replay import Path
 from peft_reft.context.state import ModelState
+from peft_reft.context.tower import TOWER
 from peft_reft.context.training import look_at_training
 
 
@@ -72,7 +73,7 @@ class ForwardEntry(Entrance):
         outer = running.context
         if self.passive:
             return self._below_what_replaced_it(*args, **kwargs)
-        if outer is not None and outer.idle and outer.depth < self.depth:
+        if outer is not None and outer.idle and outer.depth < self.depth and self.role != TOWER:
             return self.original(*args, **kwargs)
         if STEP in kwargs and kwargs[STEP].edits_nothing(self.role):
             del kwargs[STEP]

@@ -23,6 +23,8 @@ from peft_reft.context.state import ModelState, names_of_rows
 from peft_reft.context.subspaces import Choices, repeated
 from peft_reft.positions import Places, PositionSpec, Prompts, Tokens, find_prompts, places_of
 
+EACH_IMAGE = "the vectors of each image or sound"
+
 
 @dataclass(frozen=True)
 class Given:
@@ -70,6 +72,7 @@ class ForwardContext:
             form; depth -1 if they brought labels and a mask of their own.
         training: whether the model is in training mode.
         device: of the hidden states, where no tokens tell it.
+        inputs: how many images or sounds a tower is given; None for a call of another kind.
     """
 
     state: ModelState
@@ -91,6 +94,7 @@ class ForwardContext:
     changed_ids: list[tuple[Tensor, int]] = field(default_factory=list)
     training: bool = False
     device: torch.device | None = None
+    inputs: int | None = None
     _edits: list[Edit] | None = None
     _latest: list[Edit] | None = None
     _others: dict[Any, ForwardContext] = field(default_factory=dict)
@@ -102,6 +106,8 @@ class ForwardContext:
             ValueError: if `h` does not hold one vector, as wide as the layer's, for each of the call's tokens.
         """
         if self.columns is None:
+            if self.inputs is not None and h.shape[0] < self.inputs:
+                layer.refuse_to_count(EACH_IMAGE, h.shape)
             return self._of_shape(h).edits_of(layer, h)
         edits = self._edits
         if edits is None:  # the first hidden state of a shape that only blocks know, or a block that is run again

@@ -99,6 +99,9 @@ class Generation:
         elif inputs.get("inputs_embeds") is not None or (cached and width == columns):  # the ids are not the whole row
             width = cached + columns
         unseen = max(0, width - ids.shape[1])
+        limit = self.decoder_columns if is_decoder else None
+        if self.in_chunks and limit is not None:
+            width = max(width, limit)  # the ids are those of the first chunk
         if self.tokens is not None and mask is None and not is_decoder:
             known, before = self.tokens.valid.shape
             if before == width and rows % known == 0:
@@ -106,7 +109,6 @@ class Generation:
         found = valid_columns(mask, rows, width, 0, ids.device)
         valid = torch.ones(rows, width, dtype=torch.bool, device=ids.device) if found is None else found[0]
         same = ids.shape == valid.shape and not is_decoder
-        limit = self.decoder_columns if is_decoder else None
         if is_decoder and self.guesses and limit is None:
             raise RuntimeError(
                 f"transformers {transformers.__version__} did not call {DecoderPromptEntry.name}: it is unknown where "

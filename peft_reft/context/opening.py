@@ -22,6 +22,7 @@ from peft_reft.context.arguments import (
     token_device,
     token_shape,
     valid_columns,
+    with_ids,
 )
 from peft_reft.context.forward import ForwardContext, Given
 from peft_reft.context.generate import Step
@@ -30,6 +31,7 @@ from peft_reft.context.method import MethodEntry
 from peft_reft.context.passed import NOTHING, STEP, Passed, read_passed
 from peft_reft.context.sources import COLLECTED, Collected
 from peft_reft.context.state import ModelState
+from peft_reft.context.tower import TOWER, tower_context
 from peft_reft.context.within import (
     has_another_mask,
     note_ids,
@@ -48,10 +50,11 @@ class Entrance(MethodEntry):
     Args:
         module: the module.
         state: shared by all entries of a model.
-        role: "encoder" or "decoder" in an encoder-decoder model, "router" for the module above both, else "".
+        role: "encoder" or "decoder" in an encoder-decoder model, "router" for the module above both, "tower" for a part
+            that runs images or sounds beside the text, else "".
         depth: how many modules it lies in: a call of a module at the same or a smaller depth is another call.
         causal: it is a causal language model by itself, or within one, whatever the whole model is.
-        layers: the layers next to the blocks below it.
+        layers: the layers next to the blocks below it, those in towers left out.
     """
 
     name = "forward"
@@ -82,6 +85,11 @@ def open_context(
     """
     if outer is not None and outer.depth >= entry.depth:
         outer = None  # another call, made while one runs
+    if entry.role == TOWER:
+        given = _given(entry, arguments, own, None) if outer is None else outer.given
+        return tower_context(entry, given, arguments)
+    if entry.role == "decoder":
+        arguments = with_ids(arguments, getattr(entry.module, "main_input_name", None))
     shape = token_shape(arguments, entry.state.ids_per_row)
     given = _given(entry, arguments, own, shape) if outer is None else outer.given
     same_shape = outer is not None and shape in (None, (outer.rows, outer.columns))
@@ -106,7 +114,7 @@ def open_context(
         return outer
     state, role = entry.state, entry.role
     context = ForwardContext(state, entry.layers, given, role, entry.depth, training=entry.module.training)
-    if role == "router" or shape is None:
+    if role == "router" or shape is None or not entry.layers:
         context.locations, context.start = given.passed.locations, 0
         return context
     context.rows, context.columns = shape
@@ -125,7 +133,7 @@ def _given(entry: Entrance, arguments: Mapping[str, Any], own: Mapping[str, Any]
     step: Step | None = own.get(STEP)
     collecting: Collected | None = own.get(COLLECTED)
     inherited = NOTHING if generation is None else generation.passed
-    if step is None and entry.role != "encoder":  # which `generate` runs without making a step of it
+    if step is None and entry.role not in ("encoder", TOWER):  # which `generate` runs without making a step of it
         inherited = Passed(adapter_names=inherited.adapter_names)  # a call of its own, made meanwhile
     elif entry.role not in ("encoder", "router"):
         inherited = inherited._replace(locations=None)  # those are cut to the step's columns
@@ -147,7 +155,7 @@ def _predicts(
         ValueError: in training, for labels that were given and cannot be used.
     """
     state = entry.state
-    if given.labels_show_prompts:
+    if given.labels_show_prompts or not entry.layers:
         return False
     has_labels = given.labels is not None or given.shift_labels is not None
     lengthened = outer is not None and outer.given.labels_show_prompts and has_labels  # by a causal model

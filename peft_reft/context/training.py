@@ -13,6 +13,7 @@ from torch import Tensor
 from peft_reft.context.forward import ForwardContext
 from peft_reft.context.opening import prompts_in
 from peft_reft.context.state import ModelState
+from peft_reft.context.tower import TOWER
 from peft_reft.positions import IGNORED, PositionSpec
 
 FORWARDS_LOOKED_AT = 3  # training forwards that are looked at, which waits for the device
@@ -42,6 +43,9 @@ def look_at_training(context: ForwardContext) -> None:
     """Look at one of the first training forwards of a model, after it has run."""
     state = context.state
     if state.training_forwards is None or context.idle or context.given.step is not None or context.role == "router":
+        return
+    if context.role == TOWER:
+        state.has_edited = state.has_edited or context.edits_something()
         return
     covered = {} if context.role else rows_with_covered_prompts(context)
     state.training_forwards += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from peft import PeftModel
@@ -11,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.peft_types import TaskType
 from torch import nn
 
-from peft_reft.blocks import paths_around
+from peft_reft.blocks import paths_around, takes_no_text
 from peft_reft.context.block import CHILD, keep_called
 from peft_reft.context.entry import ForwardEntry
 from peft_reft.context.generate import DecoderPromptEntry, GenerateEntry, PrepareEntry
@@ -19,10 +20,12 @@ from peft_reft.context.method import MethodEntry
 from peft_reft.context.outermost import attach_entry, detach_entries
 from peft_reft.context.replay import unwrap_checkpoints
 from peft_reft.context.state import ModelState
+from peft_reft.context.tower import TOWER
 from peft_reft.tuner.layer import ReftLayer, detach_layer
 from peft_reft.tuner.neighbours import METHODS
 
-TOKENS = {"input_ids", "inputs_embeds", "decoder_input_ids"}  # parameters by which a module takes tokens
+IDS = {"input_ids", "decoder_input_ids"}
+TOKENS = {*IDS, "inputs_embeds"}  # parameters by which a module takes tokens
 
 
 def reft_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, ReftLayer]:
@@ -76,7 +79,11 @@ def rebuild_entries(model: nn.Module, state: ModelState) -> None:
             keep_called(layer.block)
     roles = roles_of(model)
     causal = {"": False}  # by path: whether a module predicts tokens, or one around it; of the whole, the state knows
-    for path in sorted({path for name in layers for path in paths_around(name)}):
+    paths = sorted({path for name in layers for path in paths_around(name)})
+    towers = towers_among(model, paths, roles)
+    for path in paths:
+        if _inside(path, towers):
+            continue  # of a tower's own, which its entry has opened the context for
         module = model.get_submodule(path)
         if path:
             causal[path] = causal[path.rpartition(".")[0]] or predicts_tokens(module)
@@ -84,22 +91,23 @@ def rebuild_entries(model: nn.Module, state: ModelState) -> None:
             continue
         # An encoder of images takes no tokens, but `generate` runs it by itself.
         is_side = module in roles and roles.get(model.get_submodule(path.rpartition(".")[0])) is None
-        takes_tokens = bool(TOKENS & set(inspect.signature(type(module).forward).parameters))
-        if path and not (is_side or takes_tokens):
+        takes_tokens = _takes(module, TOKENS)
+        if path and not (is_side or takes_tokens or path in towers):
             continue
         below = {name: layer for name, layer in layers.items() if not path or name.startswith(f"{path}.")}
-        role = roles.get(module, "router" if roles else "")
+        own = [layer for name, layer in below.items() if path in towers or not _inside(name, towers)]
+        role = TOWER if path in towers else roles.get(module, "router" if roles else "")
         entry = ForwardEntry(
             module,
             state,
             role,
             depth=len(path.split(".")) if path else 0,
             causal=role == "" and causal[path],
-            layers=list(below.values()),
+            layers=own,
             blocks=[name[len(path) + 1 :] if path else name for name in below],
         )
         attach_entry(entry)
-        if takes_tokens or not path:
+        if (takes_tokens or not path) and path not in towers:
             _attach_method_entries(module, state)
 
 
@@ -110,6 +118,35 @@ def _attach_method_entries(module: nn.Module, state: ModelState) -> None:
     for entry in entries:
         if hasattr(type(module), entry.name) and not isinstance(module.__dict__.get(entry.name), entry):
             entry(module, state).attach()
+
+
+def towers_among(model: nn.Module, paths: Iterable[str], roles: Mapping[nn.Module, str]) -> list[str]:
+    """Those of the paths at which a model that takes tokens has a part that runs images or sounds beside them.
+
+    An encoder of images is none: its rows are those of the decoder's text. Nor is a model of sounds and their text.
+    """
+    towers: list[str] = []
+    for path in paths:
+        module = model.get_submodule(path)
+        if _inside(path, towers) or not takes_no_text(module) or _holds_text(module, roles):
+            continue
+        around = [model.get_submodule(name) for name in paths_around(path)]
+        if any(_takes(one, TOKENS) and roles.get(one) == roles.get(module) for one in around):
+            towers.append(path)
+    return towers
+
+
+def _holds_text(module: nn.Module, roles: Mapping[nn.Module, str]) -> bool:
+    """Whether there is a module in it that takes ids of tokens, or another side of an encoder-decoder model."""
+    return any(_takes(one, IDS) or roles.get(one) != roles.get(module) for one in module.modules())
+
+
+def _inside(name: str, paths: Iterable[str]) -> bool:
+    return any(name.startswith(f"{path}.") for path in paths)
+
+
+def _takes(module: nn.Module, names: set[str]) -> bool:
+    return bool(names & set(inspect.signature(type(module).forward).parameters))
 
 
 def roles_of(model: Any) -> dict[nn.Module, str]:

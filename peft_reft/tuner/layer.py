@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from peft_reft.blocks import PLAIN, Layout, device_and_dtype
 from peft_reft.context.block import CHILD, BlockEntry, attach_block_entry, undo_keep_called
-from peft_reft.context.forward import ForwardContext
+from peft_reft.context.forward import EACH_IMAGE, ForwardContext
 from peft_reft.context.state import ModelState
 from peft_reft.interventions import Intervention, PartedRows, build_intervention
 from peft_reft.positions import PositionSpec, parse_positions
@@ -150,16 +150,23 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def _as_rows(self, h: Tensor, context: ForwardContext) -> Tensor:
         """The output [..., d] of a module without tokens as [B, S, d]: a row is a batch entry, one vector if [B, d]."""
-        others = sorted({str(spec) for spec in self.active_specs()} - {"all"})
-        counts_tokens = context.columns is not None and context.prompts_of is not None
-        if others and (counts_tokens or h.dim() > 3):
-            counted = f"the call's {context.columns} tokens" if counts_tokens else "the vectors of a sequence [B, S, d]"
-            raise ValueError(
-                f"positions={others[0]!r} counts {counted}, but a targeted module returned a tensor of shape "
-                f"{tuple(h.shape)}. Use positions='all', or target other modules."
-            )
+        if context.columns is not None and context.prompts_of is not None:
+            self.refuse_to_count(f"the call's {context.columns} tokens", h.shape)
+        elif context.inputs is not None:
+            self.refuse_to_count(EACH_IMAGE, h.shape)
+        elif h.dim() > 3:
+            self.refuse_to_count("the vectors of a sequence [B, S, d]", h.shape)
         rows = h.shape[0] if h.dim() > 1 else 1
         return h.reshape(rows, -1, h.shape[-1])
+
+    def refuse_to_count(self, counted: str, shape: Sequence[int]) -> None:
+        """Raise if positions count something that does not lie on one axis of a hidden state of this shape."""
+        others = sorted({str(spec) for spec in self.active_specs()} - {"all"})
+        if others:
+            raise ValueError(
+                f"positions={others[0]!r} counts {counted}, but a targeted module returned a tensor of shape "
+                f"{tuple(shape)}. Use positions='all', or target other modules."
+            )
 
     def active_specs(self) -> list[PositionSpec]:
         """The position specs of the active adapters that are in this layer."""

@@ -1,14 +1,17 @@
 """Labels that are passed decide where the prompt ends, or the caller is told that they cannot."""
 
+import copy
 import re
 import warnings
 
+import architectures
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from conftest import HIDDEN, batch, randomize, reft_model, tiny_model
-from edit_spy import assert_right, assert_told, edited_columns, warnings_of
-from peft import inject_adapter_in_model
+from edit_spy import assert_right, assert_told, edited_columns, spied, warnings_of
+from peft import get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -359,3 +362,20 @@ def test_the_same_call_gives_the_same_logits_after_a_call_with_labels():
         assert torch.equal(model(input_ids=ids, use_cache=False).logits, first)
         assert torch.equal(model(input_ids=ids.clone(), use_cache=False).logits, first)
     assert (labelled - first).abs().max() > 1e-3
+
+
+def test_a_decoder_that_takes_its_ids_under_another_name_has_a_prompt_of_one_token():
+    """SpeechT5's encoder takes sounds as `input_values`, and its decoder takes ids under the same name."""
+    torch.manual_seed(0)
+    clean = transformers.SpeechT5ForSpeechToText(architectures.tiny_config("speecht5")).eval()
+    config = ReftConfig(positions="f1+l1+d2", exclude_modules=r".*encoder\..*")
+    model = randomize(get_peft_model(copy.deepcopy(clean), config).eval())
+    inputs = {"input_values": torch.randn(2, 4000), "labels": torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])}
+    decoder = "speecht5.decoder.wrapped_decoder.layers.0"
+    assert edited_columns(model, clean, decoder, **inputs) == [[0, 2], [0, 2]]
+    del inputs["labels"]
+    inputs |= {"decoder_input_ids": torch.tensor([[2, 5, 6]] * 2), "do_sample": False, "max_new_tokens": 3}
+    for use_cache, expected in ((True, [[[0, 2]], [[]], [[0]]]), (False, [[[0, 2]], [[0, 2]], [[0, 2, 4]]])):
+        with spied(model, clean, decoder) as calls:
+            model.generate(**inputs, min_new_tokens=3, use_cache=use_cache)
+        assert calls == [[columns[0]] * 2 for columns in expected]
