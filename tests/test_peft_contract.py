@@ -22,6 +22,7 @@ from conftest import BLOCKS, HIDDEN, VOCAB, batch, inputs_of, logits, randomize,
 from edit_spy import warnings_of
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from peft.helpers import disable_input_dtype_casting
+from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from reference import columns_to_edit, edit_vector
 from torch import nn
@@ -1104,6 +1105,28 @@ def test_a_peft_model_around_a_peft_model_generates(reft_first):
 def _anonymous(name: str) -> str:
     """A parameter's name without those of adapters and of what is around the model."""
     return re.sub(r"base_layer\.|base_model\.model\.|\.(lora_one|reft_one|inner|outer)\b", "", name)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("reft_first", [True, False])
+def test_lora_can_be_merged_where_reft_is_on_the_same_model(reft_first, mixed, inputs):
+    base = tiny_model("llama")
+    if reft_first:
+        inject_adapter_in_model(ReftConfig(**CAUSAL), base, "reft_one")
+    model = get_peft_model(base, LoraConfig(**LORA), adapter_name="lora_one", mixed=mixed)
+    if not reft_first:
+        inject_adapter_in_model(ReftConfig(**CAUSAL), base, "reft_one")
+    randomize(base.eval(), "reft_one")
+    both, lora = logits(model, inputs), next(m for m in base.modules() if isinstance(m, LoraLayer))
+    before = lora.get_base_layer().weight.clone()
+    model.merge_adapter()
+    assert (lora.get_base_layer().weight - before).abs().max() > 1e-3
+    torch.testing.assert_close(logits(model, inputs), both, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model, inputs), both, rtol=1e-4, atol=1e-4)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged, inputs), both, rtol=1e-4, atol=1e-4)
+    assert len(get_interventions(merged, "reft_one")) == 3
 
 
 def test_peft_refuses_what_it_cannot_combine():
