@@ -110,6 +110,20 @@ def test_an_adapter_made_with_a_saved_config_can_be_trained(inputs, tmp_path, ro
     assert not torch.allclose(logits(model.eval(), inputs), before, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_an_adapter_in_half_precision_made_with_a_saved_config_can_be_trained(dtype, inputs, tmp_path):
+    reft_model(tiny_model("llama"), **CAUSAL).save_pretrained(tmp_path)
+    config = PeftConfig.from_pretrained(tmp_path)
+    model = get_peft_model(tiny_model("llama").to(dtype), config, autocast_adapter_dtype=False)
+    model.set_adapter("default")
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    for (intervention,) in get_interventions(model).values():
+        subspace = intervention.subspace
+        torch.testing.assert_close(subspace @ subspace.mT, torch.eye(4))
+    before = logits(tiny_model("llama").to(dtype), inputs)
+    torch.testing.assert_close(logits(model.eval(), inputs), before, rtol=0.05, atol=0.05)  # to the precision of W
+
+
 def test_only_the_active_adapter_trains():
     model = two_adapters()
     assert all(".a." in name for name in trainable(model))
