@@ -386,6 +386,24 @@ def test_trainable_parameters_of_a_model_are_those_of_its_interventions(llama):
 # Initialisation.
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", [*CAN_START_AT_ZERO, "lobireft", "interchange", "boundless"])
+def test_an_adapter_is_made_in_single_precision_where_torchs_default_is_a_half(kind, default, llama):
+    inputs = inputs_of(llama)
+    base = logits(llama, inputs)
+    torch.set_default_dtype(default)
+    try:
+        model = get_peft_model(llama, ReftConfig(intervention=kind, r=4, task_type="CAUSAL_LM")).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    weights = [parameter for groups in get_interventions(model).values() for parameter in groups.parameters()]
+    assert {parameter.dtype for parameter in weights} == {torch.float32}
+    assert torch.equal(logits(model, inputs), base)
+    assert (
+        all(orthonormality_error(one.subspace) < 1e-6 for (one,) in get_interventions(model).values()) or kind in FREE
+    )
+
+
 @pytest.mark.parametrize("share_weights", [True, False])
 @pytest.mark.parametrize("kind", [*CAN_START_AT_ZERO, "lobireft"])
 def test_a_fresh_adapter_leaves_logits_unchanged_and_can_be_trained(kind, share_weights, llama):

@@ -22,6 +22,7 @@ from conftest import BLOCKS, HIDDEN, VOCAB, batch, inputs_of, logits, randomize,
 from edit_spy import warnings_of
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from peft.helpers import disable_input_dtype_casting
+from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from reference import columns_to_edit, edit_vector
 from torch import nn
@@ -107,6 +108,20 @@ def test_an_adapter_made_with_a_saved_config_can_be_trained(inputs, tmp_path, ro
     torch.testing.assert_close(logits(model, inputs), before)
     train(model.train(), {**inputs, "labels": inputs["input_ids"]}, steps=4)
     assert not torch.allclose(logits(model.eval(), inputs), before, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_an_adapter_in_half_precision_made_with_a_saved_config_can_be_trained(dtype, inputs, tmp_path):
+    reft_model(tiny_model("llama"), **CAUSAL).save_pretrained(tmp_path)
+    config = PeftConfig.from_pretrained(tmp_path)
+    model = get_peft_model(tiny_model("llama").to(dtype), config, autocast_adapter_dtype=False)
+    model.set_adapter("default")
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    for (intervention,) in get_interventions(model).values():
+        subspace = intervention.subspace
+        torch.testing.assert_close(subspace @ subspace.mT, torch.eye(4))
+    before = logits(tiny_model("llama").to(dtype), inputs)
+    torch.testing.assert_close(logits(model.eval(), inputs), before, rtol=0.05, atol=0.05)  # to the precision of W
 
 
 def test_only_the_active_adapter_trains():
@@ -1104,6 +1119,28 @@ def test_a_peft_model_around_a_peft_model_generates(reft_first):
 def _anonymous(name: str) -> str:
     """A parameter's name without those of adapters and of what is around the model."""
     return re.sub(r"base_layer\.|base_model\.model\.|\.(lora_one|reft_one|inner|outer)\b", "", name)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("reft_first", [True, False])
+def test_lora_can_be_merged_where_reft_is_on_the_same_model(reft_first, mixed, inputs):
+    base = tiny_model("llama")
+    if reft_first:
+        inject_adapter_in_model(ReftConfig(**CAUSAL), base, "reft_one")
+    model = get_peft_model(base, LoraConfig(**LORA), adapter_name="lora_one", mixed=mixed)
+    if not reft_first:
+        inject_adapter_in_model(ReftConfig(**CAUSAL), base, "reft_one")
+    randomize(base.eval(), "reft_one")
+    both, lora = logits(model, inputs), next(m for m in base.modules() if isinstance(m, LoraLayer))
+    before = lora.get_base_layer().weight.clone()
+    model.merge_adapter()
+    assert (lora.get_base_layer().weight - before).abs().max() > 1e-3
+    torch.testing.assert_close(logits(model, inputs), both, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model, inputs), both, rtol=1e-4, atol=1e-4)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged, inputs), both, rtol=1e-4, atol=1e-4)
+    assert len(get_interventions(merged, "reft_one")) == 3
 
 
 def test_peft_refuses_what_it_cannot_combine():

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_reft.context import notices
 from peft_reft.context.arguments import past_length, token_shape, valid_columns
@@ -51,6 +51,7 @@ class Generation:
         self.guesses = self.in_chunks = self.started = self.passed_on = False
         self.decoder_columns: int | None = None
         self._unseen = 0  # columns of the row that are not among the ids of a step: embeddings, earlier turns
+        self._before = 0  # columns in the cache that are none of the row's: a prefix that was trained
 
     def step(self, is_decoder: bool, ids: Any, arguments: Mapping[str, Any], inputs: Mapping[str, Any]) -> Step | None:
         """The step whose arguments `generate` has just prepared.
@@ -73,14 +74,15 @@ class Generation:
             return None
         is_first = bool(arguments.get("is_first_iteration"))
         if is_first:
+            self._before = int(past_length(inputs, 0, 0)) - int(past_length(arguments, 0, 0))
             begins = self.tokens is None or not (self.guesses or self.in_chunks)
             mask = arguments.get("decoder_attention_mask" if is_decoder else "attention_mask")
             self._unseen = self._begin(is_decoder, ids, mask, inputs, shape) if begins else 0
         seen = max(0, ids.shape[1] + self._unseen - shape[1])
         past = past_length(inputs, shape[1], seen)
-        if isinstance(past, Tensor):
-            past = int(past) if is_first else seen
-        return Step(self, past)
+        if isinstance(past, Tensor) and not is_first:
+            return Step(self, seen)
+        return Step(self, int(past) - self._before)
 
     def _begin(
         self, is_decoder: bool, ids: Tensor, mask: Any, inputs: Mapping[str, Any], shape: tuple[int, int]
@@ -98,6 +100,9 @@ class Generation:
             width = mask.shape[1]
         elif inputs.get("inputs_embeds") is not None or (cached and width == columns):  # the ids are not the whole row
             width = cached + columns
+        longer = None if is_decoder else inputs.get("attention_mask")
+        if width < columns and isinstance(longer, Tensor) and longer.shape[-1] >= columns:
+            width, mask = columns, longer  # soft prompts were put in front of the ids since
         unseen = max(0, width - ids.shape[1])
         limit = self.decoder_columns if is_decoder else None
         if self.in_chunks and limit is not None:
@@ -157,6 +162,7 @@ class GenerateEntry(MethodEntry):
             raise ValueError(names_of_rows(len(names), generation.shape[0]))
         running.generation = generation
         self.state.unlabelled = False
+        attach_prepare_entry(self.module, self.state)
         try:
             output = self.original(*args, **kwargs)
         finally:
@@ -263,3 +269,15 @@ class PrepareEntry(MethodEntry):
             if step is not None:
                 inputs[STEP] = step
         return inputs
+
+
+def attach_prepare_entry(module: nn.Module, state: ModelState) -> None:
+    """Have each step of a module's `generate` say which one it is.
+
+    PEFT's prompt learning puts a method of its own in the entry's place while it generates, which adds soft prompts to
+    the step: the entry then stands around that.
+    """
+    if hasattr(type(module), PrepareEntry.name) and not isinstance(
+        module.__dict__.get(PrepareEntry.name), PrepareEntry
+    ):
+        PrepareEntry(module, state).attach()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from peft_reft.context.edit import Edit
 from peft_reft.context.subspaces import BASE, Choices, strengths
-from peft_reft.interventions import FactorMemo, Factors, Kind, kind_of
+from peft_reft.interventions import FactorMemo, Factors, Kind, has_hooks, kind_of
 from peft_reft.positions import Places, PositionSpec
 
 DEVICE_AND_DTYPE = attrgetter("device", "dtype")
@@ -283,7 +283,7 @@ def kept_families(kept: dict[Any, list[Family]], layers: Sequence[Any], names: S
                 key += own["scaling"][name], id(own["position_specs"][name])
                 for one in groups._modules.values():
                     held = one.__dict__
-                    key += id(one), len(held["_parameters"]), held.get("dropout"), held.get("act_fn")
+                    key += id(one), len(held["_parameters"]), held.get("dropout"), held.get("act_fn"), has_hooks(one)
                     weights += islice(held["_parameters"].values(), 1)
     # Wrappers for sharding and offloading replace parameters, or their contents; casts, their dtype.
     signature = (*key, *map(type, weights), *map(DEVICE_AND_DTYPE, weights), *map(Tensor.numel, weights))

@@ -5,7 +5,7 @@ Plain torch. Positions, blocks, adapters and models are known elsewhere.
 
 from peft_reft.interventions.batched import FactorMemo, Kind, kind_of, stack_factors
 from peft_reft.interventions.boundless import BoundlessIntervention
-from peft_reft.interventions.called import edit_of
+from peft_reft.interventions.called import edit_of, has_hooks
 from peft_reft.interventions.equations import (
     ConsreftIntervention,
     DireftIntervention,
@@ -51,6 +51,7 @@ __all__ = [
     "build_intervention",
     "check_parts",
     "edit_of",
+    "has_hooks",
     "intervention_names",
     "kind_of",
     "low_rank_edit",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
+from peft_reft.interventions.called import has_hooks
 from peft_reft.interventions.equations import Factors, Intervention
 from peft_reft.interventions.orthonormal import without_autocast
 
@@ -40,11 +41,11 @@ def kind_of(intervention: nn.Module) -> Kind | None:
     """The kind of an intervention.
 
     Returns:
-        None for an intervention that has to be called as a module: one of the user's own, one whose activation has
-        parameters of its own (PReLU), or one whose parameters cannot be read before its module runs (sharded,
-        offloaded), or are none (a replica of nn.DataParallel, plain tensors in their place).
+        None for an intervention that has to be called as a module: one of the user's own, one with hooks, one whose
+        activation has parameters of its own (PReLU), or one whose parameters cannot be read before its module runs
+        (sharded, offloaded), or are none (a replica of nn.DataParallel, plain tensors in their place).
     """
-    if not isinstance(intervention, Intervention) or intervention.changed_methods():
+    if not isinstance(intervention, Intervention) or intervention.changed_methods() or has_hooks(intervention):
         return None
     if any(True for child in intervention.children() for _ in child.parameters()):  # an activation that is trained
         return None

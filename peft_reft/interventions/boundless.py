@@ -32,7 +32,7 @@ class BoundlessIntervention(InterchangeIntervention):
 
     def __init__(self, d: int, r: int):
         super().__init__(d, r)
-        self.boundary = nn.Parameter(torch.full((1,), 0.5))
+        self.boundary = nn.Parameter(torch.full((1,), 0.5, dtype=self.basis.dtype))
         self.temperature: float | None = None
 
     @property

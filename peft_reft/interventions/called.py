@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from peft_reft.interventions.equations import Intervention
 from peft_reft.interventions.interchange import InterchangeIntervention, VanillaIntervention
 
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 OURS = (Intervention, InterchangeIntervention, VanillaIntervention)  # whose forward is h + edit(h, ...)
 
 
@@ -21,11 +22,18 @@ def edit_of(intervention: nn.Module, *states: Tensor, keep: Tensor | None = None
     if keep is not None and keep.shape[-1] == 1:
         return edit_of(intervention, *states) * keep
     given = states if keep is None else (*states, keep)
-    # A forward of the instance is accelerate's, which fetches offloaded weights.
-    if "forward" not in vars(intervention) and any(type(intervention).forward is cls.forward for cls in OURS):
+    # A forward of the instance is accelerate's, which fetches offloaded weights; hooks may do so, too.
+    is_plain = "forward" not in vars(intervention) and not has_hooks(intervention)
+    if is_plain and any(type(intervention).forward is cls.forward for cls in OURS):
         edit: Tensor = intervention.edit(*given)  # type: ignore[operator]
         return edit
     dtype = next((p.dtype for p in intervention.parameters() if p.is_floating_point()), states[0].dtype)
     given = tuple(tensor.to(dtype) for tensor in given)  # weights in float32 need not know of models in half precision
     edited: Tensor = intervention(*given)
     return edited - given[0]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something waits for the module to be called: hooks of a user's own, of pruning, norms or sharding."""
+    own = module.__dict__  # reading attributes of a module takes longer
+    return any(map(own.get, HOOKS))

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from peft_reft.interventions.orthonormal import without_autocast
+from peft_reft.interventions.orthonormal import draw_rows, fresh_dtype, without_autocast
 from peft_reft.interventions.parts import PartedRows
 
 
@@ -131,9 +131,10 @@ class Intervention(PartedRows):
         parts: Sequence[int] = (),
     ):
         super().__init__(d, r, parts)
-        self.weight = nn.Parameter(torch.empty(r, d) if self.has_source else torch.empty(r))
-        self.bias = nn.Parameter(torch.empty(r)) if self.has_source else None
-        self.basis = nn.Parameter(torch.empty(r, d))
+        dtype = fresh_dtype()
+        self.weight = nn.Parameter(torch.empty((r, d) if self.has_source else (r,), dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(r, dtype=dtype)) if self.has_source else None
+        self.basis = nn.Parameter(torch.empty(r, d, dtype=dtype))
         if dropout:
             self.dropout = dropout
         if act_fn is not None:
@@ -172,9 +173,7 @@ class Intervention(PartedRows):
                 nn.init.kaiming_uniform_(self.weight, a=5**0.5)
                 nn.init.uniform_(self.bias, -(self.weight.shape[1] ** -0.5), self.weight.shape[1] ** -0.5)
             if self.orthonormal:
-                # Rows of length 1/2: an optimizer's step then turns R as far as it does in the Householder
-                # parametrisation of the paper's code. R itself does not depend on their length.
-                nn.init.orthogonal_(self.basis, gain=0.5)
+                draw_rows(self.basis)
             else:
                 nn.init.kaiming_uniform_(self.basis, a=5**0.5)
             if identity:

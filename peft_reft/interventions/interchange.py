@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from peft_reft.interventions.orthonormal import without_autocast
+from peft_reft.interventions.orthonormal import draw_rows, fresh_dtype, without_autocast
 from peft_reft.interventions.parts import PartedRows
 
 
@@ -33,9 +33,9 @@ class InterchangeIntervention(PartedRows):
 
     def __init__(self, d: int, r: int, *, parts: Sequence[int] = ()):
         super().__init__(d, r, parts)
-        self.basis = nn.Parameter(torch.empty(r, d))
+        self.basis = nn.Parameter(torch.empty(r, d, dtype=fresh_dtype()))
         if not self.basis.is_meta:
-            nn.init.orthogonal_(self.basis, gain=0.5)  # as in Intervention.reset_parameters
+            draw_rows(self.basis)
 
     def edit(self, h: Tensor, source: Tensor, keep: Tensor | None = None) -> Tensor:
         """What is added to `h` [..., d], in at least single precision; `keep` [..., r] is a factor per direction."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -38,3 +38,20 @@ def orthonormal_rows(weight: Tensor) -> Tensor:
         lower, _ = torch.linalg.cholesky_ex(gram)
         rows = torch.linalg.solve_triangular(lower, x, upper=False)
         return rows.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def fresh_dtype() -> torch.dtype:
+    """The dtype of fresh parameters: torch's default, in at least single precision, in which a fresh edit is zero."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
+def draw_rows(basis: Tensor) -> None:
+    """Fill `basis` [r, d] with random rows at right angles, of length 1/2.
+
+    An optimizer's step then turns R as far as it does in the Householder parametrisation of the paper's code. R itself
+    does not depend on their length.
+    """
+    rows = torch.empty_like(basis, dtype=torch.promote_types(basis.dtype, torch.float32))  # torch has no QR of halves
+    nn.init.orthogonal_(rows, gain=0.5)
+    with torch.no_grad():
+        basis.copy_(rows)

@@ -77,6 +77,20 @@ def _grown_intervention(old: Any, width: int, config: ReftConfig) -> nn.Module:
 # Sums of adapters.
 
 
+def check_combination(combination_type: str) -> None:
+    """Refuse the ways of combining adapters that LoRA has and ReFT has not.
+
+    Raises:
+        ValueError: naming the way.
+    """
+    if combination_type != "cat":
+        raise ValueError(
+            f"combination_type={combination_type!r} is not a way to combine ReFT adapters: their sum is exact, of the "
+            "rank of all together, which LoRA calls 'cat'. Leave combination_type out, or pass 'cat'. Means, pruning "
+            "and SVD of LoRA's weights have no counterpart for edits."
+        )
+
+
 def check_sum(configs: Mapping[str, Any], adapters: Sequence[str], weights: Sequence[float], name: str) -> None:
     """Refuse adapters whose weighted sum is not one adapter.
 

@@ -244,6 +244,12 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     def bias(self) -> Tensor:
         raise AttributeError("A ReFT layer has no bias: it edits the output of its block.")
 
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: it is called when an adapter of another method on this model is merged. ReFT's own tuner refuses."""
+
+    def unmerge(self) -> None:
+        """Nothing: see `merge`."""
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name not in self.reft_interventions:
             return

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peft_reft.blocks import Layout, ModelBlocks, device_and_dtype, own_name, present_names, refuse_unsound
 from peft_reft.context.state import ModelState
 from peft_reft.tuner.checkpoint import fitting_tensors
-from peft_reft.tuner.combine import check_sum, config_of_sum, fill_sum, grow, grown, linear_parts
+from peft_reft.tuner.combine import check_combination, check_sum, config_of_sum, fill_sum, grow, grown, linear_parts
 from peft_reft.tuner.config import ReftConfig, prompt_end_ids
 from peft_reft.tuner.fit import check_fit, check_shapes
 from peft_reft.tuner.injection import is_causal_lm, reft_layers, remove_adapter, remove_reft, state_of, tidy_up
@@ -191,7 +191,9 @@ class ReftModel(BaseTuner):
         self.peft_config[adapter_name] = larger
         self._current_state.plans.clear()  # which hold the interventions
 
-    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "cat"
+    ) -> None:
         """Add an adapter that is the weighted sum of others: exactly, as one DiReFT adapter of the sum of their ranks.
 
         The edits are summed as trained, without what `set_strength` and `set_subspaces` say. The new adapter is not
@@ -201,12 +203,15 @@ class ReftModel(BaseTuner):
             adapters: names of adapters with the same positions.
             weights: a factor for each; negative ones subtract.
             adapter_name: the new adapter's name.
+            combination_type: "cat", LoRA's name for this exact sum.
 
         Raises:
             ValueError: if the sum is not one adapter: other positions or prompts, an activation, modules or tokens
-                trained beside the edits, interventions of one's own; or if the name is taken.
+                trained beside the edits, interventions of one's own; or if the name is taken, or the combination is
+                another one of LoRA's.
         """
         check_adapter_name(adapter_name)
+        check_combination(combination_type)
         check_sum(self.peft_config, adapters, weights, adapter_name)
         layers = [reft_layers(self.model, name) for name in adapters]
         for name, own in zip(adapters, layers):  # before anything is changed

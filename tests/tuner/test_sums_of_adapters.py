@@ -138,3 +138,16 @@ def test_impossible_arguments_are_refused(adapters, weights, name, message):
     with pytest.raises(ValueError, match=message):
         model.add_weighted_adapter(adapters, weights, name)
     assert sorted(model.peft_config) == ["a", "b", "c"]
+
+
+def test_the_sum_is_what_lora_calls_cat_and_its_other_combinations_are_refused():
+    model, inputs = three(tiny_model("llama")), batch(7, 4)
+    expected = summed(model, inputs)
+    adapters = sorted(model.peft_config)
+    for other in ("linear", "svd", "ties", None):
+        with pytest.raises(ValueError, match=f"combination_type={other!r} is not a way to combine ReFT adapters"):
+            model.add_weighted_adapter(["a", "b", "c"], WEIGHTS, "sum", combination_type=other)
+    assert sorted(model.peft_config) == adapters
+    model.add_weighted_adapter(["a", "b", "c"], WEIGHTS, "sum", combination_type="cat")
+    model.set_adapter("sum")
+    torch.testing.assert_close(logits(model, inputs), expected, atol=2e-5, rtol=1e-4)
