@@ -79,14 +79,14 @@ def projections(model):
 @pytest.mark.parametrize("layers", [[1], [0, 2]], ids=str)
 @pytest.mark.parametrize("kind", ["one direction", "interchange", "all directions", "vanilla"])
 def test_an_interchange_is_what_plain_hooks_do(kind, layers):
-    base = tiny_model("llama")
+    base = tiny_model("llama").double()
     settings = {
         "one direction": {"r": 1},
         "interchange": {},
         "all directions": {"r": 32},
         "vanilla": {"intervention": "vanilla"},
     }
-    model = interchange(layers_to_transform=layers, **settings[kind])
+    model = interchange(layers_to_transform=layers, **settings[kind]).double()
     edit = (lambda block, h, s: s) if kind in ("all directions", "vanilla") else projections(model)
     blocks = [f"model.layers.{number}" for number in layers]
     expected = exchanged(base, BASE, (states(base, SOURCE, blocks), OF_SOURCE), FIRST_AND_LAST_TWO, edit)
