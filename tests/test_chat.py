@@ -17,6 +17,7 @@ from peft_reft.chat.command import talk
 from peft_reft.chat.loading import adapter_folders
 from peft_reft.chat.session import HELP, Session, known_commands
 from peft_reft.chat.talker import Talker
+from peft_reft.integrations.loading import load_adapters
 
 TOKENS = 6
 
@@ -191,6 +192,21 @@ def test_folders_of_the_same_name_get_names_of_their_own(folder, tmp_path):
     shutil.copytree(folder / "adapters" / "loud", tmp_path / "v1.0")
     found = adapter_folders([str(folder / "adapters"), str(folder / "adapters" / "loud"), str(tmp_path / "v1.0")])
     assert list(found) == ["loud", "quiet", "loud_2", "v1_0"]
+
+
+@pytest.mark.parametrize("name", ["train", "__base__"])
+def test_a_folder_with_a_name_that_peft_does_not_take_can_be_opened(name, folder, tmp_path):
+    shutil.copytree(folder / "adapters" / "loud", tmp_path / name)
+    (found,) = adapter_folders([str(tmp_path / name)])
+    assert found == f"{name.strip('_')}_adapter"
+    load_adapters({found: tmp_path / name})
+
+
+def test_an_adapter_without_a_source_is_refused_as_it_would_edit_nothing(tmp_path):
+    model = reft_model(tiny_model("llama"), task_type="CAUSAL_LM", intervention="interchange", r=2)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="intervention='interchange', which takes its values from a second input"):
+        adapter_folders([str(tmp_path)])
 
 
 @pytest.mark.parametrize(

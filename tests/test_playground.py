@@ -6,10 +6,14 @@ PEFT_REFT_BROWSER=1 pytest tests/test_playground.py      (needs '.[playground]',
 from __future__ import annotations
 
 import os
+import threading
+import time
+from types import SimpleNamespace
 
 import browser
 import pytest
 from conftest import randomize, reft_model, tiny_model
+from smollm2_stand_in import byte_level
 from test_chat import TOKENS, expected, folder  # noqa: F401  (a fixture)
 from test_tools import word_tokenizer
 
@@ -63,8 +67,84 @@ def test_each_token_of_the_last_prompt_has_its_editors(replies):
     assert replies.tokens(Talk()) == []
     talk = said(replies, Talk(), "w3 w4 w5", {"loud": 1.0, "quiet": 1.0})
     assert replies.tokens(talk) == [
-        ("user", "loud"), ("w3", None), ("w4", None), ("w5", "loud"), ("assistant", "loud + quiet")
+        ("user", "loud"), ("w3 w4", None), ("w5", "loud"), ("assistant", "loud + quiet")
     ]  # fmt: skip
+    talk = said(replies, talk, "w3", {"loud": 0.0, "quiet": -1.0})
+    assert [text for text, by in replies.tokens(talk) if by] == ["assistant"], "at strength 0 nothing is edited"
+
+
+def test_line_ends_and_characters_of_several_tokens_are_shown(replies, monkeypatch):
+    tokenizer = byte_level(["Hello"])
+    monkeypatch.setattr(replies.talker, "tokenizer", tokenizer)
+    text = "".join(shown for shown, _ in replies.tokens(Talk(adapted=[{"role": "user", "content": "A 🐢\nis"}])))
+    assert "A 🐢⏎\nis<|im_end|>⏎\n" in text
+    last, by = replies.tokens(Talk(adapted=[{"role": "user", "content": "A"}], strengths={"loud": 1.0}))[-1]
+    assert last.endswith("⏎\n") and by == "loud"
+
+
+def test_an_answer_that_is_cut_short_leaves_conversations_that_can_go_on(replies):
+    talk = Talk()
+    answer = replies.answer(talk, "w3 w4", {"loud": 1.0})
+    next(answer), next(answer)
+    answer.close()
+    for messages in (talk.base, talk.adapted):
+        assert [message["role"] for message in messages] == ["user", "assistant"]
+    assert talk.base[-1]["content"] and not talk.adapted[-1]["content"]
+    assert said(replies, talk, "w5", {}).adapted[-1]["content"]
+
+
+def functions(replies):
+    """What the page's events call, by name, and two tabs of a browser that call it."""
+    pytest.importorskip("gradio", reason="pip install '.[playground]'")
+    from peft_reft.playground import page
+
+    built = {str(block.name): block.fn for block in page.build(replies, ["loud"], "base").fns.values()}
+    return built, SimpleNamespace(session_hash="one"), SimpleNamespace(session_hash="two")
+
+
+def test_an_answer_is_stopped(replies):
+    events, one, two = functions(replies)
+    answer = events["answer"](one, {}, "w3 w4", True, 1.0)
+    talk, box, *_, status, plot = next(answer)
+    assert (box, status, plot) == ("", "Answering ...", None), "the heat map of the last prompt is taken away"
+    *_, status, _ = next(answer)
+    assert status == "Answering ..."
+    events["stop_answer"](two)
+    assert next(answer)[-2] == "Answering ...", "of another tab"
+    events["stop_answer"](one)
+    (talk, box, *_, status, _) = next(answer)
+    assert status == "Stopped." and box != "", "what is typed meanwhile stays"
+    assert list(answer) == []
+    assert list(events["answer"](one, talk, "w5", True, 1.0))[-1][-2] == "Answered by loud at 1."
+
+
+def test_a_new_chat_ends_the_answer(replies):
+    events, one, _ = functions(replies)
+    answer = events["answer"](one, {}, "w3 w4", True, 1.0)
+    next(answer)
+    cleared = []
+    thread = threading.Thread(target=lambda: cleared.append(events["clear_all"](one)))
+    thread.start()
+    time.sleep(0.2)
+    assert cleared == [], "it waits for the last piece, which would bring the old chat back"
+    assert [shown[-2] for shown in answer] == ["Stopped."]
+    thread.join(10)
+    assert cleared == [({}, [], [], [], "Say something.", None)]
+
+
+def test_a_tab_waits_for_the_answer_to_another(replies):
+    events, one, two = functions(replies)
+    answer, other = (events["answer"](tab, {}, "w3 w4", True, 1.0) for tab in (one, two))
+    next(answer)
+    assert next(other)[-2] == "Another tab is being answered ..."
+    assert list(answer)[-1][-2] == "Answered by loud at 1."
+    assert list(other)[-1][-2] == "Answered by loud at 1."
+    (
+        next(answer := events["answer"](one, {}, "w3", True, 1.0)),
+        next(other := events["answer"](two, {}, "w3", True, 1.0)),
+    )
+    events["stop_answer"](two)
+    assert [shown[-2] for shown in other] == ["Stopped."] and list(answer)
 
 
 def test_the_heat_map_shows_the_last_prompt(replies):
@@ -98,10 +178,16 @@ def test_the_page_in_a_browser(folder, tmp_path):  # noqa: F811
             assert (base, loud) == (expected(["w3 w4"]), expected(["w3 w4"], "loud"))
             page.set_strength("loud", 0)
             assert page.ask("w5")[1] == expected(["w3 w4", loud, "w5"])
+            page.set_strength("loud", 1)
+            page.ask("w6")
             assert "assistant" in page.find("#tokens").text
             assert page.heat_map()
             elsewhere = [name for name in page.fetched() if not name.startswith((address, "data:", "blob:"))]
             assert elsewhere == [], "the page fetches nothing from other machines"
+            page.find("#clear").click()
+            page.wait(
+                lambda: page.answers("adapted") == [] and page.driver.find_elements("css selector", "#plot img") == []
+            )
         finally:
             page.driver.quit()
 

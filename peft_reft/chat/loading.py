@@ -16,6 +16,8 @@ from peft_reft.command_line import add_model_options, number
 from peft_reft.info.files import read_config
 from peft_reft.integrations.loading import load_adapters
 from peft_reft.integrations.threads import share_the_machine
+from peft_reft.interventions import REGISTRY, takes_source
+from peft_reft.tuner.targets import check_adapter_name
 
 
 def add_loading_arguments(parser: ArgumentParser) -> None:
@@ -69,12 +71,28 @@ def adapter_folders(directories: Sequence[str]) -> dict[str, Path]:
     for directory in map(Path, directories):
         inside = sorted(found.parent for found in directory.glob(f"*/{CONFIG_NAME}"))
         for folder in inside if inside and not (directory / CONFIG_NAME).is_file() else [directory]:
-            task = read_config(folder).get("task_type")
+            config = read_config(folder)
+            task, intervention = config.get("task_type"), config.get("intervention")
             if task not in ("CAUSAL_LM", None):
                 raise ValueError(f"{str(folder)!r} is an adapter for {task}; only one for CAUSAL_LM answers questions.")
-            name = plain = Path(os.path.abspath(folder)).name.replace(".", "_")  # PEFT takes no dots in a name
+            if isinstance(intervention, str) and intervention in REGISTRY and takes_source(intervention):
+                raise ValueError(
+                    f"{str(folder)!r} is an adapter with intervention={intervention!r}, which takes its values from a "
+                    "second input, and a chat has none. Pass source_inputs= to generate in a program."
+                )
+            name = plain = name_of(folder)
             number = 2
             while name in folders:
                 name, number = f"{plain}_{number}", number + 1
             folders[name] = folder
     return folders
+
+
+def name_of(folder: Path) -> str:
+    """The name that an adapter gets: that of its folder, changed where PEFT would take it for something else."""
+    name = Path(os.path.abspath(folder)).name.replace(".", "_")
+    try:
+        check_adapter_name(name)
+    except ValueError:
+        return f"{name.strip('_')}_adapter"
+    return name

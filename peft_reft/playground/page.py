@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from peft_reft.playground.replies import Replies, Talk, adapter_colors
@@ -18,6 +20,19 @@ ADDRESS = "127.0.0.1"
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
 
 
+@dataclass
+class Visit:
+    """A tab of a browser.
+
+    Attributes:
+        answering: held while it is given an answer.
+        stop: ends that answer when it is set.
+    """
+
+    answering: threading.Lock = field(default_factory=threading.Lock)
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
 def build(replies: Replies, names: list[str], base: str) -> Any:
     """The page as a `gradio.Blocks`.
 
@@ -26,6 +41,8 @@ def build(replies: Replies, names: list[str], base: str) -> Any:
         names: of the adapters; the first of them is switched on.
         base: name of the base model.
     """
+    visits: defaultdict[str | None, Visit] = defaultdict(Visit)  # by Gradio's name of the session
+    writing = threading.Lock()  # one answer at a time
     with gr.Blocks(title="peft-reft playground", analytics_enabled=False) as page:
         talk = gr.State({})  # a `Talk` as its fields
         gr.Markdown(f"### {', '.join(names)} on {base}")
@@ -35,6 +52,7 @@ def build(replies: Replies, names: list[str], base: str) -> Any:
         with gr.Row():
             message = gr.Textbox(show_label=False, placeholder="Say something", elem_id="message", scale=8)
             send = gr.Button("Send", variant="primary", elem_id="send", scale=1)
+            stop = gr.Button("Stop", elem_id="stop", scale=1)
             clear = gr.Button("New chat", elem_id="clear", scale=1)
         status = gr.Markdown("Say something.", elem_id="status")
         switches, sliders = [], []
@@ -58,30 +76,53 @@ def build(replies: Replies, names: list[str], base: str) -> Any:
             elem_id="tokens",
             color_map=adapter_colors(names),
             show_legend=True,
-            combine_adjacent=True,
             show_inline_category=False,
         )
         show = gr.Button("Heat map of the last prompt", elem_id="heat")
         plot = gr.Plot(show_label=False, elem_id="plot")
 
-        def answer(said: dict[str, Any], text: str, *settings: Any) -> Iterator[tuple[Any, ...]]:
-            def shown(text: str, status: str) -> tuple[Any, ...]:
-                return asdict(talk), text, talk.base, talk.adapted, replies.tokens(talk), status
+        def answer(request: gr.Request, said: dict[str, Any], text: str, *settings: Any) -> Iterator[tuple[Any, ...]]:
+            talk, visit = Talk(**said), visits[request.session_hash]
+            visit.stop.clear()
 
-            talk = Talk(**said)
+            def shown(status: str) -> tuple[Any, ...]:  # not the message: the next one may be typed meanwhile
+                return asdict(talk), gr.skip(), talk.base, talk.adapted, gr.skip(), status, gr.skip()
+
             if not text.strip():
-                yield shown(text, "Say something.")
+                yield shown("Say something.")
                 return
             on, strengths = settings[: len(names)], settings[len(names) :]
             chosen = {name: float(strength) for name, is_on, strength in zip(names, on, strengths) if is_on}
-            try:
-                for _ in replies.answer(talk, text, chosen):
-                    yield shown("", "Answering ...")
-            except ValueError as error:
-                yield shown(text, str(error))
-                return
+            with visit.answering:
+                while not writing.acquire(timeout=0.5):
+                    if visit.stop.is_set():
+                        yield shown("Stopped.")
+                        return
+                    yield shown("Another tab is being answered ...")
+                try:
+                    pieces = replies.answer(talk, text, chosen)
+                    next(pieces)  # the message is part of the conversation now, and the old heat map of no use
+                    yield asdict(talk), "", talk.base, talk.adapted, replies.tokens(talk), "Answering ...", None
+                    for _ in pieces:
+                        if visit.stop.is_set():
+                            yield shown("Stopped.")
+                            return
+                        yield shown("Answering ...")
+                except ValueError as error:
+                    yield shown(str(error))
+                    return
+                finally:
+                    writing.release()
             by = " + ".join(f"{name} at {strength:g}" for name, strength in chosen.items()) or "the base model alone"
-            yield shown("", f"Answered by {by}.")
+            yield shown(f"Answered by {by}.")
+
+        def stop_answer(request: gr.Request) -> None:
+            visits[request.session_hash].stop.set()
+
+        def clear_all(request: gr.Request) -> tuple[Any, ...]:
+            stop_answer(request)
+            with visits[request.session_hash].answering:  # its last piece is shown before the chat is empty
+                return {}, [], [], [], "Say something.", None
 
         def heat_map(said: dict[str, Any]) -> Any:
             try:
@@ -89,10 +130,13 @@ def build(replies: Replies, names: list[str], base: str) -> Any:
             except ValueError as error:
                 raise gr.Error(str(error)) from error
 
-        inputs, outputs = [talk, message, *switches, *sliders], [talk, message, left, right, tokens, status]
-        gr.on([send.click, message.submit], answer, inputs, outputs, concurrency_limit=1, api_visibility="private")
+        inputs, outputs = [talk, message, *switches, *sliders], [talk, message, left, right, tokens, status, plot]
+        asked = [send.click, message.submit]
+        gr.on(asked, answer, inputs, outputs, concurrency_limit=None, api_visibility="private")
         show.click(heat_map, [talk], [plot], concurrency_limit=1, api_visibility="private")
-        clear.click(lambda: ({}, [], [], []), None, [talk, left, right, tokens], api_visibility="private")
+        stop.click(stop_answer, None, None, concurrency_limit=None, api_visibility="private")
+        everything = [talk, left, right, tokens, status, plot]
+        clear.click(clear_all, None, everything, concurrency_limit=None, api_visibility="private")
     return page
 
 

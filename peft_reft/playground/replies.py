@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from peft_reft.integrations.edited_tokens import edited_columns
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Token = tuple[str, "str | None"]
+Run = tuple[str, "str | None"]
 
 
 @dataclass
@@ -64,22 +65,31 @@ class Replies:
         for messages in (talk.base, talk.adapted):
             self.talker.prompt_ids(self.with_system([*messages, {"role": "user", "content": question}]))
         talk.strengths = dict(strengths)
-        for messages in (talk.base, talk.adapted):
-            messages.append({"role": "user", "content": question})
+        for messages in (talk.base, talk.adapted):  # both at once, so that one that is cut short can go on
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]
         yield talk
         for messages, edits in ((talk.base, {}), (talk.adapted, talk.strengths)):
-            asked = self.with_system(messages)
-            messages.append({"role": "assistant", "content": ""})
-            for piece in self.talker.stream(asked, edits):
+            for piece in self.talker.stream(self.with_system(messages[:-1]), edits):
                 messages[-1]["content"] += piece
                 yield talk
 
-    def tokens(self, talk: Talk) -> list[Token]:
-        """The last prompt's tokens, each with the names of the adapters that edit it, or None."""
+    def tokens(self, talk: Talk) -> list[Run]:
+        """The last prompt as text, in runs of tokens that the same adapters edit, each with their names, or None.
+
+        An adapter at strength 0 edits nothing. Line ends are shown as ⏎ too, since one alone would not be seen.
+        """
         ids = self._prompt_ids(talk)
-        edited = {name: edited_columns(self.talker.model.peft_config[name], ids) for name in talk.strengths}
-        editors = [[name for name, columns in edited.items() if column in columns] for column in range(len(ids))]
-        return [(self.talker.tokenizer.decode([token]), " + ".join(by) or None) for token, by in zip(ids, editors)]
+        configs = {name: self.talker.model.peft_config[name] for name, strength in talk.strengths.items() if strength}
+        edited = {name: edited_columns(config, ids) for name, config in configs.items()}
+
+        def editors(column: int) -> str:
+            return " + ".join(name for name, columns in edited.items() if column in columns)
+
+        runs: list[Run] = []
+        for by, columns in groupby(range(len(ids)), key=editors):
+            text: str = self.talker.tokenizer.decode([ids[column] for column in columns])
+            runs.append((text.replace("\n", "⏎\n"), by or None))
+        return runs
 
     def heat_map(self, talk: Talk) -> Figure:
         """How far the adapters move each token of the last prompt, in each block.

@@ -9,7 +9,9 @@ import functools
 import json
 import math
 import os
+import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -100,6 +102,7 @@ def search(
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # `progress` tells the same
     try:
+        make_trials_file(folder, direction)
         study = optuna.create_study(
             study_name=STUDY,
             storage=f"sqlite:///{(folder / TRIALS).resolve()}",
@@ -118,7 +121,14 @@ def search(
 
         def run(trial: optuna.Trial) -> float:
             space.propose(trial)
-            value = float(objective(Attempt(trial, space.config(config, trial.params), metric)))
+            returned = objective(Attempt(trial, space.config(config, trial.params), metric))
+            try:
+                value = float(returned)
+            except (TypeError, ValueError) as error:
+                raise TypeError(
+                    f"The objective returned {returned!r}, and not a number. It must return the score of the attempt, "
+                    "as in: return attempt.run(trainer)"
+                ) from error
             if not math.isfinite(value):
                 raise optuna.TrialPruned(f"{metric} is {value}")
             return value
@@ -151,6 +161,21 @@ def search(
     if progress is not None:
         progress(last_line(result, metric, folder))
     return result
+
+
+def make_trials_file(folder: Path, direction: str) -> None:
+    """Put the file of an empty study in its place in one step, unless there is one: processes may begin at once."""
+    import optuna
+
+    if (folder / TRIALS).exists():
+        return
+    with tempfile.TemporaryDirectory(prefix=".making-", dir=folder) as made:
+        fresh = Path(made) / TRIALS
+        storage = optuna.storages.RDBStorage(f"sqlite:///{fresh.resolve()}")
+        optuna.create_study(study_name=STUDY, storage=storage, direction=direction)
+        storage.engine.dispose()
+        with suppress(FileExistsError):  # another process was faster
+            os.link(fresh, folder / TRIALS)
 
 
 def _asked(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import math
 import os
 import re
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -479,3 +481,26 @@ def test_a_metric_that_the_evaluation_lacks_is_named(tmp_path):
     space = SearchSpace.of(tiny_model("bert", "classifier"))
     with pytest.raises(ValueError, match=r"metric='accuracy' is not among .*eval_accuracy, eval_loss"):
         run(lambda attempt: attempt.run(trainer_for(attempt, tmp_path)), tmp_path / "s", space, metric="accuracy")
+
+
+def test_processes_that_begin_at_once_make_one_study(tmp_path):
+    """Optuna's tables are made once: in a new folder all but one ended with an IntegrityError of SQLite."""
+    elsewhere = ReftConfig(task_type="SEQ_CLS", positions="m1")  # not in the space, so that nothing is tried first
+    for attempt in range(5):
+        together = threading.Barrier(4)
+
+        def begin(seed, folder=tmp_path / str(attempt), together=together):
+            together.wait(60)
+            return run(lambda attempt: 1.0, folder, config=elsewhere, n_trials=2, seed=seed)
+
+        with ThreadPoolExecutor(4) as pool:
+            results = list(pool.map(begin, range(4)))
+        assert {result.value for result in results} == {1.0}
+        assert {*os.listdir(tmp_path / str(attempt))} == {"best", "trials.db", "trials.png"}
+
+
+@pytest.mark.parametrize("returned", [None, "good", [1.0]])
+def test_an_objective_that_returns_no_number_is_told(returned, tmp_path):
+    message = f"The objective returned {re.escape(repr(returned))}, and not a number"
+    with pytest.raises(TypeError, match=message):
+        run(lambda attempt: returned, tmp_path, n_trials=1)
