@@ -11,7 +11,6 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -174,8 +173,12 @@ def make_trials_file(folder: Path, direction: str) -> None:
         storage = optuna.storages.RDBStorage(f"sqlite:///{fresh.resolve()}")
         optuna.create_study(study_name=STUDY, storage=storage, direction=direction)
         storage.engine.dispose()
-        with suppress(FileExistsError):  # another process was faster
+        try:
             os.link(fresh, folder / TRIALS)
+        except FileExistsError:  # another process was faster
+            return
+        except OSError:  # a file system without links
+            fresh.rename(folder / TRIALS)
 
 
 def _asked(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
