@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,7 +72,7 @@ class Talker:
             raise ValueError(f"The chat template does not take the roles {roles}: {one_line(error)}") from error
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def stream(self, messages: list[Message], strengths: Mapping[str, float]) -> Iterator[str]:
+    def stream(self, messages: list[Message], strengths: Mapping[str, float]) -> Generator[str, None, None]:
         """The answer to a conversation, in pieces as they are generated.
 
         Args:

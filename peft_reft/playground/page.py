@@ -6,6 +6,7 @@ import os
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -100,14 +101,14 @@ def build(replies: Replies, names: list[str], base: str) -> Any:
                         return
                     yield shown("Another tab is being answered ...")
                 try:
-                    pieces = replies.answer(talk, text, chosen)
-                    next(pieces)  # the message is part of the conversation now, and the old heat map of no use
-                    yield asdict(talk), "", talk.base, talk.adapted, replies.tokens(talk), "Answering ...", None
-                    for _ in pieces:
-                        if visit.stop.is_set():
-                            yield shown("Stopped.")
-                            return
-                        yield shown("Answering ...")
+                    with closing(replies.answer(talk, text, chosen)) as pieces:  # ended before the next may be written
+                        next(pieces)  # the message is part of the conversation now, and the old heat map of no use
+                        yield asdict(talk), "", talk.base, talk.adapted, replies.tokens(talk), "Answering ...", None
+                        for _ in pieces:
+                            if visit.stop.is_set():
+                                yield shown("Stopped.")
+                                return
+                            yield shown("Answering ...")
                 except ValueError as error:
                     yield shown(str(error))
                     return

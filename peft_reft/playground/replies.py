@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,7 @@ class Replies:
     talker: Talker
     system: str | None = None
 
-    def answer(self, talk: Talk, question: str, strengths: Mapping[str, float]) -> Iterator[Talk]:
+    def answer(self, talk: Talk, question: str, strengths: Mapping[str, float]) -> Generator[Talk, None, None]:
         """Both answers to a question, piece by piece: first the base model's, then the adapters'.
 
         Args:
@@ -69,9 +70,10 @@ class Replies:
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]
         yield talk
         for messages, edits in ((talk.base, {}), (talk.adapted, talk.strengths)):
-            for piece in self.talker.stream(self.with_system(messages[:-1]), edits):
-                messages[-1]["content"] += piece
-                yield talk
+            with closing(self.talker.stream(self.with_system(messages[:-1]), edits)) as pieces:
+                for piece in pieces:
+                    messages[-1]["content"] += piece
+                    yield talk
 
     def tokens(self, talk: Talk) -> list[Run]:
         """The last prompt as text, in runs of tokens that the same adapters edit, each with their names, or None.

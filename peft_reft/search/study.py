@@ -177,8 +177,9 @@ def make_trials_file(folder: Path, direction: str) -> None:
             os.link(fresh, folder / TRIALS)
         except FileExistsError:  # another process was faster
             return
-        except OSError:  # a file system without links
-            fresh.rename(folder / TRIALS)
+        except OSError:  # a file system without links, where the name cannot be taken in one step
+            if not (folder / TRIALS).exists():
+                fresh.rename(folder / TRIALS)
 
 
 def _asked(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:

@@ -499,6 +499,15 @@ def test_processes_that_begin_at_once_make_one_study(tmp_path):
         assert {*os.listdir(tmp_path / str(attempt))} == {"best", "trials.db", "trials.png"}
 
 
+def test_a_search_begins_on_a_file_system_without_links(tmp_path, monkeypatch):
+    def link(*_):
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    assert run(lambda attempt: 1.0, tmp_path / "s", n_trials=2).value == 1.0
+    assert {*os.listdir(tmp_path / "s")} == {"best", "trials.db", "trials.png"}
+
+
 @pytest.mark.parametrize("returned", [None, "good", [1.0]])
 def test_an_objective_that_returns_no_number_is_told(returned, tmp_path):
     message = f"The objective returned {re.escape(repr(returned))}, and not a number"
