@@ -16,8 +16,9 @@ from torch import Tensor
 from peft_reft.context.arguments import repeats
 from peft_reft.context.edit import Edit
 from peft_reft.context.generate import Step
+from peft_reft.context.kept import kept_families
 from peft_reft.context.passed import NOTHING, Passed
-from peft_reft.context.plan import Family, families_of, kept_families
+from peft_reft.context.plan import Family, families_of
 from peft_reft.context.sources import Collected, Collector, Exchange
 from peft_reft.context.state import ModelState, names_of_rows
 from peft_reft.context.subspaces import Choices, repeated

@@ -10,20 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from peft_reft.context.edit import Edit
-from peft_reft.context.subspaces import BASE, Choices, strengths
-from peft_reft.interventions import FactorMemo, Factors, Kind, has_hooks, kind_of
+from peft_reft.context.subspaces import Choices, strengths
+from peft_reft.interventions import FactorMemo, Factors, Kind, kind_of
 from peft_reft.positions import Places, PositionSpec
-
-DEVICE_AND_DTYPE = attrgetter("device", "dtype")
-MOST_PLANS = 8  # plans: a server, or a trainer with a reference, goes back and forth between a few sets of adapters
 
 
 class Alike(NamedTuple):
@@ -261,36 +256,4 @@ def families_of(layers: Sequence[Any], names: Sequence[str] | None) -> list[Fami
     for (_, layer_numbers), found in together.items():
         adapters, settings, by_adapter = zip(*found)
         families.append(Family(adapters, settings, layer_numbers, [*zip(*by_adapter)]))
-    return families
-
-
-def kept_families(kept: dict[Any, list[Family]], layers: Sequence[Any], names: Sequence[str] | None) -> list[Family]:
-    """The families of the adapters that are active, or of those named; made anew when something about them changed."""
-    if names is not None:
-        names = [name for name in dict.fromkeys(names) if name != BASE]
-    key: list[Any] = [None if names is None else tuple(names)]
-    weights: list[Tensor] = []
-    for layer in layers:
-        own = layer.__dict__  # reading attributes of a module takes longer
-        key.append(own["number"])
-        if own["_disable_adapters"]:
-            continue
-        adapters = own["_modules"]["reft_interventions"]._modules
-        active = own["_active_adapter"] if names is None else names
-        for name in (active,) if isinstance(active, str) else active:
-            groups = adapters.get(name)
-            if groups is not None:
-                key += own["scaling"][name], id(own["position_specs"][name])
-                for one in groups._modules.values():
-                    held = one.__dict__
-                    key += id(one), len(held["_parameters"]), held.get("dropout"), held.get("act_fn"), has_hooks(one)
-                    weights += islice(held["_parameters"].values(), 1)
-    # Wrappers for sharding and offloading replace parameters, or their contents; casts, their dtype.
-    signature = (*key, *map(type, weights), *map(DEVICE_AND_DTYPE, weights), *map(Tensor.numel, weights))
-    families = kept.get(signature)
-    if families is None:
-        families = families_of(layers, names)
-        while len(kept) >= MOST_PLANS:
-            kept.pop(next(iter(tuple(kept))), None)  # another thread may be here, too
-        kept[signature] = families
     return families

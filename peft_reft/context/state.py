@@ -54,7 +54,7 @@ class ModelState:
         entries: the `ForwardEntry` of each module around the blocks, from the outside in.
         takes_ids: the model runs on tokens, among which there may be padding.
         running: what runs in this thread.
-        plans: how adapters are put together, by what is active (see plan.py).
+        plans: how adapters are put together, the latest first (see kept.py).
         paged: reads where prompts lie in a forward of continuous batching; set by that integration.
         unlabelled: nothing showed the prompts of the last forward: neither labels nor locations, nor `generate`.
         warned: the warnings given so far; each is given once.
@@ -70,7 +70,7 @@ class ModelState:
         self.entries: list[Any] = []
         self.takes_ids = False
         self.running = Running()
-        self.plans: dict[Any, Any] = {}
+        self.plans: list[Any] = []
         self.paged: Callable[[int, torch.device], Any] | None = None
         self.unlabelled = False
         self.warned: set[str] = set()
@@ -86,7 +86,7 @@ class ModelState:
             "_blocks": None,
             "_ids_per_row": self.ids_per_row,
         }
-        return {**self.__dict__, **parts, "plans": {}}
+        return {**self.__dict__, **parts, "plans": []}
 
     def add_layer(self, layer: Any) -> None:
         """Take in the layer next to a block."""

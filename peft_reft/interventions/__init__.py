@@ -5,7 +5,7 @@ Plain torch. Positions, blocks, adapters and models are known elsewhere.
 
 from peft_reft.interventions.batched import FactorMemo, Kind, kind_of, stack_factors
 from peft_reft.interventions.boundless import BoundlessIntervention
-from peft_reft.interventions.called import edit_of, has_hooks
+from peft_reft.interventions.called import HOOKS, edit_of, has_hooks
 from peft_reft.interventions.equations import (
     ConsreftIntervention,
     DireftIntervention,
@@ -33,6 +33,7 @@ from peft_reft.interventions.registry import (
 
 __all__ = [
     "BUILT_IN",
+    "HOOKS",
     "REGISTRY",
     "BoundlessIntervention",
     "ConsreftIntervention",

@@ -9,9 +9,13 @@ from conftest import batch, logits, randomize, reft_model, tiny_model
 from peft import get_peft_model
 
 from peft_reft import ReftConfig, get_interventions, set_strength
-from peft_reft.context.plan import MOST_PLANS
+from peft_reft.context.kept import MOST_PLANS
 
 CONFIG = {"task_type": "CAUSAL_LM", "r": 2, "positions": "f1+l1"}
+
+
+def plans(model):
+    return model.get_base_model().forward.state.plans
 
 
 def two_adapters(**settings):
@@ -24,13 +28,35 @@ def two_adapters(**settings):
 
 def test_a_few_plans_are_kept_of_any_number_of_strengths():
     model, inputs = two_adapters(), batch(5)
-    state = model.get_base_model().forward.state
     for step in range(2 * MOST_PLANS):
         set_strength(model, 1 + step / 8, "one")
         with torch.no_grad():
             model(**inputs)
-        assert 1 <= len(state.plans) <= MOST_PLANS
-    assert len(state.plans) == MOST_PLANS
+        assert 1 <= len(plans(model)) <= MOST_PLANS
+    assert len(plans(model)) == MOST_PLANS
+
+
+def test_a_plan_is_made_once_for_adapters_that_stay_as_they_are():
+    """Also for two sets of adapters by turns, as of a policy and its reference."""
+    model, inputs = two_adapters(), batch(5, 5)
+    found = []
+    with torch.no_grad():
+        for _ in range(3):
+            for names in (["one", "two"], ["two", "one"], None):
+                model(**inputs) if names is None else model(**inputs, adapter_names=names)
+            found.append(list(plans(model)))
+    assert len(found[0]) == 3
+    assert found[1] == found[2] == found[0]
+
+
+def test_adapters_that_are_switched_on_in_place_are_noticed():
+    """`_active_adapter` is a list that somebody may hold, and change."""
+    model, inputs = two_adapters(), batch(5)
+    model.base_model.set_adapter(["one"])
+    before = logits(model, inputs)
+    for layer in model.get_base_model().forward.state.layers:
+        layer._active_adapter.append("two")
+    assert not torch.allclose(logits(model, inputs), before, atol=1e-3)
 
 
 def test_groups_of_an_adapter_that_are_not_alike_are_each_worked_out_as_they_are():
@@ -50,6 +76,7 @@ CHANGES = {
     "activation": lambda groups: [one.__dict__.update(act_fn="tanh", activation=torch.tanh) for one in groups],
     "another intervention": lambda groups: groups.__setitem__(1, groups[0]),
     "pruning": lambda groups: torch.nn.utils.prune.l1_unstructured(groups[1], "weight", 0.5),
+    "a hook": lambda groups: [one.register_forward_hook(lambda module, args, output: args[0] + 1) for one in groups],
 }
 
 
