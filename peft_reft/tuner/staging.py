@@ -31,7 +31,8 @@ def staged(directory: str | os.PathLike[str]) -> Iterator[Path]:
     renames leaves some files new and some old; the rest of the new ones then wait in `.placing-…` within `directory`,
     from which the next `staged` puts them in place. Until then `wait_until_whole` raises for readers.
 
-    A file keeps the permissions of the one that it replaces, and a link stays a link.
+    A file keeps the permissions of the one that it replaces, and a link stays a link. That holds for what is saved now:
+    what waits in a `.placing-…` may be a stranger's, and is put nowhere but into `directory` itself.
 
     Args:
         directory: made if it is missing.
@@ -46,11 +47,8 @@ def staged(directory: str | os.PathLike[str]) -> Iterator[Path]:
     stage = Path(tempfile.mkdtemp(prefix=STAGE, dir=target))
     try:
         yield stage
-        for left in target.glob(f"{READY}*"):  # by a process that was killed while renaming
-            for name in _files(left):
-                _put_in_place(left / name, target / name)
-            for directory in (left, _old_of(left)):
-                shutil.rmtree(directory, ignore_errors=True)
+        for left in _waiting_in(target):  # by a process that was killed while renaming
+            _put_left_in_place(left, target)
         _put_all_in_place(stage, target)
     finally:
         for directory in (stage, _old_of(stage)):
@@ -83,11 +81,35 @@ def wait_until_whole(directory: Path) -> None:
 def _unfinished(directory: Path) -> Path | None:
     """Where files wait that belong into a directory. (Adapters with names are saved from the directory above.)"""
     for root in (directory, directory.parent):
-        for left in root.glob(f"{READY}*"):
+        for left in _waiting_in(root):
             waiting = left / directory.relative_to(root)
             if any(name.parent == Path() for name in _files(waiting)):
                 return waiting
     return None
+
+
+def _waiting_in(directory: Path) -> list[Path]:
+    """Where files wait that a process was about to rename; a link to another directory is none of ours."""
+    return [left for left in directory.glob(f"{READY}*") if not left.is_symlink()]
+
+
+def _put_left_in_place(left: Path, target: Path) -> None:
+    """Put the files in place that a killed process has left, or a stranger who made them look so: none out of `target`.
+
+    A link in the place of a file is replaced. Files behind a link to another directory stay where they are.
+    """
+    inside = target.resolve()
+    for name in _files(left):
+        place = target / name
+        if place.parent.resolve() != inside / name.parent or (left / name).is_symlink():
+            continue
+        if place.is_symlink():
+            os.replace(left / name, place)
+        else:
+            _put_in_place(left / name, place)
+    if not _files(left):
+        for directory in (left, _old_of(left)):
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _files(directory: Path) -> list[Path]:

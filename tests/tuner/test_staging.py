@@ -142,6 +142,28 @@ def test_an_adapter_with_a_name_is_unfinished_where_its_own_files_are_missing(sa
 
 
 @posix
+def test_a_directory_of_a_stranger_that_looks_like_an_interrupted_save_changes_no_other_one(saved, tmp_path):
+    """Whoever saves into it, as one does who trains a downloaded adapter further, loses and gets no file elsewhere."""
+    home, evil = tmp_path / "home", tmp_path / "old"
+    (home / "keys").mkdir(parents=True)
+    for file in ("keys/mine", "profile"):
+        (home / file).write_text("mine")
+    before = contents(home)
+    (evil / f"{READY}1").symlink_to(home / "keys")
+    (evil / "profile").symlink_to(home / "profile")
+    (evil / "keys").symlink_to(home / "keys")
+    (evil / f"{READY}2" / "keys").mkdir(parents=True)
+    for file in ("keys/mine", "keys/more", "profile"):
+        (evil / f"{READY}2" / file).write_text("a stranger's")
+    (evil / f"{READY}2" / "adapter_config.json").symlink_to(home / "profile")
+    put(tmp_path / "new", evil)
+    assert contents(home) == before and len(list((home / "keys").iterdir())) == 1
+    assert (evil / "profile").read_text() == "a stranger's" and not (evil / "profile").is_symlink()
+    assert not (evil / "adapter_config.json").is_symlink()
+    assert (evil / "adapter_config.json").read_bytes() == (tmp_path / "new" / "adapter_config.json").read_bytes()
+
+
+@posix
 def test_a_reader_waits_for_a_writer_that_is_about_to_finish(saved, tmp_path):
     ready = tmp_path / "old" / f"{READY}x"
     shutil.copytree(tmp_path / "new", ready)
