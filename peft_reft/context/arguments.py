@@ -18,6 +18,7 @@ from torch import Tensor
 from peft_reft.positions import IGNORED, align_shift_labels, document_starts
 
 HIDDEN = -9000.0  # an additive mask below this hides a token: libraries use -10000 or less (-9984 in bfloat16)
+CACHES = ("past_key_values", "cache", "cache_params")  # transformers 5.24 calls each of them `cache`
 LOCATIONS_RULE = "Pass a LongTensor [B, P] or [B, G, P] of columns of the padded row, -1 = unused."
 
 
@@ -171,12 +172,17 @@ def documents(arguments: Mapping[str, Any], valid: Tensor, shown: Tensor | None)
         return document_starts(valid, None, numbers, bounds)
     if shown is not None:
         return shown, None
-    if arguments.get("attention_mask") is None and arguments.get("past_key_values") is None:
+    if arguments.get("attention_mask") is None and cache_of(arguments) is None:
         return document_starts(valid, arguments.get("position_ids"))
     return None, None
 
 
 # Caches.
+
+
+def cache_of(arguments: Mapping[str, Any]) -> Any:
+    """The cache of a call, whichever name transformers has for it; None without one."""
+    return next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
 
 
 def past_length(arguments: Mapping[str, Any], columns: int, seen: int) -> int | Tensor:
@@ -189,12 +195,12 @@ def past_length(arguments: Mapping[str, Any], columns: int, seen: int) -> int | 
     Returns:
         An int, or a tensor if the cache counts on a device whose answer one would have to wait for.
     """
-    cache: Any = arguments.get("past_key_values")
+    cache = cache_of(arguments)
     if hasattr(cache, "get_seq_length"):
         try:
             length = cache.get_seq_length()
         except ValueError:  # a cache of linear-attention layers only
-            return seen
+            return seen if has_state(arguments) else 0
         is_known = isinstance(length, Tensor) and length.device.type == "cpu" and not torch.compiler.is_compiling()
         return int(length) if is_known else length
     if isinstance(cache, (tuple, list)) and cache:  # the old format: (key, value) [B, H, S, d] of each layer
@@ -215,16 +221,15 @@ def has_state(arguments: Mapping[str, Any]) -> bool:
     """Whether a forward continues a recurrent state (of Mamba, RWKV and their like), which tells no length."""
     if arguments.get("state") is not None:
         return True
-    for name in ("cache_params", "past_key_values"):
-        cache: Any = arguments.get(name)
-        if cache is None or isinstance(cache, (tuple, list)):
-            continue
-        if hasattr(cache, "seqlen_offset"):
-            return bool(cache.seqlen_offset)
-        for layer in getattr(cache, "layers", ()):
-            states = getattr(layer, "has_previous_state", None)  # of a linear-attention layer, by state
-            if states and any(states.values() if isinstance(states, dict) else [states]):
-                return True
+    cache = cache_of(arguments)
+    if cache is None or isinstance(cache, (tuple, list)):
+        return False
+    if hasattr(cache, "seqlen_offset"):
+        return bool(cache.seqlen_offset)
+    for layer in getattr(cache, "layers", ()):
+        states = getattr(layer, "has_previous_state", None)  # of a linear-attention layer, by state
+        if states and any(states.values() if isinstance(states, dict) else [states]):
+            return True
     return False
 
 

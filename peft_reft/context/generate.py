@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 from peft_reft.context import notices
-from peft_reft.context.arguments import past_length, token_shape, valid_columns
+from peft_reft.context.arguments import cache_of, past_length, token_shape, valid_columns
 from peft_reft.context.method import MethodEntry
 from peft_reft.context.passed import NOTHING, STEP, Passed, read_passed, take_own
 from peft_reft.context.state import ModelState, names_of_rows
@@ -183,7 +183,7 @@ class GenerateEntry(MethodEntry):
         generation = Generation(self.state, tokens)
         generation.shape = None if valid is None else (valid.shape[0], valid.shape[1])
         if locations is None and tokens is not None:
-            self._take_back_earlier_turns(tokens, arguments.get("past_key_values"))
+            self._take_back_earlier_turns(tokens, cache_of(arguments))
         guesses = [arguments.get("assistant_model"), *(self._setting(name, arguments) for name in GUESSING)]
         generation.guesses = any(guess is not None and guess is not False for guess in guesses)
         generation.in_chunks = self._setting("prefill_chunk_size", arguments) is not None
@@ -194,7 +194,7 @@ class GenerateEntry(MethodEntry):
 
         What is cropped runs once more as part of the prompt, so that the cache makes no difference.
         """
-        past = past_length({"past_key_values": cache}, 0, 0)
+        past = past_length({"cache": cache}, 0, 0)
         if tokens.ids is None or (isinstance(past, int) and past == 0):
             return
         keep = past = int(past)
@@ -206,13 +206,7 @@ class GenerateEntry(MethodEntry):
                 changed = ((before != now) | answered)[:, :past].any(0)
                 keep = min([keep, *changed.nonzero().flatten().tolist()])
         if keep < past:
-            try:
-                cache.crop(keep - past)
-            except (AttributeError, RuntimeError, ValueError) as error:
-                raise ValueError(
-                    f"turns='last' has to take back edits of earlier turns, but this {type(cache).__name__} of {past} "
-                    f"columns cannot be cropped to {keep}. Start with an empty cache, or use turns='all'."
-                ) from error
+            _crop(cache, past, keep)
 
     def _valid_columns(self, arguments: Mapping[str, Any]) -> Tensor | None:
         """Bool [B, S]: the columns of the prompts that are no padding, as transformers' `generate` sees them."""
@@ -239,6 +233,25 @@ class GenerateEntry(MethodEntry):
         configs = (arguments.get("generation_config"), getattr(self.module, "generation_config", None))
         values = (arguments.get(name), *(getattr(config, name, None) for config in configs))
         return next((value for value in values if value is not None), None)
+
+
+def _crop(cache: Any, past: int, keep: int) -> None:
+    """Take columns off the end of a cache, from `past` of them down to `keep`.
+
+    Raises:
+        ValueError: if that cannot be done. Where the cache is wider than a layer's window, transformers' `crop` may
+            take off what is there and leave that layer without the columns that had been in the window before.
+    """
+    error: Exception | None = None
+    if getattr(cache, "is_croppable", True):
+        try:
+            return cache.crop(keep - past)  # type: ignore[no-any-return]
+        except (AttributeError, RuntimeError, ValueError) as found:
+            error = found
+    raise ValueError(
+        f"turns='last' has to take back edits of earlier turns, but this {type(cache).__name__} of {past} columns "
+        f"cannot be cropped to {keep}. Start with an empty cache, or use turns='all'."
+    ) from error
 
 
 class DecoderPromptEntry(MethodEntry):
