@@ -245,7 +245,7 @@ def _crop(cache: Any, past: int, keep: int) -> None:
     error: Exception | None = None
     if getattr(cache, "is_croppable", True):
         try:
-            return cache.crop(keep - past)  # type: ignore[no-any-return]
+            return cache.crop(keep - past)
         except (AttributeError, RuntimeError, ValueError) as found:
             error = found
     raise ValueError(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from peft_reft.blocks import edit_hidden_state
 from peft_reft.context.forward import ForwardContext, Given
-from peft_reft.export.caches import LayerCache, cache_of, cache_shape, empty_past, tensors_of
+from peft_reft.export.caches import LayerCache, cache_argument, cache_of, cache_shape, empty_past, tensors_of
 from peft_reft.export.masks import refuse_other_prompts
 from peft_reft.export.models import base_of, blocks_of_model, is_decoder, logits_of_tokens, refuse_other_rows
 from peft_reft.export.tensors import refuse_sources, weights_of_its_own
@@ -56,6 +56,7 @@ class Backbone(nn.Module):
         self.width = width
         self.vocabulary = vocabulary
         self.cache = cache
+        self.cache_argument = "" if cache is None else cache_argument(model)
         self.takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
 
     @property
@@ -83,7 +84,7 @@ class Backbone(nn.Module):
                 return (self.model(**arguments, use_cache=False).logits.float(),)
         cache = cache_of(self.cache, past)
         with edited(self.model, self.blocks, edit):
-            logits = self.model(**arguments, past_key_values=cache, use_cache=True).logits
+            logits = self.model(**arguments, **{self.cache_argument: cache}, use_cache=True).logits
         return logits.float(), *tensors_of(self.cache, cache)
 
 

@@ -33,6 +33,21 @@ class LayerCache(NamedTuple):
     value: int
 
 
+def cache_argument(model: nn.Module) -> str:
+    """The name by which a model's forward takes a key/value cache: `cache` from transformers 5.24 on.
+
+    Raises:
+        ValueError: if it takes none.
+    """
+    known = inspect.signature(type(model).forward).parameters
+    for name in ("cache", "past_key_values"):
+        if name in known:
+            return name
+    raise ValueError(
+        f"{type(model).__name__} takes no key/value cache (its forward has no past_key_values). {WHOLE_ROWS}"
+    )
+
+
 @torch.no_grad()
 def cache_shape(model: nn.Module) -> list[LayerCache]:
     """What the layers of a causal language model keep, those that keep something.
@@ -40,9 +55,7 @@ def cache_shape(model: nn.Module) -> list[LayerCache]:
     Raises:
         ValueError: if that is more than keys and values, or not to be had from outside.
     """
-    name = type(model).__name__
-    if "past_key_values" not in inspect.signature(type(model).forward).parameters:
-        raise ValueError(f"{name} takes no key/value cache (its forward has no past_key_values). {WHOLE_ROWS}")
+    name, argument = type(model).__name__, cache_argument(model)
     config: Any = model.config
     own = DynamicCache(config=config)
     odd = [layer for layer in own.layers if not _keeps_keys_and_values(layer)]
@@ -54,7 +67,7 @@ def cache_shape(model: nn.Module) -> list[LayerCache]:
     cache = DynamicCache()
     device = next(model.parameters()).device
     ids = torch.ones(2, 3, dtype=torch.long, device=device)
-    model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+    model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **{argument: cache})
     found = []
     for number, layer in enumerate(cache.layers):
         keys, values = layer.keys, layer.values
