@@ -32,7 +32,8 @@ NAMED = ("torch", "transformers", "peft", "trl")  # packages whose versions stan
 SETS: dict[str, dict[str, str]] = {
     "oldest": {"torch": "2.11.0", "transformers": "5.16.1", "peft": "0.21.0", "trl": "1.16.0"},
     "newest": {},
-    "newest-torch": {"torch": "2.14.1"},
+    "newest-torch": {"torch": "2.15.0"},
+    "newest-transformers": {"transformers": "5.24.0"},  # which peft 0.21.2 does not know yet; constraints.txt waits for it
 }
 
 
