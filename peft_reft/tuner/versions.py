@@ -10,7 +10,7 @@ from packaging.version import Version
 TESTED = {  # from, and below
     "peft": ("0.21.0", "0.22"),
     "torch": ("2.11", "2.15"),
-    "transformers": ("5.16", "5.24"),
+    "transformers": ("5.16", "5.25"),
     "trl": ("1.16", "1.17"),
 }
 
