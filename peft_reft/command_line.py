@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import unicodedata
 from collections.abc import Callable
 from typing import NoReturn
 
 import torch
+
+from peft_reft.tuner.sizes import shown
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -21,6 +24,14 @@ class OneLineParser(argparse.ArgumentParser):
         close = difflib.get_close_matches(unknown[0], self._option_string_actions, 1) if unknown else []
         meant = f" Did you mean {close[0]}?" if close else ""
         self.exit(2, f"{self.prog}: {message}.{meant} See {self.prog} --help.\n")
+
+
+def without_controls(text: str) -> str:
+    """A text that a model, a chat template or a data set made: its control characters could steer a terminal.
+
+    They become codes, but for line ends and tabs. All other characters of all scripts stay.
+    """
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else f"\\x{ord(c):02x}" for c in text)
 
 
 def device(text: str) -> str:
@@ -50,10 +61,15 @@ def number(kind: type, low: float, *, above: bool = False, high: float = math.in
 
     def read(text: str) -> float:
         try:
-            value = kind(text)
+            value: float = kind(text)
+            is_finite = math.isfinite(value)
         except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or value > high or value < low or (above and value == low):
+            value, is_finite = math.nan, False
+        except OverflowError as error:
+            raise argparse.ArgumentTypeError(
+                f"{shown(text, 40)} has more digits than any number that is used here"
+            ) from error
+        if not is_finite or value > high or value < low or (above and value == low):
             raise argparse.ArgumentTypeError(f"{text!r} is not {name} {bounds}")
         return value
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 from conftest import reft_model, tiny_model
+from safetensors.torch import load_file, save_file
 from test_tools import ENVIRONMENT, word_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from peft_reft import set_strength
 from peft_reft.chat import command
@@ -221,6 +226,103 @@ def test_what_cannot_be_loaded_ends_as_one_line(arguments, message, folder, monk
     assert command.main(arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and message in error[0]
+
+
+def changed(path, **settings):
+    """Other settings in a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:100])
+
+
+DAMAGED = {
+    "a number for a name": (lambda base, own: changed(own / "adapter_config.json", base_model_name_or_path=5), "=5"),
+    "a list for a name": (
+        lambda base, own: changed(own / "adapter_config.json", base_model_name_or_path=["a"]),
+        "which is no name; give it with --model",
+    ),
+    "a name that steers": (
+        lambda base, own: changed(own / "adapter_config.json", base_model_name_or_path="\x1b[2J"),
+        r"The base model '\x1b[2J' cannot be loaded",
+    ),
+    "a task that steers": (lambda base, own: changed(own / "adapter_config.json", task_type="\x1b[2J"), r"\x1b[2J;"),
+    "cut weights": (lambda base, own: cut(base / "model.safetensors"), "SafetensorError"),
+    "text for a width": (lambda base, own: changed(base / "config.json", hidden_size="wide"), "'hidden_size'"),
+    "another width": (lambda base, own: changed(base / "config.json", hidden_size=8), "--model names another"),
+    "no activation": (lambda base, own: changed(base / "config.json", hidden_act="x"), "KeyError"),
+    "no tokenizer's config": (lambda base, own: (own / "tokenizer_config.json").write_text("[]"), "The tokenizer in"),
+    "no class": (lambda base, own: (own / "tokenizer_config.json").write_text('{"tokenizer_class": 5}'), "int"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_models_and_tokenizers_end_as_one_line(case, folder, tmp_path, capsys):
+    damage, said = DAMAGED[case]
+    base, own = shutil.copytree(folder / "base", tmp_path / "base"), tmp_path / "own"
+    shutil.copytree(folder / "adapters" / "loud", own)
+    changed(own / "adapter_config.json", base_model_name_or_path=str(base))
+    damage(base, own)
+    assert command.main([str(own)]) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error.count("\n") == 1 and said in error and "\x1b" not in error
+
+
+def test_warnings_of_a_stranger_s_tensors_steer_no_terminal(folder, tmp_path):
+    own = shutil.copytree(folder / "adapters" / "loud", tmp_path / "own")
+    weights = own / "adapter_model.safetensors"
+    save_file({**load_file(weights), "\x1b[2J": torch.zeros(1)}, weights)
+    with pytest.warns(UserWarning, match=r"that are not loaded: \\x1b\[2J"):
+        load_adapters({"own": own})
+
+
+def steering_tokenizer():
+    """Words 50 to 99 end in characters by which a terminal is steered, but for two that are none."""
+    words = {f"w{i}" if i < 50 else f"w{i}\x1b]0;x\x07\x9b\r\tも": i for i in range(100)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0", eos_token="w1")
+
+
+def talked(session, monkeypatch, capsys, *said):
+    lines = iter(said)
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, None) or (_ for _ in ()).throw(EOFError))
+    talk(session)
+    return capsys.readouterr().out
+
+
+def test_an_answer_steers_no_terminal(session, monkeypatch, capsys):
+    """An adapter chooses what the model says, and a template what the error says."""
+    session.talker.tokenizer, session.talker.max_new_tokens = steering_tokenizer(), 40
+    out = talked(session, monkeypatch, capsys, "w3 w4")
+    assert "\x1b" in session.messages[-1]["content"], "there is something to keep away"
+    assert not {"\x1b", "\x07", "\x9b", "\r"} & {*out} and r"\x1b]0;x\x07\x9b\x0d" in out and "\tも" in out
+    session.talker.tokenizer.chat_template = "{{ raise_exception('\x1b[2J') }}"
+    assert r"TemplateError: \x1b[2J" in talked(session, monkeypatch, capsys, "w3")
+    session.adapters.append("a\x1b[2J")
+    assert r"loud, a\x1b[2J" in talked(session, monkeypatch, capsys, "/adapter")
+
+
+def test_what_no_answer_can_be_given_to_ends_no_chat(session, monkeypatch, capsys):
+    session.talker.temperature = 1.0
+    out = talked(session, monkeypatch, capsys, "/strength 1e38", "w3", "/strength 1", "/new", "w4")
+    assert out.count("There is no answer (RuntimeError: probability tensor") == 1
+    assert "loud> w" in out, "the chat goes on"
+    session.talker.tokenizer.chat_template = "{{ '' }}"
+    assert "make no token of the conversation" in talked(session, monkeypatch, capsys, "w3")
+    words = {"<unk>": 0, "w3": 500}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    session.talker.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<unk>")
+    said = "the token id 500, and the model's vocabulary has 100 ids. It is another model's tokenizer"
+    assert said in talked(session, monkeypatch, capsys, "w3")
+
+
+def test_a_number_of_hundreds_of_digits_is_no_option(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["adapter", "--max-new-tokens", "9" * 400])
+    error = capsys.readouterr().err
+    assert "has more digits than any number that is used here" in error and error.count("\n") == 1 and len(error) < 300
 
 
 def test_without_a_chat_template_the_line_itself_is_the_prompt(session):

@@ -6,6 +6,7 @@ PEFT_REFT_BROWSER=1 pytest tests/test_playground.py      (needs '.[playground]',
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from types import SimpleNamespace
@@ -165,6 +166,18 @@ def test_what_is_missing_is_said_before_anything_is_loaded(monkeypatch, capsys):
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
     assert command.main(["no-such-folder"]) == 1
     assert "needs gradio and matplotlib: pip install 'peft-reft[playground]'" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_told_before_anything_is_loaded(capsys):
+    for package in ("gradio", "matplotlib"):
+        pytest.importorskip(package, reason="pip install '.[playground]'")
+    with socket.create_server((command.ADDRESS, 0)) as taken:
+        port = taken.getsockname()[1]
+        assert command.main(["no-such-folder", "--port", str(port)]) == 2
+    error = capsys.readouterr().err
+    assert f"--port {port} cannot be used (Address already in use)" in error
+    assert command.main(["no-such-folder", "--port", str(port)]) == 2
+    assert "no saved adapter" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not os.environ.get("PEFT_REFT_BROWSER"), reason="set PEFT_REFT_BROWSER=1 to drive it in Chromium")

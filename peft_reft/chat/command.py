@@ -8,7 +8,9 @@ import transformers
 
 from peft_reft.chat.loading import add_loading_arguments, open_talker
 from peft_reft.chat.session import Session
-from peft_reft.command_line import OneLineParser
+from peft_reft.command_line import OneLineParser, without_controls
+from peft_reft.info.files import one_line
+from peft_reft.tuner.sizes import printable
 
 
 def main(argv: list[str]) -> int:
@@ -26,10 +28,11 @@ def main(argv: list[str]) -> int:
     try:
         talker, names = open_talker(arguments)
     except (ValueError, OSError, ImportError) as error:
-        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{parser.prog}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     session = Session(talker, names, arguments.system, adapter=names[0])
-    print(f"{', '.join(names)} on {talker.model.config.name_or_path}. /help lists the commands, /quit ends.")
+    who = printable(f"{', '.join(names)} on {talker.model.config.name_or_path}")
+    print(f"{who}. /help lists the commands, /quit ends.")
     if getattr(talker.tokenizer, "chat_template", None) is None:
         print("The tokenizer has no chat template: each line is given to the model as it is, without the lines before.")
     talk(session)
@@ -52,14 +55,16 @@ def talk(session: Session) -> None:
             said = session.command(line)
             if said is None:
                 return
-            print(said)
+            print(printable(said))
             continue
-        print(f"{session.speaker}> ", end="", flush=True)
+        print(printable(f"{session.speaker}> "), end="", flush=True)
         try:
             for piece in session.answer(line):
-                print(piece, end="", flush=True)
+                print(without_controls(piece), end="", flush=True)
         except KeyboardInterrupt:
             pass
         except ValueError as error:
-            print(error, end="")
+            print(without_controls(str(error)), end="")
+        except RuntimeError as error:  # of torch: no memory, or no finite probabilities to sample from
+            print(f"There is no answer ({printable(one_line(error))}). Try another /strength or --temperature.", end="")
         print()

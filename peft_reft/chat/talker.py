@@ -13,7 +13,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 from peft_reft.info.files import one_line
 from peft_reft.tuner.adapters import set_strength
-from peft_reft.tuner.fit import most_tokens
+from peft_reft.tuner.fit import most_tokens, vocabulary_of
 
 Message = dict[str, str]
 
@@ -54,6 +54,10 @@ class Talker:
             ValueError: if the chat template does not take these roles in this order, or the model not so many tokens.
         """
         ids = self._encoded(messages)
+        if not ids:
+            raise ValueError(
+                "The tokenizer and its chat template make no token of the conversation. Say something else."
+            )
         most, said = most_tokens(self.model.get_base_model())
         if len(ids) >= most:
             raise ValueError(
@@ -125,6 +129,12 @@ class Talker:
     @torch.no_grad()
     def _generate(self, messages: list[Message], streamer: Any, stop: threading.Event) -> None:
         prompt = self.prompt_ids(messages)
+        vocabulary = vocabulary_of(self.model.get_base_model())
+        if vocabulary is not None and max(prompt) >= vocabulary:
+            raise ValueError(
+                f"The tokenizer has the token id {max(prompt)}, and the model's vocabulary has {vocabulary:,} ids. It "
+                "is another model's tokenizer: take it out of the adapter's folder, and the base model's own is used."
+            )
         ids = torch.tensor([prompt], device=self.model.device)
         sampling = (
             {"do_sample": True, "temperature": self.temperature} if self.temperature > 0 else {"do_sample": False}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from peft_reft.command_line import OneLineParser
 from peft_reft.convert import convert
-from peft_reft.info.files import printable
+from peft_reft.tuner.sizes import printable
 
 
 def parser() -> OneLineParser:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from peft_reft.blocks.numbering import block_number, group_by_stack
 from peft_reft.convert.structure import Structure
-from peft_reft.info.files import printable
 from peft_reft.positions import parse_positions
 from peft_reft.tuner.config import ReftConfig
 from peft_reft.tuner.keys import PEFT_PREFIX, FileKey
+from peft_reft.tuner.sizes import printable
 
 WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # task types whose head PEFT trains and saves in any case
 SPLIT = (

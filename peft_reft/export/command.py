@@ -23,7 +23,8 @@ from peft_reft.export.check import check_backbone
 from peft_reft.export.files import FLOATS, save_adapter_tensors
 from peft_reft.export.programs import FORMATS, export_backbone, refuse_missing_packages
 from peft_reft.export.quantise import INTEGERS
-from peft_reft.info.files import is_reft_adapter, printable, read_config
+from peft_reft.info.files import is_reft_adapter, read_config
+from peft_reft.tuner.sizes import printable
 
 FAULTS = (ValueError, OSError, ImportError)
 OF_BACKBONES = ("format", "cache", "max_rank", "max_groups", "max_columns", "bake", "tokens", "no_check")

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_reft.info.files import printable, read_adapter
+from peft_reft.info.files import read_adapter
 from peft_reft.info.measuring import BlockInfo, block_info
 from peft_reft.info.reading import interventions_of
 from peft_reft.info.words import (
@@ -22,6 +22,7 @@ from peft_reft.info.words import (
     weights_in_words,
 )
 from peft_reft.positions import parse_positions
+from peft_reft.tuner.sizes import printable
 
 
 @dataclass(frozen=True)

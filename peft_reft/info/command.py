@@ -6,7 +6,7 @@ import sys
 
 from peft_reft.command_line import OneLineParser
 from peft_reft.info.adapter import adapter_info
-from peft_reft.info.files import printable
+from peft_reft.tuner.sizes import printable
 
 
 def main(argv: list[str]) -> int:
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
     try:
         info = adapter_info(arguments.directory)
     except ValueError as error:
-        print(f"{parser.prog}: {printable(str(error))}", file=sys.stderr)
+        print(f"{parser.prog}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     print(info.as_json() if arguments.json else info)
     return 0

@@ -180,11 +180,6 @@ def _damaged(path: Path, error: Exception) -> ValueError:
     return ValueError(f"{str(path)!r} cannot be read ({one_line(error)}); the file is damaged.")
 
 
-def printable(text: str) -> str:
-    """The text, in which names from a file can hold nothing by which a terminal could be steered."""
-    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
-
-
 def one_line(error: BaseException) -> str:
     """The beginning of an error's message on one line, with its class."""
     text = re.sub(r"\s+", " ", str(error)).strip()

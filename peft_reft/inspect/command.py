@@ -18,6 +18,7 @@ from peft_reft.inspect.tables import Inspection
 from peft_reft.integrations.loading import load_adapters
 from peft_reft.integrations.threads import share_the_machine
 from peft_reft.tuner.fit import most_tokens
+from peft_reft.tuner.sizes import printable
 
 
 def main(argv: list[str]) -> int:
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> int:
         if draws:
             found.plot(arguments.out, arguments.value)
     except (ValueError, OSError, ImportError, KeyError) as error:
-        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{parser.prog}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except IndexError as error:  # of learned positions, which end there
         most, said = most_tokens(model.get_base_model())

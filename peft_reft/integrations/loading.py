@@ -11,8 +11,9 @@ import torch
 import transformers
 from peft import PeftModel
 
-from peft_reft.info.files import read_adapter
+from peft_reft.info.files import one_line, read_adapter
 from peft_reft.info.reading import AUTO_CLASSES
+from peft_reft.tuner.sizes import shown
 
 
 def load_adapters(
@@ -42,15 +43,21 @@ def load_adapters(
     name = model_name or config.get("base_model_name_or_path")
     if not name:
         raise ValueError(f"{str(first)!r} does not name its base model; give it with --model.")
+    if not isinstance(name, str):
+        raise ValueError(
+            f"{str(first)!r} has base_model_name_or_path={shown(name)}, which is no name; give it with --model."
+        )
     auto = getattr(transformers, AUTO_CLASSES.get(str(config.get("task_type")), "AutoModelForCausalLM"))
     more = {} if num_labels is None else {"num_labels": num_labels}
     model: Any
     try:
         model = auto.from_pretrained(name, dtype=dtype, trust_remote_code=False, **more)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of damaged files; of their kinds only two say by themselves what is wrong
         where = "" if Path(name).is_dir() else " There is no such folder here, so it was looked for on the hub."
-        said = textwrap.shorten(str(error), 300)
-        raise ValueError(f"The base model {name!r} cannot be loaded; --model names another.{where} {said}") from error
+        said = textwrap.shorten(str(error) if isinstance(error, (OSError, ValueError)) else one_line(error), 300)
+        raise ValueError(
+            f"The base model {shown(name)} cannot be loaded; --model names another.{where} {said}"
+        ) from error
     for adapter, folder in folders.items():
         try:
             with warnings.catch_warnings():
@@ -63,5 +70,9 @@ def load_adapters(
             hint = "; a classifier may need --num-labels" if "CLS" in str(config.get("task_type")) else ""
             raise ValueError(f"The adapter in {str(folder)!r} does not fit {name!r}{hint}: {error}") from error
     source = first if (first / "tokenizer_config.json").is_file() else name
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # of damaged files
+        said = textwrap.shorten(one_line(error), 300)
+        raise ValueError(f"The tokenizer in {str(source)!r} cannot be loaded. {said}") from error
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer

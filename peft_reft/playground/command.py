@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import socket
 import sys
 
 from peft_reft.chat.loading import add_loading_arguments, open_talker
 from peft_reft.command_line import OneLineParser, number
 from peft_reft.playground.replies import Replies
+from peft_reft.tuner.sizes import printable
 
 PROGRAM = "python -m peft_reft playground"
+ADDRESS = "127.0.0.1"
 
 
 def main(argv: list[str]) -> int:
@@ -26,10 +30,15 @@ def main(argv: list[str]) -> int:
     if missing:  # before the model is loaded, which may take minutes
         print(f"{PROGRAM} needs {' and '.join(missing)}: pip install 'peft-reft[playground]'", file=sys.stderr)
         return 1
+    if (reason := why_not(arguments.port)) is not None:
+        print(
+            f"{PROGRAM}: --port {arguments.port} cannot be used ({reason}). Give another one, or none.", file=sys.stderr
+        )
+        return 2
     try:
         talker, names = open_talker(arguments)
     except (ValueError, OSError, ImportError) as error:
-        print(f"{PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{PROGRAM}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     from peft_reft.playground.page import build, serve
 
@@ -40,3 +49,14 @@ def main(argv: list[str]) -> int:
         print(f"{PROGRAM}: the page cannot be served: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def why_not(port: int | None) -> str | None:
+    """Why no page can be served at a port of this machine; None if one can. Asked before a model is loaded."""
+    if port is None:
+        return None
+    try:
+        with socket.create_server((ADDRESS, port)):
+            return None
+    except OSError as error:
+        return os.strerror(error.errno or 0)

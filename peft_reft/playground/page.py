@@ -10,13 +10,13 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from peft_reft.playground.command import ADDRESS
 from peft_reft.playground.replies import Replies, Talk, adapter_colors
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio is imported
 
 import gradio as gr
 
-ADDRESS = "127.0.0.1"
 # The themes of Gradio fetch their fonts from the network.
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
 

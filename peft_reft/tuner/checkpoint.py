@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from peft_reft.tuner.injection import base_model_of
 from peft_reft.tuner.keys import INTERVENTIONS, PEFT_PREFIX, blocks_of, is_intervention, without_adapter
+from peft_reft.tuner.sizes import printable
 
 # Settings that say what weights mean, and that the names and shapes of interventions do not show.
 MEANING = (
@@ -201,4 +202,4 @@ def _is_same(tensor: Tensor, there: Tensor | None) -> bool:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return printable(", ".join(names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

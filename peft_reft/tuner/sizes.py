@@ -28,6 +28,11 @@ def shown(value: object, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
+def printable(text: str) -> str:
+    """The text, in which names from a file can hold nothing by which a terminal could be steered."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
+
+
 def is_integer(value: object) -> bool:
     """Whether a value is an integer; True and False are none here."""
     return isinstance(value, int) and not isinstance(value, bool)
