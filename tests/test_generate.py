@@ -487,6 +487,31 @@ def test_a_cache_that_cannot_be_cropped_is_refused_where_it_would_have_to_be(win
         greedy(model, second, past_key_values=cache)
 
 
+class OtherName(transformers.LlamaForCausalLM):
+    """Calls its cache by another name, as transformers 5.24 did to all models."""
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        own = [inputs.pop(name) for name in ("cache", "past_key_values") if name in inputs]
+        return {**inputs, "kept": own[0] if own else None}
+
+    def forward(self, input_ids=None, attention_mask=None, kept=None, **kwargs):
+        kwargs.pop("cache", None)
+        return super().forward(input_ids, attention_mask, **{**kwargs, "past_key_values": kept})
+
+
+def test_a_cache_by_a_name_that_is_not_known_is_told_and_not_taken_for_none():
+    base, inputs = tiny_model("llama", eos_token_id=None), batch(7, 4, side="left")
+    model = reft_model(OtherName(base.config), positions="f2+l2+d", task_type="CAUSAL_LM")
+    model.get_base_model().load_state_dict(base.state_dict(), strict=False)
+    with model.disable_adapter():
+        plain = greedy(model, inputs)
+    with pytest.raises(RuntimeError, match=r"runs the last 1 of 8 columns with no cache by a name.*use_cache=False"):
+        greedy(model, inputs)
+    expected = greedy(reft_model(base, positions="f2+l2+d", task_type="CAUSAL_LM"), inputs)
+    assert greedy(model, inputs, use_cache=False) == expected != plain
+
+
 def test_a_text_generation_pipeline_pads_and_continues_like_single_texts():
     from tokenizers import Tokenizer, models, pre_tokenizers
 

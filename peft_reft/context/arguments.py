@@ -19,6 +19,7 @@ from peft_reft.positions import IGNORED, align_shift_labels, document_starts
 
 HIDDEN = -9000.0  # an additive mask below this hides a token: libraries use -10000 or less (-9984 in bfloat16)
 CACHES = ("past_key_values", "cache", "cache_params")  # transformers 5.24 calls each of them `cache`
+PASTS = (*CACHES, "mems", "state", "past_buckets_states")  # what a forward is given of the columns before
 LOCATIONS_RULE = "Pass a LongTensor [B, P] or [B, G, P] of columns of the padded row, -1 = unused."
 
 
@@ -183,6 +184,11 @@ def documents(arguments: Mapping[str, Any], valid: Tensor, shown: Tensor | None)
 def cache_of(arguments: Mapping[str, Any]) -> Any:
     """The cache of a call, whichever name transformers has for it; None without one."""
     return next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
+
+
+def has_past(arguments: Mapping[str, Any]) -> bool:
+    """Whether a call is given anything of the columns before its own."""
+    return any(arguments.get(name) is not None for name in PASTS)
 
 
 def past_length(arguments: Mapping[str, Any], columns: int, seen: int) -> int | Tensor:

@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 from peft_reft.context import notices
-from peft_reft.context.arguments import cache_of, past_length, token_shape, valid_columns
+from peft_reft.context.arguments import PASTS, cache_of, has_past, past_length, token_shape, valid_columns
 from peft_reft.context.method import MethodEntry
 from peft_reft.context.passed import NOTHING, STEP, Passed, read_passed, take_own
 from peft_reft.context.state import ModelState, names_of_rows
@@ -79,6 +79,12 @@ class Generation:
             mask = arguments.get("decoder_attention_mask" if is_decoder else "attention_mask")
             self._unseen = self._begin(is_decoder, ids, mask, inputs, shape) if begins else 0
         seen = max(0, ids.shape[1] + self._unseen - shape[1])
+        if seen and not is_first and not has_past(inputs) and self.state.active_specs():
+            raise RuntimeError(
+                f"transformers {transformers.__version__} runs the last {shape[1]} of {seen + shape[1]} columns with "
+                f"no cache by a name that peft_reft knows ({', '.join(PASTS)}): which columns they are is unknown. "
+                "Generate with use_cache=False, or install a version of transformers that was tested."
+            )
         past = past_length(inputs, shape[1], seen)
         if isinstance(past, Tensor) and not is_first:
             return Step(self, seen)
