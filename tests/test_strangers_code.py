@@ -9,6 +9,7 @@ from test_tools import word_tokenizer
 from transformers import AutoTokenizer
 
 from peft_reft.chat.command import main as chat
+from peft_reft.export import adapter_tensors
 from peft_reft.inspect import main as inspect
 from peft_reft.playground.command import main as playground
 
@@ -70,4 +71,20 @@ def test_a_marker_as_text_is_not_encoded_by_it(stranger):
     config.write_text(json.dumps({**settings, "prompt_end": "w5", "base_model_name_or_path": str(folder)}))
     with pytest.raises(ValueError, match="prompt_end='w5' needs the tokenizer"):
         PeftModel.from_pretrained(tiny_model("llama"), folder)
+    assert not mark.exists()
+
+
+def test_the_blocks_of_a_base_model_are_not_counted_by_its_own_code(stranger, tmp_path):
+    """A config of a class that transformers knows, with a language model that it does not."""
+    _, folder, mark = stranger
+    evil = tmp_path / "evil"
+    evil.mkdir()
+    (evil / "own.py").write_text(CODE.format(mark=str(mark)))
+    known = {"model_type": "vit", "auto_map": {"AutoModelForCausalLM": "own.Own"}}
+    (evil / "config.json").write_text(json.dumps(known))
+    config = folder / "adapter_config.json"
+    settings = {"layers_to_transform": [0], "base_model_name_or_path": str(evil)}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **settings}))
+    with pytest.raises(ValueError, match=r"whose config cannot be read here.*contains custom code.*Pass blocks="):
+        adapter_tensors(folder)
     assert not mark.exists()

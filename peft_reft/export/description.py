@@ -156,7 +156,7 @@ _FITS: dict[str, Callable[[Any], bool]] = {  # what a description may say, field
     "width": _count,
     "vocabulary": _count,
     "cache": lambda value: value is None or _list_of(dict)(value),
-    "cache_dtype": FLOATS.__contains__,
+    "cache_dtype": lambda value: isinstance(value, str) and value in FLOATS,
     **dict.fromkeys(("max_rank", "max_groups", "max_columns"), lambda value: value is None or _count(value)),
     "end_tokens": _list_of(int),
 }

@@ -60,8 +60,10 @@ def save_adapter_tensors(
         base_model: name of the base model, if it is not to be the one that the adapter says; folders are left out.
 
     Raises:
-        ValueError: for an adapter that is more than these tensors, or has numbers that `dtype` cannot hold.
+        ValueError: for an adapter that is more than these tensors, or has numbers that `dtype` cannot hold; or if there
+            is something else at `path`, which is not replaced.
     """
+    refuse_other_file(Path(path))
     if dtype not in FLOATS.values():
         raise ValueError(f"dtype={dtype!r} is none of {', '.join(f'torch.{name}' for name in FLOATS)}.")
     found = read_edits(model_or_directory, adapter_name, blocks)
@@ -86,6 +88,22 @@ def save_adapter_tensors(
         os.chmod(stage / target.name, 0o644)
 
 
+def refuse_other_file(path: Path) -> None:
+    """Raise ValueError if there is something at `path` that is no file of edits, such as the adapter's own weights."""
+    if not path.exists():
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            is_ours = (file.metadata() or {}).get("format") == EDITS
+    except Exception:  # no safetensors, or no file
+        is_ours = False
+    if not is_ours:
+        raise ValueError(
+            f"{str(path)!r} is there already, and is no file of an adapter's edits, so that it is not replaced. Give "
+            "another name, or remove it."
+        )
+
+
 def load_adapter_tensors(path: str | Path) -> EditTensors:
     """Read a file of `save_adapter_tensors`; `BackboneDescription.inputs` makes a graph's inputs of it.
 
@@ -108,7 +126,7 @@ def load_adapter_tensors(path: str | Path) -> EditTensors:
         blocks, share = _names(json.loads(metadata["blocks"])), json.loads(metadata["share_weights"])
         spec = parse_positions(metadata["positions"])
         down, bias, up = (_floating(name, tensors[name]) for name in NAMES)
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} lacks what describes an adapter ({one_line(error)}).") from error
     fixed = share != "position" or all(term.width is not None for term in spec.terms)
     groups = spec.num_interventions(share) if (isinstance(share, bool) or share == "position") and fixed else -1

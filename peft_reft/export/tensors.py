@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from peft_reft.blocks import ModelBlocks, own_name, pick_layers
 from peft_reft.export.masks import refuse_other_prompts
 from peft_reft.export.models import base_of, blocks_of_model
-from peft_reft.info.files import read_adapter
+from peft_reft.info.files import one_line, read_adapter
 from peft_reft.info.measuring import built
 from peft_reft.info.reading import interventions_of
 from peft_reft.interventions import REGISTRY, Factors, Intervention, kind_of, stack_factors, takes_source
@@ -245,12 +245,12 @@ def base_blocks(directory: str | Path) -> list[str]:
     name = read_adapter(Path(directory)).config.get("base_model_name_or_path")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"The adapter in {str(directory)!r} edits some blocks of {name!r}, whose config cannot be read here to "
-            "know them all. Pass blocks=[...], such as exportable(base).blocks."
+            f"know them all ({one_line(error)}). Pass blocks=[...], such as exportable(base).blocks."
         ) from error
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
     (stack,) = ModelBlocks(model).stacks()
     return stack

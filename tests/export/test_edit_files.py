@@ -1,6 +1,7 @@
 """Adapters as small files: what they hold, what they weigh, and what is refused."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -153,6 +154,7 @@ def test_a_cut_off_file_and_files_of_other_kinds_are_refused(model, tmp_path):
         ({"positions": "sofa"}, "lacks what describes"),
         ({"blocks": '["model.layers.0"]'}, "for 1 blocks"),
         ({"blocks": "["}, "lacks what describes"),
+        ({"blocks": "[" * 100_000}, "lacks what describes an adapter .RecursionError"),
         ({"share_weights": '"perhaps"'}, "share_weights='perhaps'"),
         ({"share_weights": "1"}, "share_weights=1"),
         ({"positions": "all", "share_weights": '"position"'}, "positions='all' and share_weights='position'"),
@@ -169,6 +171,21 @@ def test_metadata_that_does_not_fit_the_tensors_is_refused(changed, why, model, 
     save_file(tensors, path, {**metadata, **changed})
     with pytest.raises(ValueError, match=why):
         load_adapter_tensors(path)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "folder"])
+def test_what_is_no_file_of_edits_is_not_replaced(name, model, tmp_path):
+    """Such as the weights of the adapter itself, which were gone then."""
+    model.save_pretrained(tmp_path)
+    (tmp_path / "folder").mkdir()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    for source in (tmp_path, model):
+        with pytest.raises(ValueError, match=f"{name}' is there already, and is no file of an adapter's edits"):
+            save_adapter_tensors(source, tmp_path / name)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    save_adapter_tensors(tmp_path, tmp_path / "edits.safetensors", torch.float32)
+    save_adapter_tensors(tmp_path, tmp_path / "edits.safetensors")  # an older one of its kind
+    assert load_adapter_tensors(tmp_path / "edits.safetensors").positions == model.peft_config["default"].positions
 
 
 def description(model, **changes) -> BackboneDescription:
@@ -190,9 +207,16 @@ def test_a_description_is_read_as_it_was_written(model, tmp_path):
         BackboneDescription.load(tmp_path)
     written.save(tmp_path)
     said = json.loads((tmp_path / "backbone.json").read_text())
-    for name, value in (("width", "32"), ("blocks", None), ("cache_dtype", "int8"), ("end_tokens", 5), ("max_rank", 0)):
+    for name, value in (
+        ("width", "32"),
+        ("blocks", None),
+        ("cache_dtype", "int8"),
+        ("cache_dtype", ["float32"]),
+        ("end_tokens", 5),
+        ("max_rank", 0),
+    ):
         (tmp_path / "backbone.json").write_text(json.dumps({**said, name: value}))
-        with pytest.raises(ValueError, match=f"has {name} = {value!r}, which does not describe a backbone"):
+        with pytest.raises(ValueError, match=re.escape(f"has {name} = {value!r}, which does not describe a backbone")):
             BackboneDescription.load(tmp_path)
 
 
