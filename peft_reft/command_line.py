@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import tempfile
 import unicodedata
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -32,6 +34,22 @@ def without_controls(text: str) -> str:
     They become codes, but for line ends and tabs. All other characters of all scripts stay.
     """
     return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else f"\\x{ord(c):02x}" for c in text)
+
+
+def refuse_place(what: str, folder: Path) -> None:
+    """Refuse a folder that cannot be written to, before minutes of work; it is not made here.
+
+    Raises:
+        ValueError: naming the argument, `what`.
+    """
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{what} cannot be {str(folder)!r}: {str(there)!r} takes no files ({error.strerror}). Give another folder."
+        ) from error
 
 
 def device(text: str) -> str:

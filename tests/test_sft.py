@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -16,7 +17,7 @@ from datasets import Dataset
 from peft import PeftModel
 from peft.config import PeftConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from peft_reft import ReftConfig, get_interventions
@@ -200,6 +201,24 @@ FORBIDDEN = {
     "messages in a table": (["--dataset", "messages.csv"], "The messages 'w3' are no list of messages"),
     "tokens alone": (["--dataset", "tokens.jsonl"], r"columns \['input_ids'\].*`labels` or a `completion_mask`"),
     "no split to evaluate on": (["--eval_strategy", "steps"], "not 'test'.*--test_split_size"),
+    "a negative seed": (["--seed", "-1"], "--seed -1 cannot be used; it must be from 0 to 4294967295"),
+    "a rate that is no number": (["--learning_rate", "nan"], "--learning_rate nan .* a number above 0"),
+    "a negative rate": (["--learning_rate", "-1"], "--learning_rate -1.0 .* a number above 0"),
+    "an infinite rate": (["--learning_rate", "inf"], "--learning_rate inf .* a number above 0"),
+    "no epoch": (["--num_train_epochs", "0", "--max_steps", "-1"], "--num_train_epochs 0.0 .* a number above 0"),
+    "no row": (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size 0 .* at least 1"),
+    "no batch": (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps 0 .* at least 1"),
+    "no length": (["--max_length", "-1"], "--max_length -1 .* at least 1"),
+    "a folder that is a file": (["--output_dir", "pairs.jsonl"], "--output_dir cannot be 'pairs.jsonl': .*no files"),
+    "a checkpoint that is none": (["--resume_from_checkpoint", "base"], "base is no checkpoint: it has no trainer_st"),
+    "a null for rows": (
+        ["--dataset", "null.jsonl"],
+        "null.jsonl' cannot be read: it begins with 'n'; each row of JSON is an ob",
+    ),
+    "blanks": (["--dataset", "blank.jsonl"], "blank.jsonl' cannot be read: it begins with ''"),
+    "another encoding": (["--dataset", "latin.jsonl"], "holds bytes that are no text.*Save it in UTF-8"),
+    "empty chats": (["--dataset", "nobody.jsonl"], r"Row 0 of the data has the prompt \[\] and completion \[\];"),
+    "a name that steers": (["--dataset", "\x1b[2J"], r"\\x1b\[2J"),
     "a model that is not there": ([], r"The base model '\./no-such-model' cannot be loaded"),
 }
 
@@ -215,12 +234,38 @@ def test_what_cannot_be_used_ends_as_one_line_before_a_model_is_loaded(what, fol
     write(folder / "mixed.jsonl", [{"prompt": [{"role": "user", "content": "w3"}], "completion": "w4"}])
     write(folder / "lines.jsonl", [{"messages": ["w3", "w4"]}])
     write(folder / "tokens.jsonl", [{"input_ids": [3, 4, 5]}])
+    (folder / "null.jsonl").write_text("null")
+    (folder / "blank.jsonl").write_text(" \n")
+    (folder / "latin.jsonl").write_bytes(b'{"prompt": "w3 \xe9", "completion": "w4"}')
+    write(folder / "nobody.jsonl", [{"prompt": [], "completion": []}])
     common = options(model="./no-such-model", dataset="pairs.jsonl", output_dir="never", **SETTINGS)
     assert sft.main([*common, *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("python -m peft_reft sft: error: ")
     assert re.search(message, error), error
+    assert "\x1b" not in error
     assert not (folder / "never").exists()
+
+
+def test_a_training_that_diverges_is_told_and_replaces_no_adapter(folder, tmp_path, capsys):
+    weights = train(folder, tmp_path)
+    common = options(model=folder / "base", dataset=folder / "pairs.jsonl", output_dir=tmp_path)
+    assert sft.main([*common, *options(**{**SETTINGS, "learning_rate": 1e38})]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "the training diverged: the adapter holds numbers that are infinite or NaN, and is not saved" in error
+    assert torch.equal(saved_weights(folder, tmp_path), weights)
+
+
+def test_data_of_a_stranger_steer_no_terminal(folder, tmp_path, capsys):
+    write(tmp_path / "evil.jsonl", [{"prompt": "w3 \x1b[2J", "completion": "w4 \x1b[2J"}])
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    tokenizer.add_tokens(["\x1b[2J"])
+    shutil.copytree(folder / "base", tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    common = options(model=tmp_path / "base", dataset=tmp_path / "evil.jsonl", output_dir=tmp_path / "out", **SETTINGS)
+    assert sft.main(common) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and r"\x1b[2J" in out and "--prompt ..." in out
 
 
 def test_rows_that_have_no_room_for_a_completion_are_named(folder, tmp_path, capsys):

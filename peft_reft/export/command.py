@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ import transformers
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_reft.command_line import OneLineParser, number
+from peft_reft.command_line import OneLineParser, number, refuse_place
 from peft_reft.export.backbone import exportable
 from peft_reft.export.check import check_backbone
 from peft_reft.export.files import FLOATS, save_adapter_tensors
@@ -93,22 +92,10 @@ def _adapter(arguments: argparse.Namespace, out: Path) -> int:
     read_config(Path(arguments.adapter))  # raises, if it is no adapter
     if out.is_dir() or out.suffix != ".safetensors":
         out = out / f"{Path(arguments.adapter).resolve().name}.safetensors"
-    _refuse_place(out.parent)
+    refuse_place("OUT", out.parent)
     save_adapter_tensors(arguments.adapter, out, FLOATS[dtype], base_model=arguments.base_model)
     print(f"{out}: {out.stat().st_size:,} bytes")
     return 0
-
-
-def _refuse_place(folder: Path) -> None:
-    """Refuse a folder that cannot be written to, before minutes of work; it is not made here."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    try:
-        with tempfile.TemporaryDirectory(dir=there):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"OUT cannot be {str(folder)!r}: {str(there)!r} takes no files ({error.strerror}). Give another folder."
-        ) from error
 
 
 class Steps:
@@ -136,7 +123,7 @@ def _backbone(arguments: argparse.Namespace, out: Path) -> int:
             f"the adapter by --adapter {name}."
         )
     refuse_missing_packages(arguments.format)
-    _refuse_place(out)
+    refuse_place("OUT", out)
     say(f"Loading {name}")
     precision = FLOATS.get(dtype, torch.float32)
     experts = FORMATS[arguments.format].experts

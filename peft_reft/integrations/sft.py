@@ -14,10 +14,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer, get_quantization_config, is_conversational
 
+from peft_reft.command_line import refuse_place, without_controls
 from peft_reft.commands import this_python
 from peft_reft.integrations.chat_template import chat_prompt_end
 from peft_reft.integrations.collator import KEY, ReftDataCollator
@@ -27,6 +29,7 @@ from peft_reft.integrations.sft_options import PROGRAM, Parser, UserError
 from peft_reft.integrations.threads import share_the_machine
 from peft_reft.positions.prompts import IGNORED
 from peft_reft.tuner.config import ReftConfig
+from peft_reft.tuner.sizes import printable
 
 __all__ = ["Parser", "main"]
 
@@ -70,8 +73,9 @@ def make_trainer(training: Any, model: Any, config: ReftConfig, train: Any, test
     for rows, name in ((trainer.train_dataset, "train"), (trainer.eval_dataset, "evaluate")):
         if rows is not None and next(iter(rows), None) is None:
             raise UserError(
-                f"No row is left to {name} on: every prompt takes up all of --max_length {training.max_length}, and "
-                "nothing is left of its completion. Raise --max_length, or shorten the prompts."
+                f"No row is left to {name} on: every prompt takes up all of --max_length {training.max_length}, so "
+                "that nothing is left of its completion, or the completions are empty. Raise --max_length, shorten "
+                "the prompts, or fill in the completions."
             )
     # With label smoothing the labels do not reach the model; locations do.
     trainer.data_collator = ReftDataCollator(trainer.data_collator, config)
@@ -104,7 +108,7 @@ def what_is_trained(trainer: Any, config: ReftConfig) -> str:
     start = next((column for column in range(1, len(ids)) if labels[column] != IGNORED), len(ids))
     decode = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
     behind = {column - start for column in edited if column >= start}
-    return (
+    return without_controls(
         f"Training {trainable:,} of {total:,} parameters: {config.intervention} of rank {config.r} at "
         f"{config.positions}, learning rate {trainer.args.learning_rate:g}.\n"
         f"The first example, with the edited tokens between « and »:\n"
@@ -122,6 +126,14 @@ def what_was_stopped(trainer: Any) -> str:
     return f"{done} The same command with --resume_from_checkpoint {shlex.quote(checkpoint)} goes on."
 
 
+def diverged(trainer: Any) -> bool:
+    """Whether a trained number is infinite or not a number, in this process or in another that trains with it."""
+    trained = [p.to_local() if hasattr(p, "to_local") else p for p in trainer.model.parameters() if p.requires_grad]
+    odd = any(not bool(p.detach().isfinite().all()) for p in trained)
+    counted = torch.tensor(float(odd), device=trainer.accelerator.device)
+    return bool(trainer.accelerator.reduce(counted, reduction="sum") > 0)
+
+
 def what_next(folder: str, data: Any) -> str:
     """Where the adapter is, and the commands to talk with it and to look into it."""
     row = next(iter(data))
@@ -129,7 +141,8 @@ def what_next(folder: str, data: Any) -> str:
     if isinstance(prompt, list):
         prompt = prompt[-1]["content"]
     where = shlex.quote(folder)
-    asked = shlex.quote(prompt if isinstance(prompt, str) and len(prompt) <= 200 else "...")
+    short = isinstance(prompt, str) and len(prompt) <= 200 and without_controls(prompt) == prompt
+    asked = shlex.quote(prompt if short else "...")
     return (
         f"The adapter is in {folder}. To talk with it, and to see what it edits:\n"
         f"  {this_python()} -m peft_reft chat {where}\n"
@@ -153,8 +166,8 @@ def main(argv: list[str]) -> int:
     """Train an adapter as the command line says.
 
     Returns:
-        The exit status: 0, or 2 if something that the user gave cannot be used (a line on stderr says what), or 130
-        after Ctrl-C in training.
+        The exit status: 0, or 2 if something that the user gave cannot be used (a line on stderr says what), or 1 if
+        the training diverged, so that nothing is saved, or 130 after Ctrl-C in training.
     """
     # What TRL and PEFT use as their own, under names that transformers has changed
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
@@ -165,10 +178,19 @@ def main(argv: list[str]) -> int:
         resumed = training.resume_from_checkpoint
         if isinstance(resumed, str) and not Path(resumed).is_dir():
             raise UserError(f"--resume_from_checkpoint {resumed} is no folder. Name a checkpoint-N in --output_dir.")
+        if isinstance(resumed, str) and not Path(resumed, "trainer_state.json").is_file():
+            raise UserError(
+                f"--resume_from_checkpoint {resumed} is no checkpoint: it has no trainer_state.json. Name a "
+                "checkpoint-N in --output_dir."
+            )
+        try:
+            refuse_place("--output_dir", Path(training.output_dir))
+        except ValueError as error:
+            raise UserError(str(error)) from error
         train, test = load_data(script, training, mixture)
         trainer = make_trainer(training, model, config, train, test)
     except UserError as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{PROGRAM}: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     trainer.accelerator.print(what_is_trained(trainer, config))
     try:
@@ -176,6 +198,14 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         trainer.accelerator.print(f"\n{PROGRAM}: {what_was_stopped(trainer)}", file=sys.stderr)
         return 130
+    if diverged(trainer):
+        trainer.accelerator.print(
+            f"{PROGRAM}: the training diverged: the adapter holds numbers that are infinite or NaN, and is not saved. "
+            f"Train again with a --learning_rate below {training.learning_rate:g}, or from a checkpoint.",
+            file=sys.stderr,
+        )
+        end(trainer)
+        return 1
     if test is not None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)

@@ -49,7 +49,13 @@ def load_data(script: Any, training: Any, mixture: Any) -> tuple[Any, Any]:
             f"The data set {name or mixture.datasets!r} has the splits {sorted(data)}, but not {missing[0]!r}. Name "
             "them with --dataset_train_split and --dataset_test_split, or set rows aside with --test_split_size 0.1."
         )
-    train, *test = (with_prompts(data[split], training) for split in wanted)
+    try:
+        train, *test = (with_prompts(data[split], training) for split in wanted)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"The data set {name or mixture.datasets!r} holds bytes that are no text ({one_line(error)}). Save it in "
+            "UTF-8."
+        ) from error
     return train, test[0] if test else None
 
 
@@ -62,6 +68,8 @@ def read_data(script: Any, mixture: Any) -> Any:
             raise ValueError(f"it ends in {path.suffix!r}, not in one of {', '.join(FILE_TYPES)}")
         if path.stat().st_size == 0:
             raise ValueError("the file is empty")
+        if FILE_TYPES[path.suffix.lower()] == "json":
+            refuse_other_than_rows(path)
         # Escaped: brackets and stars in its name would name other files.
         mixture.datasets = [DatasetConfig(path=FILE_TYPES[path.suffix.lower()], data_files=glob.escape(str(path)))]
         mixture.streaming = streaming
@@ -73,6 +81,17 @@ def read_data(script: Any, mixture: Any) -> Any:
     if mixture.test_split_size is not None:
         return data[script.dataset_train_split].train_test_split(test_size=mixture.test_split_size)
     return data
+
+
+def refuse_other_than_rows(path: Path) -> None:
+    """Raise ValueError if a JSON file begins with no row: at a null, the library that reads it ends the process."""
+    with open(path, "rb") as file:
+        begin = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if begin not in (b"{", b"["):
+        raise ValueError(
+            f"it begins with {begin.decode(errors='backslashreplace')!r}; each row of JSON is an object, as in "
+            '{"prompt": "Hello", "completion": " Good day"}, and its text UTF-8'
+        )
 
 
 def with_prompts(data: Any, training: Any) -> Any:
@@ -116,8 +135,12 @@ def refuse_other_than_text(number: int, row: dict[str, Any]) -> None:
 
 
 def is_chat(value: Any) -> bool:
-    """Whether a value is a list of messages."""
-    return isinstance(value, list) and all(isinstance(message, dict) and "role" in message for message in value)
+    """Whether a value is a list of messages, at least one."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(message, dict) and "role" in message for message in value)
+    )
 
 
 def split_chat(row: dict[str, Any]) -> dict[str, Any]:
@@ -126,7 +149,7 @@ def split_chat(row: dict[str, Any]) -> dict[str, Any]:
     >>> split_chat({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]})
     {'prompt': [{'role': 'user', 'content': 'Hi'}], 'completion': [{'role': 'assistant', 'content': 'Ho'}]}
     """
-    if not is_chat(row["messages"] or []):
+    if row["messages"] and not is_chat(row["messages"]):
         said = textwrap.shorten(repr(row["messages"]), 60)
         raise ValueError(f"The messages {said} are no list of messages, each with a 'role' and a 'content'.")
     *prompt, answer = row["messages"] or [{}]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import MISSING, field, fields, make_dataclass
@@ -157,12 +158,28 @@ class Parser(TrlParser):
             )
         if not model.model_name_or_path:
             raise UserError("--model is missing: the name or folder of the base model.")
+        refuse_numbers(training)
         if training.completion_only_loss is False:
             raise UserError(
                 "--completion_only_loss False trains on the prompt too, so that nothing of it is left to edit. Leave "
                 "it out: ReFT edits the prompt and trains on the completion."
             )
         return config, script, training, model, mixture
+
+
+def refuse_numbers(training: Any) -> None:
+    """Raise a UserError for numbers with which a training fails after its model is loaded, or trains nothing."""
+    counts = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    rules = {
+        "seed": (0 <= training.seed < 2**32, f"from 0 to {2**32 - 1}"),
+        "learning_rate": (0 < training.learning_rate < math.inf, "a number above 0"),
+        "num_train_epochs": (training.max_steps > 0 or 0 < training.num_train_epochs < math.inf, "a number above 0"),
+        "max_length": (training.max_length is None or training.max_length > 0, "at least 1"),
+        **{name: (getattr(training, name) > 0, "at least 1") for name in counts},
+    }
+    for name, (fits, words) in rules.items():
+        if not fits:
+            raise UserError(f"--{name} {getattr(training, name)} cannot be used; it must be {words}.")
 
 
 def default_of(option: Any) -> Any:
