@@ -149,6 +149,7 @@ def refused(directory, capsys) -> str:
 
 def test_what_is_no_reft_adapter_is_refused_in_one_line(tmp_path, capsys):
     assert "is no directory" in refused(tmp_path / "nowhere", capsys)
+    refused("a" * 5000, capsys)
     model = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"]), adapter_name="lora")
     model.save_pretrained(tmp_path)
     message = refused(tmp_path, capsys)
@@ -195,6 +196,12 @@ def test_a_stranger_s_names_steer_no_terminal(tmp_path, capsys):
     assert capsys.readouterr().out.isascii() is False  # ‖ and the like stay
     assert main([str(tmp_path)]) == 0
     assert not {"\x1b", "\x07"} & set(capsys.readouterr().out)
+    config["base_model_name_or_path"] = strange = "é\x9b2J\x7f\u202e\ud800"
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert main([str(tmp_path), "--json"]) == 0
+    out = capsys.readouterr().out
+    assert json.loads(out)["base_model"] == strange and "é" in out
+    assert all(c.isprintable() or c == "\n" for c in out)
 
 
 def test_damaged_numbers_are_told(tmp_path, capsys):

@@ -123,7 +123,7 @@ class AdapterInfo:
         return "\n".join("  ".join(line) for line in lines)
 
     def as_json(self) -> str:
-        """All fields as JSON; numbers that JSON cannot hold (infinite, NaN) as null."""
+        """All fields as JSON; infinite numbers and NaN, which it cannot hold, as null, what no terminal shows as codes."""
 
         def plain(value: Any) -> Any:
             if isinstance(value, dict):
@@ -132,7 +132,8 @@ class AdapterInfo:
                 return [plain(entry) for entry in value]
             return None if isinstance(value, float) and not math.isfinite(value) else value
 
-        return json.dumps(plain(asdict(self)), indent=2, ensure_ascii=False)
+        text = json.dumps(plain(asdict(self)), indent=2, ensure_ascii=False)
+        return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 def adapter_info(directory: str | Path, look_at_weights: bool = True) -> AdapterInfo:

@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     try:
         info = adapter_info(arguments.directory)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # a name too long, a folder that is not to be read
         print(f"{parser.prog}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     print(info.as_json() if arguments.json else info)

@@ -239,7 +239,10 @@ class ReftConfig(PeftConfig):
         """The fields with names of modules, and patterns that are to match them."""
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
-            names = isinstance(value, (list, tuple, set)) and all(isinstance(entry, str) for entry in value)
+            listed = isinstance(value, (list, tuple, set))
+            names = listed and all(isinstance(entry, str) for entry in value)
+            if listed and "" in value:  # PEFT takes it for the end of every name, the whole model's included
+                raise ValueError(f"{name}={shown(value)} has an empty name, which names no module. Leave it out.")
             if not (value is None or names or (isinstance(value, str) and name != "modules_to_save")):
                 raise ValueError(f"{name}={shown(value)} does not name modules; pass a list of names, or None.")
         if not isinstance(self.rank_pattern, (dict, type(None))):
@@ -249,7 +252,7 @@ class ReftConfig(PeftConfig):
             )
         tokens = self.trainable_token_indices
         by_module = tokens if isinstance(tokens, dict) else {"embed_tokens": tokens if tokens is not None else []}
-        if not all(isinstance(ids, (list, tuple)) for ids in by_module.values()):
+        if "" in by_module or not all(isinstance(ids, (list, tuple)) for ids in by_module.values()):
             raise ValueError(
                 f"trainable_token_indices={shown(tokens)} must be a list of token ids, or such lists by the name of "
                 "their embedding."
