@@ -123,7 +123,7 @@ class AdapterInfo:
         return "\n".join("  ".join(line) for line in lines)
 
     def as_json(self) -> str:
-        """All fields as JSON; infinite numbers and NaN, which it cannot hold, as null, what no terminal shows as codes."""
+        """All fields as JSON; numbers that JSON cannot hold (infinite, NaN) as null, control characters as codes."""
 
         def plain(value: Any) -> Any:
             if isinstance(value, dict):
