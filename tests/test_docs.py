@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ import document_model
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from transformers import GenerationMixin
 
 import peft_reft
 from peft_reft.interventions import REGISTRY
@@ -65,6 +67,24 @@ def run_shell(code: str, folder: Path) -> None:
     assert done.returncode == 0, f"{code}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 
+@pytest.fixture
+def no_cache_is_lost(monkeypatch):
+    """Fail where a page generates in training mode with gradient checkpointing, TRL's default: answers are nonsense.
+
+    The stand-in's answers are nonsense anyway, so that nothing else would show it.
+    """
+    generate = GenerationMixin.generate
+
+    @functools.wraps(generate)
+    def checked(self, *args, **kwargs):
+        checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+        assert not (self.training and checkpointed), "call model.eval() before it generates"
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(GenerationMixin, "generate", checked)
+
+
+@pytest.mark.usefixtures("no_cache_is_lost")
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_code_blocks_run_and_print_what_the_document_shows(document, tmp_path, monkeypatch, capsys, request):
     """Python blocks in order, in one empty folder; shell blocks of the pages in `RUN_SHELL` as well.

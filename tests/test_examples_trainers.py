@@ -35,6 +35,16 @@ def test_example_runs_and_its_adapter_is_whole(name, output, monkeypatch, capsys
     assert (output / f"{name}-adapter" / "adapter_model.safetensors").is_file()
 
 
+def test_a_run_of_one_step_leaves_a_whole_base_model(output, monkeypatch, capsys):
+    """Later runs take the base model that is there: two in three of the verdicts that it has read are right."""
+    monkeypatch.setattr(sys, "argv", ["sft", "--output", str(output), "--steps", "1"])
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.delitem(sys.modules, "common", raising=False)
+    runpy.run_path(str(FOLDER / "sft.py"), run_name="__main__")
+    (before,) = re.findall(r"(\d+)% -> ", capsys.readouterr().out)
+    assert 60 <= int(before) <= 75
+
+
 def test_an_example_takes_a_model_of_ones_own(output, tmp_path, monkeypatch, capsys):
     assert (output / "base").is_dir()
     monkeypatch.setattr(

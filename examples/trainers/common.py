@@ -58,7 +58,7 @@ def load(given: argparse.Namespace, kind: Any = AutoModelForCausalLM, **settings
     if given.model is None:
         with PartialState(cpu=not torch.cuda.is_available()).main_process_first():  # the others find it
             if not base.exists():
-                make_base_model(base, steps=300 if given.steps is None else given.steps)
+                make_base_model(base)
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = kind.from_pretrained(base, **settings)
@@ -66,8 +66,11 @@ def load(given: argparse.Namespace, kind: Any = AutoModelForCausalLM, **settings
     return model, tokenizer
 
 
-def make_base_model(folder: Path, steps: int) -> None:
-    """Train a small Llama to write reviews, one in three of them with the wrong verdict."""
+def make_base_model(folder: Path, steps: int = 300) -> None:
+    """Train a small Llama to write reviews, one in three of them with the wrong verdict.
+
+    It is kept for later runs, so that it is whole whatever `--steps` says.
+    """
     words = ["<pad>", "<eos>", "<unk>", *["the", "was", "and", ".", "verdict", ":"], *THINGS, *KIND, *UNKIND, *VERDICTS]
     backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
