@@ -208,6 +208,7 @@ FIXES: dict[str, Callable[[Settings], None]] = {
     **dict.fromkeys(["qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"], _set(vision_start_token_id=VOCAB - 9)),
     **dict.fromkeys(["blt_local_encoder", "blt_local_decoder"], _set(hidden_size_global=HIDDEN)),
     "bros": _set(dim_bbox_sinusoid_emb_2d=16, dim_bbox_sinusoid_emb_1d=2, dim_bbox_projection=16),
+    "dory": _set(num_hidden_layers=4, n_input_layers=1, n_recurrent_layers=2, n_output_layers=1, layer_types=None),
     "cvt": _set(embed_dim=[16, 32, 64], num_heads=[1, 2, 4], depth=[1, 2, 3]),
     "deepseek_ocr2_text": _set(mlp_layer_types=["dense", "sparse", "sparse"], num_experts_per_tok=2),
     "diffusion_gemma": _set(canvas_length=8),

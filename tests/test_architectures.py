@@ -76,6 +76,7 @@ COUNTS = {
     "nemotron_h": 4,
     "nemotron_h_omni": 4,
     "hrm_text": 4,
+    "dory": 4,
     "diffusion_gemma": DEPTH - 1,  # nothing reads the output of the last
 }
 

@@ -69,11 +69,12 @@ def _is_chain(model: TracedModel, found: BlockList) -> bool:
 
 def _refuse_sharing(model: TracedModel, found: BlockList) -> None:
     in_order = [call.name for call in model.traces[0].calls if call.name in found.names]
-    if any(one == other for one, other in pairwise(in_order)):
+    again = next((one for one, other in pairwise(in_order) if one == other), None)
+    if again is not None:
         raise ValueError(
-            f"{type(model.model).__name__} runs the same block several times in a row ({in_order[0]!r}: "
-            f"{in_order.count(in_order[0])} times), so that its depths cannot have interventions of their own. "
-            f"ReftConfig(target_modules=[{found.names[0]!r}]) edits its output every time it runs."
+            f"{type(model.model).__name__} runs the same block several times in a row ({again!r}: "
+            f"{in_order.count(again)} times), so that its depths cannot have interventions of their own. "
+            f"ReftConfig(target_modules=[{again!r}]) edits its output every time it runs."
         )
 
 
