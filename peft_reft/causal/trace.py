@@ -22,6 +22,7 @@ from peft_reft.causal.probe import Probe, on_device, probing
 from peft_reft.inspect.heatmap import draw
 from peft_reft.inspect.tokens import names_of
 from peft_reft.tuner.injection import roles_of
+from peft_reft.tuner.staging import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,8 +64,8 @@ class Trace:
         return pandas.DataFrame(self.rows)
 
     def to_csv(self, path: str | Path) -> None:
-        """Write the rows to a file; NaN becomes an empty cell."""
-        with open(path, "w", encoding="utf-8", newline="") as file:
+        """Write the rows to a file, as a whole; NaN becomes an empty cell."""
+        with whole_file(Path(path)) as place, open(place, "w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, list(self.rows[0]) if self.rows else [])
             writer.writeheader()
             for row in self.rows:
@@ -97,7 +98,8 @@ class Trace:
         ]
         figure = draw(cells, [], [], value, "trace", examples, None)
         if path is not None:
-            figure.savefig(path)
+            with whole_file(Path(path)) as place:
+                figure.savefig(place)
         return figure
 
 

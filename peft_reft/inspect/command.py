@@ -44,8 +44,8 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     share_the_machine()
     try:
-        for name in ("out", "csv"):
-            check_folder(f"--{name}", getattr(arguments, name))
+        check_files(arguments.out, arguments.csv)
+        check_texts(arguments.prompt, arguments.answer)
         draws = arguments.out is not None and can_draw(arguments.out, parser.prog)
         folders = {"default": Path(arguments.directory)}
         model, tokenizer = load_adapters(
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
             path = Path(arguments.csv)
             found.to_csv(path)
             if found.effects:
-                found.to_csv(path.with_name(f"{path.stem}-effects{path.suffix}"), "effects")
+                found.to_csv(effects_beside(path), "effects")
         if draws:
             found.plot(arguments.out, arguments.value)
     except (ValueError, OSError, ImportError, KeyError) as error:
@@ -73,10 +73,29 @@ def main(argv: list[str]) -> int:
     return 0 if draws or arguments.out is None else 1
 
 
-def check_folder(option: str, path: str | None) -> None:
-    """Raise ValueError if there is no folder for a file that is to be written. Asked before a model is loaded."""
-    if path is not None and not Path(path).parent.is_dir():
-        raise ValueError(f"{option} {path}: there is no folder {str(Path(path).parent)!r}.")
+def check_files(out: str | None, table: str | None) -> None:
+    """Raise ValueError for a file that cannot be written, or would replace another. Asked before a model is loaded."""
+    for option, path in (("--out", out), ("--csv", table)):
+        if path is not None and not Path(path).parent.is_dir():
+            raise ValueError(f"{option} {path}: there is no folder {str(Path(path).parent)!r}.")
+        if path is not None and Path(path).is_dir():
+            raise ValueError(f"{option} {path!r} is a folder; give the name of a file in it.")
+    if out is not None and table is not None and Path(out) in (Path(table), effects_beside(Path(table))):
+        raise ValueError(f"--out {out} would replace a table of --csv {table}. Give the picture another name.")
+
+
+def effects_beside(path: Path) -> Path:
+    """The file of the effects, which goes with that of the edits."""
+    return path.with_name(f"{path.stem}-effects{path.suffix}")
+
+
+def check_texts(prompts: Sequence[str], answers: Sequence[str] | None) -> None:
+    """Raise ValueError if there is not an answer to each prompt, or one of them is no text."""
+    if answers is not None and len(answers) != len(prompts):
+        raise ValueError(f"There are {len(answers)} answers for {len(prompts)} prompts; give each prompt one.")
+    for text in [*prompts, *(answers or [])]:
+        if any("\ud800" <= character <= "\udfff" for character in text):  # what Python makes of bytes that are no text
+            raise ValueError(f"{text!r} holds bytes that are no text in UTF-8. Give it as text.")
 
 
 def can_draw(path: str, program: str) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_reft.inspect.heatmap import draw
+from peft_reft.tuner.staging import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,9 +75,9 @@ class Inspection:
         return pandas.DataFrame(self._table(table))
 
     def to_csv(self, path: str | Path, table: str = "edits") -> None:
-        """Write a table to a file; NaN becomes an empty cell."""
+        """Write a table to a file, as a whole; NaN becomes an empty cell."""
         rows = self._table(table)
-        with open(path, "w", encoding="utf-8", newline="") as file:
+        with whole_file(Path(path)) as place, open(place, "w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]) if rows else [])
             writer.writeheader()
             for row in rows:
@@ -109,7 +110,8 @@ class Inspection:
         whose = self.together if adapter is None else adapter
         figure = draw(self.edits, self.effects, self.totals, value, whose, prompts, max_unedited)
         if path is not None:
-            figure.savefig(path)
+            with whole_file(Path(path)) as place:
+                figure.savefig(place)
         return figure
 
     def _table(self, name: str) -> list[Row]:

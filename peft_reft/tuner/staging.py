@@ -61,6 +61,19 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Where to write a file that takes its place at `path` when the block ends; what is there stays if it raises.
+
+    A pipe or a device is written to itself.
+    """
+    if path.parent.is_dir() and (path.is_file() or not path.exists()):
+        with staged(path.parent) as stage:
+            yield stage / path.name
+    else:
+        yield path
+
+
 def wait_until_whole(directory: Path) -> None:
     """Return when no files are about to take their places in a directory: at once, but for moments of a save.
 

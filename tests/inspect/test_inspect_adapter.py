@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import csv
 import math
+import os
+import threading
 
 import matplotlib.image
 import numpy
@@ -488,6 +490,35 @@ def test_tables_go_to_pandas_and_to_files(found, tmp_path):
 
 def labels_of(axes):
     return [text.get_text() for text in axes.get_xticklabels()]
+
+
+def test_a_table_or_picture_that_cannot_be_written_leaves_the_old_one(found, tmp_path, monkeypatch):
+    def fail(*args, **settings):
+        if args[1:]:
+            args[1].write_text("half")
+        raise OSError(28, "No space left on device")
+
+    table, picture = tmp_path / "edits.csv", tmp_path / "plot.png"
+    found.to_csv(table)
+    found.plot(picture)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(csv.DictWriter, "writeheader", fail)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    for write in (lambda: found.to_csv(table), lambda: found.plot(picture)):
+        with pytest.raises(OSError, match="No space left"):
+            write()
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+def test_a_pipe_is_written_to_and_stays_one(found, tmp_path):
+    pipe, read = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
+    reader.start()
+    found.to_csv(pipe)
+    reader.join(10)
+    assert read[0].startswith("prompt,block,") and pipe.is_fifo()
 
 
 def test_the_heat_map_s_axes_are_tokens_and_blocks_and_its_colours_the_table(found, tmp_path):

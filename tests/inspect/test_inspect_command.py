@@ -85,6 +85,25 @@ def test_a_name_that_is_no_picture_s_is_refused_before_loading(argv, tmp_path, m
     assert ".png" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--answer", "one", "--answer", "two"], "There are 2 answers for 1 prompts"),
+        (["--prompt", "\udce9"], r"'\udce9' holds bytes that are no text in UTF-8"),
+        (["--csv", "{folder}"], "is a folder; give the name of a file in it"),
+        (["--csv", ""], "--csv '' is a folder"),
+        (["--out", "{folder}/a.svg", "--csv", "{folder}/a.svg"], "would replace a table of --csv"),
+        (["--out", "{folder}/a-effects.svg", "--csv", "{folder}/a.svg"], "would replace a table of --csv"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_told_before_loading(more, said, argv, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "load_adapters", lambda *given: pytest.fail("loaded"))
+    assert main([*argv, *(text.format(folder=tmp_path) for text in more)]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
 def test_values_of_a_trace_and_prompts_that_are_too_long_are_refused_in_words(argv, tmp_path, tokenizer, capsys):
     with pytest.raises(SystemExit):
         main([*argv, "--value", "restored"])
