@@ -20,6 +20,7 @@ from peft_reft.search.picture import draw_trials
 from peft_reft.search.space import SearchSpace, positions_of
 from peft_reft.search.trials import FINISHED, TRAINED, finished, scored
 from peft_reft.tuner.config import ReftConfig
+from peft_reft.tuner.sizes import is_integer, shown
 from peft_reft.tuner.staging import staged, write_text
 
 if TYPE_CHECKING:
@@ -90,6 +91,15 @@ def search(
     """
     import optuna
 
+    for name, value, kind in (("space", space, SearchSpace), ("config", config, ReftConfig), ("metric", metric, str)):
+        if not isinstance(value, kind):
+            raise ValueError(f"{name}={shown(value)} must be a {kind.__name__}.")
+    if not callable(objective):
+        raise ValueError(f"objective={shown(objective)} must be a function that trains and scores one attempt.")
+    if seed is not None and not (is_integer(seed) and 0 <= seed < 2**31):
+        raise ValueError(
+            f"seed={shown(seed)} must be an integer from 0 to {2**31 - 1}, or None for another one each time."
+        )
     if not isinstance(n_trials, int) or isinstance(n_trials, bool) or n_trials < 1:
         raise ValueError(f"n_trials={n_trials!r} must be an integer of at least 1.")
     direction = direction or ("minimize" if metric.endswith("loss") else "maximize")
@@ -104,7 +114,7 @@ def search(
         make_trials_file(folder, direction)
         study = optuna.create_study(
             study_name=STUDY,
-            storage=f"sqlite:///{(folder / TRIALS).resolve()}",
+            storage=address_of(folder / TRIALS),
             direction=direction,
             load_if_exists=True,
         )
@@ -170,7 +180,7 @@ def make_trials_file(folder: Path, direction: str) -> None:
         return
     with tempfile.TemporaryDirectory(prefix=".making-", dir=folder) as made:
         fresh = Path(made) / TRIALS
-        storage = optuna.storages.RDBStorage(f"sqlite:///{fresh.resolve()}")
+        storage = optuna.storages.RDBStorage(address_of(fresh))
         optuna.create_study(study_name=STUDY, storage=storage, direction=direction)
         storage.engine.dispose()
         try:
@@ -180,6 +190,13 @@ def make_trials_file(folder: Path, direction: str) -> None:
         except OSError:  # a file system without links, where the name cannot be taken in one step
             if not (folder / TRIALS).exists():
                 fresh.rename(folder / TRIALS)
+
+
+def address_of(file: Path) -> str:
+    """A SQLite file as Optuna is given it. A path may hold a ? or a %, which mean something else in an address."""
+    from sqlalchemy import URL  # Optuna's own means
+
+    return str(URL.create("sqlite", database=str(file.resolve())))
 
 
 def _asked(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:

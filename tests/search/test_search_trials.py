@@ -121,6 +121,33 @@ def test_ranges_that_no_trial_could_use_are_refused_before_any_training(ranges, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"seed": -1}, "seed=-1 must be an integer from 0 to 2147483647"),
+        ({"seed": "a"}, "seed='a' must be"),
+        ({"seed": 2**40}, "seed=1099511627776 must be"),
+        ({"metric": None}, "metric=None must be a str"),
+        ({"space": 5}, "space=5 must be a SearchSpace"),
+        ({"config": {"r": 4}}, "config={'r': 4} must be a ReftConfig"),
+        ({"objective": 5}, "objective=5 must be a function"),
+    ],
+    ids=str,
+)
+def test_arguments_of_other_kinds_are_refused_before_any_training(changed, message, tmp_path):
+    arguments = {"objective": lambda attempt: pytest.fail("a trial began"), "folder": tmp_path / "new", **changed}
+    with pytest.raises(ValueError, match=message):
+        run(**arguments)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["why?", "100%", "a#b", "my%20search", "with space", "é"])
+def test_the_trials_of_a_folder_of_any_name_are_in_it(name, tmp_path):
+    run(closeness, tmp_path / name, n_trials=1)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name / study.TRIALS).is_file()
+    assert len(run(closeness, tmp_path / name, n_trials=2).study.trials) == 2
+
+
 def test_a_joint_range_that_fits_is_not_refused(tmp_path):
     space = SearchSpace(block_choices(6), prefix=(0, 1, 2), others={"share_weights": (True, "position")})
     space.check(CONFIG)
