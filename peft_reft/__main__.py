@@ -37,6 +37,9 @@ def main(argv: list[str]) -> Any:
             extra = f": pip install 'peft-reft[{EXTRAS[argv[0]]}]'" if argv[0] in EXTRAS else "."
             print(f"python -m peft_reft {argv[0]} needs {error.name!r}, which is not installed{extra}", file=sys.stderr)
             return 1
+        except KeyboardInterrupt:  # some commands import for seconds
+            print(file=sys.stderr)
+            return 130
         take_any_text()
         try:
             status = command.main(argv[1:])

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
 from peft_reft import __main__ as command_line
+from peft_reft import info
 from peft_reft.commands import COMMANDS, this_python
 from peft_reft.integrations import runner
 from peft_reft.integrations.runner import CannotRun
@@ -152,6 +153,17 @@ def test_commands_are_listed_and_called(capsys, monkeypatch):
         monkeypatch.delitem(sys.modules, name, raising=False)
     assert command_line.main(["sft"]) == 1
     assert "needs 'trl', which is not installed: pip install 'peft-reft[examples]'" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_a_command_is_imported_ends_as_one_while_it_runs(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for owner, name in ((command_line.importlib, "import_module"), (info, "main")):
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, interrupt)
+            assert command_line.main(["info", "adapter"]) == 130
+    assert capsys.readouterr().err == "\n\n"
 
 
 def test_a_file_named_as_a_launcher_is_run(programs):
