@@ -79,9 +79,9 @@ class Generation:
             mask = arguments.get("decoder_attention_mask" if is_decoder else "attention_mask")
             self._unseen = self._begin(is_decoder, ids, mask, inputs, shape) if begins else 0
         seen = max(0, ids.shape[1] + self._unseen - shape[1])
-        if seen and not is_first and not has_past(inputs) and self.state.active_specs():
+        if ids.shape[1] > shape[1] and not is_first and not has_past(inputs) and self.state.active_specs():
             raise RuntimeError(
-                f"transformers {transformers.__version__} runs the last {shape[1]} of {seen + shape[1]} columns with "
+                f"transformers {transformers.__version__} runs the last {shape[1]} of {ids.shape[1]} columns with "
                 f"no cache by a name that peft_reft knows ({', '.join(PASTS)}): which columns they are is unknown. "
                 "Generate with use_cache=False, or install a version of transformers that was tested."
             )
