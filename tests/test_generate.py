@@ -467,6 +467,22 @@ def test_multi_turn_generation_with_a_cache_equals_training_on_the_same_turns(tu
         assert (logits(model, {"input_ids": row})[:, second.shape[1] - 1] - trained).abs().max() > 1e-3
 
 
+class SaysThatItCannotBeCropped(DynamicCache):
+    """Its `crop` would do something all the same, as that of a static cache of transformers 5.24 does."""
+
+    is_croppable = False
+
+
+def test_a_cache_that_says_that_it_cannot_be_cropped_is_not():
+    model = family(positions="l2", turns="last", prompt_end=[7, 8])
+    first = torch.cat([batch(6, seed=1)["input_ids"].clamp(min=9), torch.tensor([[7, 8]])], dim=1)
+    cache = SaysThatItCannotBeCropped(config=model.config)
+    out = model.generate(input_ids=first, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    with pytest.raises(ValueError, match="SaysThatItCannotBeCropped of 11 columns cannot be cropped to"):
+        greedy(model, {"input_ids": torch.cat([out, first], dim=1)}, past_key_values=cache)
+    assert cache.get_seq_length() == 11
+
+
 @pytest.mark.parametrize("window", [None, 6])
 def test_a_cache_that_cannot_be_cropped_is_refused_where_it_would_have_to_be(window):
     """transformers 5.24 crops static caches; what has left a layer's window does not come back there either."""

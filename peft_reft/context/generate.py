@@ -72,7 +72,8 @@ class Generation:
         shape = token_shape(inputs, 1 if is_decoder else self.state.ids_per_row)
         if shape is None or not isinstance(ids, Tensor):
             return None
-        is_first = bool(arguments.get("is_first_iteration")) or self.tokens is None  # which 5.16 says of no chunk
+        # transformers 5.16 calls no chunk the first.
+        is_first = bool(arguments.get("is_first_iteration")) or self.tokens is None
         if is_first:
             self._before = int(past_length(inputs, 0, 0)) - int(past_length(arguments, 0, 0))
             begins = self.tokens is None or not (self.guesses or self.in_chunks)

@@ -209,8 +209,9 @@ class StatesOfLayers:
     ids=["keys and values", "one of two states", "no state", "a state", "an offset of 0", "an offset"],
 )
 def test_what_kinds_of_caches_say_of_the_past(cache, columns, continues):
-    assert past_length({"past_key_values": cache}, 4, 0) == columns
-    assert has_state({"past_key_values": cache}) == continues
+    for name in ("past_key_values", "cache", "cache_params"):
+        assert past_length({name: cache}, 4, 0) == columns
+        assert has_state({name: cache}) == continues
 
 
 def test_locations_behind_a_cache_are_columns_of_the_whole_row():
