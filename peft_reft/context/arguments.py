@@ -316,7 +316,7 @@ def check_locations(
 
 
 def values_can_be_read(tensor: Tensor) -> bool:
-    """Whether a tensor's values can be looked at at no cost: on the CPU, and neither compiled nor within torch.func."""
-    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
+    """Whether a tensor's values can be looked at at no cost: on the CPU, neither compiled, traced nor in torch.func."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
-    return torch.func.debug_unwrap(tensor) is tensor
+    return tensor.device.type == "cpu" and type(tensor) is Tensor and torch.func.debug_unwrap(tensor) is tensor

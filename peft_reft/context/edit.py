@@ -22,17 +22,19 @@ class Edit(NamedTuple):
         indices: long [n * m], the edited vectors of the state as [B * S, d], those of each of n interventions in a row;
             None: all of its vectors, for each intervention.
         keep: [m, 1], or [n, m, 1] for several interventions, a factor for each vector's edit: 0 for places that only
-            fill up the shape. Where R has parts that do not all act alike, r in the place of 1.
-        blocks: by the number of the layer, the factors of n interventions, without a leading dimension for n = 1; or
+            fill up the shape. Where R has parts that do not all act alike, r in the place of 1. None for 1 everywhere.
+        blocks: by the number of the layer, the factors of n interventions, without a leading dimension for one; or
             the interventions themselves, which are then called.
+        n: how many interventions; None for one.
         called: whether they are.
         dropout: probability with which an entry of the edit is dropped.
         autocast: whether autocast has to be kept out of the products.
     """
 
     indices: Tensor | None
-    keep: Tensor
+    keep: Tensor | None
     blocks: Mapping[int, Any]
+    n: int | None = None
     called: bool = False
     dropout: float = 0.0
     autocast: bool = False
@@ -43,14 +45,13 @@ class Edit(NamedTuple):
         Args:
             factors: of the block, one of `blocks`.
         """
-        indices, keep, _, called, dropout, autocast = self
-        if called and keep.device != h.device:  # where such a module runs is known only now
-            keep, indices = keep.to(h.device), None if indices is None else indices.to(h.device)
+        indices, keep, _, n, called, dropout, autocast = self
+        if called:  # where such a module runs is known only now
+            indices, keep = (None if tensor is None else tensor.to(h.device) for tensor in (indices, keep))
         flat = h.flatten(0, 1)
         selected = flat if indices is None else flat.index_select(0, indices)
-        several = keep.dim() == 3
-        if several:
-            selected = selected.expand(len(keep), -1, -1) if indices is None else selected.unflatten(0, keep.shape[:2])
+        if n is not None:
+            selected = selected.expand(n, -1, -1) if indices is None else selected.unflatten(0, (n, -1))
         if called:
             delta = _call(factors, selected, keep)
         elif autocast:
@@ -63,14 +64,14 @@ class Edit(NamedTuple):
         if delta.dtype != h.dtype:
             delta = delta.to(h.dtype)
         if indices is None:
-            return out + (delta.sum(0) if several else delta).view_as(h)
-        if several:
+            return out + (delta.sum(0) if n is not None else delta).view_as(h)
+        if n is not None:
             delta = delta.flatten(0, 1)
         # Whole rows of [B * S, d]: faster than along the columns, and autograd keeps the indices, not h.
         return (flat if out is h else out.flatten(0, 1)).index_add(0, indices, delta).view_as(h)
 
 
-def _call(modules: Sequence[nn.Module], selected: Tensor, keep: Tensor) -> Tensor:
+def _call(modules: Sequence[nn.Module], selected: Tensor, keep: Any) -> Tensor:
     """The edits of interventions that are called as modules: of [m, d] for one, of [n, m, d] for several."""
     if selected.dim() == 2:
         return edit_of(modules[0], selected, keep=keep)

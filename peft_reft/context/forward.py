@@ -227,7 +227,7 @@ class ForwardContext:
         """Whether some token was edited. Waits for the device."""
         contexts = [self, *self._others.values()]
         edits = [edit for context in contexts for edit in context._edits or context._latest or ()]
-        return any(edit.keep.is_meta or bool((edit.keep != 0).any()) for edit in edits)
+        return any(edit.keep is None or edit.keep.is_meta or bool((edit.keep != 0).any()) for edit in edits)
 
     # Hidden states that are not those of the call's tokens.
 

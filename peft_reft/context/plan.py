@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peft_reft.context.arguments import values_can_be_read
 from peft_reft.context.edit import Edit
 from peft_reft.context.subspaces import Choices, strengths
 from peft_reft.interventions import FactorMemo, Factors, Kind, kind_of
@@ -111,15 +112,16 @@ class Family:
         if kind is not None and places.keep.device != kind.device:
             places = places.to(kind.device)
         index, keep = self._flat(places, shape, rows, adapters)
-        if kind is not None:
-            keep = keep.to(self.dtype)
-        if self.parts[0]:
-            keep = self._parted(keep, shape, rows, adapters, choices)
-        blocks = self.blocks(adapters, keep.dim() == 3)
+        count = len(keep) if keep.dim() == 3 else None
+        blocks = self.blocks(adapters, count is not None)
         if kind is None:
-            return Edit(index, keep, blocks, called=True)
+            return Edit(index, self._parted(keep, shape, rows, adapters, choices), blocks, count, called=True)
+        factor: Tensor | None = None
+        depends_on_h = kind.has_source or kind.replaces  # else the factor gives the edit its shape
+        if self.parts[0] or not depends_on_h or not _are_all(keep):
+            factor = self._parted(keep.to(self.dtype), shape, rows, adapters, choices)
         dropout = kind.dropout if training else 0.0
-        return Edit(index, keep, blocks, False, dropout, torch.is_autocast_enabled(kind.device.type))
+        return Edit(index, factor, blocks, count, False, dropout, torch.is_autocast_enabled(kind.device.type))
 
     def _flat(
         self, places: Places, shape: tuple[int, int], rows: list[int] | None, adapters: list[int] | None
@@ -156,6 +158,8 @@ class Family:
         choices: Choices | None,
     ) -> Tensor:
         """`Edit.keep` of interventions with named parts: a factor for each direction where not all parts act alike."""
+        if not self.parts[0]:
+            return keep
         numbers = range(shape[0]) if rows is None else rows
         like = keep if keep.is_floating_point() else keep.float()
         of_rows = strengths(self.parts, self.chosen, choices, numbers, adapters, like)
@@ -206,6 +210,11 @@ class Family:
             return factors
         chosen = _numbers(wanted, factors.up.device)
         return factors.map(lambda part: part.index_select(0, chosen))
+
+
+def _are_all(keep: Tensor) -> bool:
+    """Whether every place is edited, where a look at the values costs nothing."""
+    return keep.dtype == torch.bool and values_can_be_read(keep) and bool(keep.numpy().all())
 
 
 def _numbers(numbers: Sequence[int], device: torch.device) -> Tensor:

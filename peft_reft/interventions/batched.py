@@ -67,18 +67,25 @@ def stack_factors(interventions: Sequence[Intervention]) -> Factors:
     return _combine(interventions[0], _stack(interventions))
 
 
+def _stack(interventions: Sequence[Intervention]) -> list[Tensor]:
+    """The parameters of interventions of one kind, stacked: basis [N, r, d], weight, and bias if they have one.
+
+    With a bias the weight is as large as the basis and lies behind it in one stack, which takes less time than two.
+    """
+    first = interventions[0]
+    basis, weight, *bias = first.operands
+    names = [(basis, weight), bias] if bias else [(basis,), (weight,)]
+    if first.frozen and first.is_split:
+        return [torch.stack([own.rows(name) for name in together for own in interventions]) for together in names]
+    parameters = [own._parameters for own in interventions]
+    return [torch.stack([own[name] for name in together for own in parameters]) for together in names]  # type: ignore[misc]
+
+
 def _combine(first: Intervention, stacks: list[Tensor]) -> Factors:
+    if first.bias is not None:
+        stacks = [*stacks[0].chunk(2), stacks[1]]
     with without_autocast(first.basis.device):
         return first.combine(*stacks)
-
-
-def _stack(interventions: Sequence[Intervention]) -> list[Tensor]:
-    """The parameters of interventions of one kind, stacked: basis, weight, and bias if they have one."""
-    own = [intervention._parameters for intervention in interventions]
-    names = interventions[0].operands
-    if interventions[0].frozen and interventions[0].is_split:
-        return [torch.stack([intervention.rows(name) for intervention in interventions]) for name in names]
-    return [torch.stack([parameters[name] for parameters in own]) for name in names]  # type: ignore[misc]
 
 
 class FactorMemo:
