@@ -220,5 +220,5 @@ def test_it_is_bound_to_this_machine_only():
         def block_thread(self):
             pass
 
-    page.serve(Page(), None, False)
+    page.serve(Page(), command.ADDRESS, None, False)
     assert (launched["server_name"], launched["share"]) == ("127.0.0.1", False)

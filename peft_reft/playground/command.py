@@ -13,7 +13,7 @@ from peft_reft.playground.replies import Replies
 from peft_reft.tuner.sizes import printable
 
 PROGRAM = "python -m peft_reft playground"
-ADDRESS = "127.0.0.1"
+ADDRESS = "127.0.0.1"  # for this machine only
 
 
 def main(argv: list[str]) -> int:
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
 
     page = build(Replies(talker, arguments.system), names, str(talker.model.config.name_or_path))
     try:
-        serve(page, arguments.port, not arguments.no_browser)
+        serve(page, ADDRESS, arguments.port, not arguments.no_browser)
     except OSError as error:
         print(f"{PROGRAM}: the page cannot be served: {error}", file=sys.stderr)
         return 2

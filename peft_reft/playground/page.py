@@ -10,7 +10,6 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from peft_reft.playground.command import ADDRESS
 from peft_reft.playground.replies import Replies, Talk, adapter_colors
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio is imported
@@ -141,16 +140,17 @@ def build(replies: Replies, names: list[str], base: str) -> Any:
     return page
 
 
-def serve(page: Any, port: int | None, open_browser: bool) -> None:
-    """Serve the page to this machine only, until Ctrl-C.
+def serve(page: Any, address: str, port: int | None, open_browser: bool) -> None:
+    """Serve the page until Ctrl-C.
 
     Args:
         page: from `build`.
+        address: of this machine, for itself only.
         port: None for the first free one from 7860 on.
         open_browser: show it there.
     """
     page.launch(
-        server_name=ADDRESS,
+        server_name=address,
         server_port=port,
         share=False,
         inbrowser=open_browser,
