@@ -159,12 +159,12 @@ def test_damaged_files_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "version, tested", [("0.32.0", True), ("0.32.1+cpu", True), ("0.31.2", False), ("0.33.0", False)]
+    "version, tested", [("0.32.0", True), ("0.33.1+cpu", True), ("0.31.2", False), ("0.34.0", False)]
 )
 def test_versions(version, tested):
     reason = patches.untested(version)
     assert (reason is None) == tested
-    assert tested or (f"{version} is installed" in reason and 'pip install "vllm>=0.32.0,<0.33"' in reason)
+    assert tested or (f"{version} is installed" in reason and 'pip install "vllm>=0.32.0,<0.34"' in reason)
 
 
 class WorkerLoRAManager:

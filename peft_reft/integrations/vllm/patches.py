@@ -44,7 +44,7 @@ from packaging.version import Version
 from peft_reft.integrations.vllm import engine_core, front_end, runner
 from peft_reft.integrations.vllm.adapter_of import reft_adapter
 
-TESTED = ("0.32.0", "0.33")  # from, and below
+TESTED = ("0.32.0", "0.34")  # from, and below
 logger = logging.getLogger("vllm.peft_reft")
 
 
