@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, GenerationConfig
 
 from peft_reft import ReftConfig
+from peft_reft.context.generate import DecoderPromptEntry
 
 FAMILIES = {
     "llama": {},
@@ -196,6 +197,17 @@ def test_a_decoder_s_prompt_of_several_tokens_is_one_with_guesses_too(start):
         model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False, prompt_lookup_num_tokens=2)
     assert calls[0] == [[3]]
     assert calls[1:] and all(call == [[]] for call in calls[1:])
+
+
+def test_a_transformers_that_makes_a_decoder_s_prompt_otherwise_is_told_where_that_matters(monkeypatch):
+    """Its method is a private one: where it is gone, guesses cannot be told from the prompt."""
+    monkeypatch.setattr(DecoderPromptEntry, "name", "_gone")
+    model = reft_model(tiny_model("t5"), positions="l1", task_type="SEQ_2_SEQ_LM")
+    inputs = {"input_ids": torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8]])}
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    with pytest.raises(RuntimeError, match=f"transformers {transformers.__version__} did not call _gone"):
+        model.generate(**inputs, **settings, prompt_lookup_num_tokens=2)
+    assert model.generate(**inputs, **settings).shape == (1, 5)
 
 
 @pytest.mark.parametrize("start", [[0], []], ids=["start token", "put in front by generate"])

@@ -1167,3 +1167,21 @@ def test_a_model_around_one_with_adapters_has_names_of_its_own_for_the_blocks(in
     randomize(outer)
     assert list(get_interventions(outer)) == ["base_model.model.model.layers.1"]
     assert not torch.allclose(logits(outer.eval(), inputs), before, atol=1e-3)
+
+
+def test_which_of_several_active_adapters_to_look_at_is_asked():
+    model = reft_model(tiny_model("llama"), r=2)
+    model.add_adapter("other", ReftConfig(r=3))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match=r"active ReFT adapters are \['default', 'other'\]; name the one"):
+        get_interventions(model)
+    assert {len(groups[0].subspace) for groups in get_interventions(model, "other").values()} == {3}
+
+
+def test_blocks_of_different_widths_cannot_share_an_intervention():
+    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 8))
+    settings = {"r": 2, "positions": "all", "share_layers": True}
+    with pytest.raises(ValueError, match=r"needs blocks of one width, but these are \[3, 8\] wide"):
+        get_peft_model(net, ReftConfig(target_modules=["0", "1"], **settings))
+    assert not any("reft" in name for name, _ in net.named_modules())
+    get_peft_model(net, ReftConfig(target_modules=["1"], **settings))

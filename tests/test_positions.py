@@ -154,6 +154,20 @@ def test_what_is_no_spec_is_refused_with_the_value_and_the_way_out(bad, way_out)
     assert repr(bad) in str(error.value)
 
 
+def test_a_number_that_no_machine_counts_to_is_refused_and_cut_off():
+    with pytest.raises(ValueError, match="names more tokens than any model takes") as error:
+        parse_positions("f" + "1" * 5000)  # Python itself refuses to read so many digits
+    assert len(str(error.value)) < 500
+
+
+def test_what_needs_a_bound_is_refused_without_one():
+    prompts = find_prompts(torch.ones(1, 6).bool(), starts=torch.tensor([[1, 0, 0, 1, 0, 0]]).bool())
+    with pytest.raises(ValueError, match="needs the number of documents"):
+        locate(parse_positions("f1"), prompts)
+    with pytest.raises(NotImplementedError, match="'all' names any number of tokens"):
+        mark(parse_positions("all"), prompts, "position")
+
+
 @pytest.mark.parametrize("symbol", TERMS)
 def test_every_term_of_the_registry_is_named_where_a_spec_is_refused_and_in_the_config(symbol):
     named = {term for quoted in re.findall(r"'(.*?)'", GRAMMAR) for term in quoted.split("+")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib
+import importlib.metadata
 import multiprocessing
 import pickle
 import re
@@ -25,7 +25,7 @@ from peft.utils.peft_types import PeftType
 
 import peft_reft
 from peft_reft import ReftConfig, ReftModel
-from peft_reft.tuner import versions
+from peft_reft.tuner import private, versions
 from peft_reft.tuner.versions import TESTED, check_peft_version, supported
 
 SHAPE_OF_A_MODEL = """
@@ -187,7 +187,7 @@ def test_importing_before_peft_works():
 def test_a_hotswap_that_was_imported_before_takes_reft_and_is_wrapped_once(tmp_path):
     out = succeed(
         """
-        import importlib
+        import importlib.metadata
         from peft.utils import hotswap
         from peft.utils.hotswap import hotswap_adapter
         pefts = hotswap.hotswap_adapter_from_state_dict
@@ -321,3 +321,23 @@ def test_a_version_above_those_that_were_tested_is_named_in_a_warning(package, m
     with pytest.warns(UserWarning, match=rf"{package}.*{re.escape(installed[package])} is installed") as said:
         versions.warn_of_untested_versions()
     assert len(said) == 1 and f'pip install "{package}<{below}"' in str(said[0].message)
+
+
+def test_a_package_that_is_not_installed_is_not_warned_of(monkeypatch):
+    def installed(package):
+        if package == "trl":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return TESTED[package][0]
+
+    monkeypatch.setattr(versions, "version", installed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        versions.warn_of_untested_versions()
+
+
+@pytest.mark.parametrize("module", ["peft.utils.other", "peft.utils.no_such_module"])
+def test_a_private_part_that_is_gone_is_an_error_that_names_the_versions(module):
+    with pytest.raises(ImportError, match=f"{module}._gone, which peft_reft uses") as error:
+        private._part(module, "_gone")
+    assert f"peft {peft.__version__} has no" in str(error.value)
+    assert f'pip install "{supported("peft")}"' in str(error.value)

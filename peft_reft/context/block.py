@@ -86,6 +86,8 @@ def _edit_laid_out(layer: Any, context: ForwardContext, h: Tensor) -> Tensor:
     layout = layer.layout
     if layout.pool:  # its vectors are not those of the call's tokens
         return layout.edit(h, None, lambda rows: layer.edit(rows, context.of_vectors(layout.pool, rows.shape[1])))
+    if context.columns is None and h.dim() > 3:
+        layer.refuse_to_count("the vectors of a sequence [B, S, d]", h.shape)
     return layout.edit(h, context.columns, lambda rows: layer.edit(rows, context))
 
 

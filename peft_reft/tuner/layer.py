@@ -154,8 +154,6 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             self.refuse_to_count(f"the call's {context.columns} tokens", h.shape)
         elif context.inputs is not None:
             self.refuse_to_count(EACH_IMAGE, h.shape)
-        elif h.dim() > 3:
-            self.refuse_to_count("the vectors of a sequence [B, S, d]", h.shape)
         rows = h.shape[0] if h.dim() > 1 else 1
         return h.reshape(rows, -1, h.shape[-1])
 

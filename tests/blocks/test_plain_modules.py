@@ -135,3 +135,17 @@ def test_a_model_without_blocks_is_rejected_with_what_could_be_named_instead():
 def test_a_model_without_parameters_is_rejected():
     with pytest.raises(ValueError, match="no parameters"):
         get_peft_model(nn.Sequential(nn.ReLU()), ReftConfig(positions="all"))
+
+
+def test_a_module_whose_width_nothing_tells_is_refused_with_the_way_out():
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = nn.Tanh()
+
+        def forward(self, x):
+            return self.block(x)
+
+    config = ReftConfig(target_modules=["block"], positions="all", r=2)
+    with pytest.raises(ValueError, match=r"'block' \(Tanh\) returns cannot be told: .*set model.config.hidden_size"):
+        get_peft_model(Plain(), config)

@@ -362,6 +362,52 @@ def test_sources_that_do_not_pair_with_the_call_are_refused(source, message):
     assert torch.isfinite(logits(model, BASE, source_inputs=SOURCE)).all()
 
 
+def test_a_source_of_adapters_that_are_switched_off_is_not_run():
+    model = interchange()
+    with model.disable_adapter():
+        found = logits(model, BASE, source_inputs=SOURCE)
+    assert torch.equal(found, logits(tiny_model("llama"), BASE))
+    assert not torch.equal(found, logits(model, BASE, source_inputs=SOURCE))
+
+
+class OfOneBlock(nn.Module):
+    """Runs its blocks as often as its inputs say."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.blocks = nn.Embedding(100, 8), nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def forward(self, input_ids, times):
+        h = self.embed(input_ids)
+        for block, count in zip(self.blocks, times):
+            for _ in range(count):
+                h = h + block(h)
+        return h
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        ((1, 2), "A block ran several times in the forward of a source"),
+        ((1, 0), "Edited block number 1 .* did not run"),
+    ],
+)
+def test_a_source_whose_blocks_run_otherwise_is_refused(times, message):
+    config = ReftConfig(r=2, positions="l1", intervention="interchange", target_modules=["blocks.0", "blocks.1"])
+    model, once = get_peft_model(OfOneBlock(), config).eval(), {**BASE, "times": (1, 1)}
+    source = {"input_ids": BASE["input_ids"].flip(1)}
+    assert not torch.equal(model(**once, source_inputs={**source, "times": (1, 1)}), model(**once))
+    with pytest.raises(ValueError, match=message):
+        model(**once, source_inputs={**source, "times": times})
+
+
+def test_a_vanilla_intervention_is_the_source_itself():
+    intervention = VanillaIntervention(8, 8)
+    h, source = torch.randn(2, 3, 8).bfloat16(), torch.randn(2, 3, 8)
+    assert torch.equal(intervention(h, source), source.bfloat16())
+    assert str(intervention) == "VanillaIntervention(d=8)"
+
+
 @torch.no_grad()
 def test_a_place_in_what_a_source_has_cached_is_refused():
     """Its hidden state there is gone: that of another column is not taken for it."""

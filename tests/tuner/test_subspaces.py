@@ -563,6 +563,41 @@ def test_strengths_are_numbers_of_any_type(dtype):
     assert (expected[0] - logits(model, inputs, subspaces=[None, None])[0]).abs().max() > 1e-2
 
 
+def test_a_tensor_for_adapters_with_other_parts_than_each_other_is_refused():
+    """Its columns have no names."""
+    model, inputs = parted(), batch(6, 4)
+    model.add_adapter("other", ReftConfig(**{**CONFIG, "subspaces": {"formal": 2, "german": 3}}))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(
+        ValueError, match=r"is a tensor, but the adapters of this call have different ones: .*Pass names"
+    ):
+        model(**inputs, subspaces=torch.ones(2, 2))
+    model(**inputs, subspaces=["german", "formal"])
+
+
+def test_parts_for_more_rows_than_a_module_without_tokens_has_are_refused():
+    """Whose rows are known from the hidden state alone."""
+    net = nn.Sequential(nn.Linear(4, 8))
+    config = ReftConfig(r=2, positions="all", target_modules=["0"], subspaces={"first": 1, "second": 1})
+    model, x = randomize(get_peft_model(net, config)).eval(), torch.ones(2, 3, 4)
+    with pytest.raises(ValueError, match="subspaces has 3 entries, but the batch has 2 rows"):
+        model(x, subspaces=["first"] * 3)
+    first, whole = model(x, subspaces=["first", None])
+    assert not torch.equal(first, whole)
+
+
+def test_a_part_is_added_to_an_adapter_that_is_not_active():
+    model = parted()
+    model.add_adapter("other", ReftConfig(**{**CONFIG, "positions": "f1"}))
+    model.add_subspace("other", "polite", 2)
+    assert not any(p.requires_grad for name, p in model.named_parameters() if ".other." in name)
+    model.set_adapter("other")
+    trained = [
+        p.shape[0] for i in get_interventions(model, "other").values() for p in i.parameters() if p.requires_grad
+    ]
+    assert trained == [2] * 9
+
+
 def test_a_part_that_does_not_fit_every_block_leaves_the_adapter_as_it_was():
     narrow_first = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 8))
     config = ReftConfig(r=2, positions="all", target_modules=["0", "1"], subspaces={"first": 2})
