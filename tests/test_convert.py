@@ -388,6 +388,15 @@ def test_other_components_are_refused_with_a_way_out(tmp_path):
             from_pyreft(source, positions="f2+l2", model=BASE / "llama")
 
 
+def test_the_input_of_a_block_named_by_its_path_is_the_output_of_the_block_before(tmp_path):
+    source = copy(PYREFT / "loreft-path", tmp_path)
+    first, third = json.loads((source / "config.json").read_text())["representations"]
+    assert third[1] == "model.layers[2].output"
+    edit_json(source / "config.json", representations=[first, [2, "model.layers[3].input", *third[2:]]])
+    from_pyreft(source, tmp_path / "new", positions="f2+l2")
+    assert difference(tmp_path / "new", load_file(PYREFT / "loreft-path" / "logits.safetensors"), "llama") < 1e-5
+
+
 # What a stranger may send.
 
 

@@ -366,6 +366,18 @@ def test_continuous_batching_gives_each_request_its_own_positions(positions, max
     assert base != alone
 
 
+@pytest.mark.parametrize("where", ["in the generation config", "nowhere"])
+def test_continuous_batching_without_a_config_of_its_own(where):
+    model, prompts = family(positions="f2+l2"), [[5, 6, 7, 8], [9, 10, 11], [5, 6, 7, 8, 9, 10]]
+    alone = [greedy(model, {"input_ids": torch.tensor([prompt])})[0] for prompt in prompts]
+    settings = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1)
+    if where != "nowhere":
+        settings.continuous_batching_config = transformers.ContinuousBatchingConfig(num_blocks=16, block_size=8)
+    answers = model.generate_batch(prompts, generation_config=settings)
+    got = {tuple(answer.prompt_ids): answer.generated_tokens for answer in answers.values()}
+    assert [got[tuple(prompt)] for prompt in prompts] == alone
+
+
 def test_continuous_batching_shares_no_cached_blocks_between_requests_that_begin_alike():
     model = family(positions="f2+l2")
     config = transformers.ContinuousBatchingConfig(allow_block_sharing=True)
