@@ -243,6 +243,44 @@ def test_an_engine_that_cannot_serve_says_why(adapters, tmp_path):
         attached(failing).load(served, 12)
 
 
+def engine_settings():
+    """What of vLLM's config the glue looks at, as it is by default."""
+    return SimpleNamespace(
+        model_config=SimpleNamespace(is_encoder_decoder=False),
+        kv_transfer_config=None,
+        parallel_config=SimpleNamespace(use_ubatching=False, prefill_context_parallel_size=1),
+        speculative_config=None,
+        compilation_config=SimpleNamespace(pass_config=SimpleNamespace(enable_sp=False)),
+        cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
+    )
+
+
+@pytest.mark.parametrize(
+    ("part", "setting", "value", "said"),
+    [
+        ("model_config", "is_encoder_decoder", True, "an encoder and a decoder"),
+        (None, "kv_transfer_config", SimpleNamespace(), "--kv-transfer-config"),
+        ("parallel_config", "use_ubatching", True, "--enable-dbo"),
+        ("parallel_config", "prefill_context_parallel_size", 2, "--prefill-context-parallel-size"),
+        (
+            None,
+            "speculative_config",
+            SimpleNamespace(enable_adaptive_verification=True),
+            "(enable_adaptive_verification)",
+        ),
+        ("compilation_config", "pass_config", SimpleNamespace(enable_sp=True), "pass_config.enable_sp"),
+        ("cache_config", "kv_sharing_fast_prefill", True, "--kv-sharing-fast-prefill"),
+    ],
+)
+def test_what_divides_or_moves_a_step_s_tokens_keeps_an_engine_from_serving(part, setting, value, said):
+    settings = engine_settings()
+    settings.speculative_config = SimpleNamespace(enable_adaptive_verification=False)
+    assert list(glue._obstacles(None, settings)) == list(glue._obstacles(None, engine_settings())) == []
+    setattr(settings if part is None else getattr(settings, part), setting, value)
+    (reason,) = glue._obstacles(None, settings)
+    assert said in reason
+
+
 def test_counted_answers_and_drafts_exclude_each_other(adapters):
     worker = attached(Model(), drafts=True)
     assert worker.load(served_adapter(adapters["ends"][0]), 12)

@@ -86,6 +86,8 @@ def _obstacles(model: Any, vllm_config: Any) -> Iterable[str]:
         yield "a step is cut into micro-batches (--enable-dbo, --ubatch-size); start without it"
     if parallel.prefill_context_parallel_size > 1:
         yield "the tokens of a prompt are divided among workers (--prefill-context-parallel-size); start with 1"
+    if getattr(vllm_config.speculative_config, "enable_adaptive_verification", False):
+        yield "only the device knows which guesses a step holds (enable_adaptive_verification); start without it"
     if getattr(compilation.pass_config, "enable_sp", False):
         yield "sequence parallelism divides the residual stream by tokens (pass_config.enable_sp); start without it"
     if vllm_config.cache_config.kv_sharing_fast_prefill:
