@@ -376,6 +376,8 @@ def test_continuous_batching_without_a_config_of_its_own(where):
     answers = model.generate_batch(prompts, generation_config=settings)
     got = {tuple(answer.prompt_ids): answer.generated_tokens for answer in answers.values()}
     assert [got[tuple(prompt)] for prompt in prompts] == alone
+    with model.disable_adapter():
+        assert [greedy(model, {"input_ids": torch.tensor([prompt])})[0] for prompt in prompts] != alone
 
 
 def test_continuous_batching_shares_no_cached_blocks_between_requests_that_begin_alike():

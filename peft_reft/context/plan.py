@@ -112,16 +112,16 @@ class Family:
         if kind is not None and places.keep.device != kind.device:
             places = places.to(kind.device)
         index, keep = self._flat(places, shape, rows, adapters)
-        count = len(keep) if keep.dim() == 3 else None
-        blocks = self.blocks(adapters, count is not None)
+        n = len(keep) if keep.dim() == 3 else None
+        blocks = self.blocks(adapters, n is not None)
         if kind is None:
-            return Edit(index, self._parted(keep, shape, rows, adapters, choices), blocks, count, called=True)
+            return Edit(index, self._parted(keep, shape, rows, adapters, choices), blocks, n, called=True)
         factor: Tensor | None = None
         depends_on_h = kind.has_source or kind.replaces  # else the factor gives the edit its shape
         if self.parts[0] or not depends_on_h or not _are_all(keep):
             factor = self._parted(keep.to(self.dtype), shape, rows, adapters, choices)
         dropout = kind.dropout if training else 0.0
-        return Edit(index, factor, blocks, count, False, dropout, torch.is_autocast_enabled(kind.device.type))
+        return Edit(index, factor, blocks, n, False, dropout, torch.is_autocast_enabled(kind.device.type))
 
     def _flat(
         self, places: Places, shape: tuple[int, int], rows: list[int] | None, adapters: list[int] | None
