@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,7 @@ from peft_reft.positions import Places, PositionSpec, Prompts, Tokens, find_prom
 EACH_IMAGE = "the vectors of each image or sound"
 
 
-@dataclass(frozen=True)
-class Given:
+class Given(NamedTuple):
     """What was passed to the outermost call, for the entries below it.
 
     Attributes:

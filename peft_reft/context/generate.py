@@ -164,7 +164,7 @@ class GenerateEntry(MethodEntry):
         if outer is not None and outer.started:  # it does more than pass the call on to a part
             inherited = Passed(adapter_names=inherited.adapter_names)
         generation.passed = read_passed(self.module, self.state, own, generation.shape, inherited)
-        names = generation.passed.adapter_names or running.adapter_names
+        names = generation.passed.adapter_names
         if names is not None and outer is None and generation.shape is not None and generation.shape[0] != len(names):
             raise ValueError(names_of_rows(len(names), generation.shape[0]))
         running.generation = generation

@@ -6,7 +6,6 @@ Shape letters: B rows, S columns, G position groups, P positions per group.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -96,18 +95,18 @@ def open_context(
     is_new = outer is None or outer.role != entry.role or not same_shape
     if outer is not None and outer.role == entry.role and outer.tokens is not None:
         if runs_other_rows(outer, entry.depth, arguments):
-            given = replace(given, labels_show_prompts=False, labels=None, shift_labels=None)  # those have their own
+            given = given._replace(labels_show_prompts=False, labels=None, shift_labels=None)  # those have their own
             is_new = True
         elif not same_shape:
             shows = given.labels_show_prompts and not runs_more_or_fewer_tokens(outer, shape, arguments)
-            given = replace(given, labels_show_prompts=shows)
+            given = given._replace(labels_show_prompts=shows)
         else:
             is_new = has_another_mask(outer, arguments)
             if note_ids(outer, entry.depth, arguments):
                 notices.raise_or_warn(entry.state, entry.module, notices.OTHERS_FIRST, "others first")
     if _predicts(entry, given, arguments, shape, outer):
         labels, shift_labels = arguments.get("labels"), arguments.get("shift_labels")
-        given = replace(given, labels_show_prompts=True, labels=labels, shift_labels=shift_labels)
+        given = given._replace(labels_show_prompts=True, labels=labels, shift_labels=shift_labels)
         is_new = is_new or labels is not None or shift_labels is not None
     if not is_new:
         assert outer is not None
@@ -140,8 +139,6 @@ def _given(entry: Entrance, arguments: Mapping[str, Any], own: Mapping[str, Any]
     is_located = own.get("intervention_locations") is not None
     past = past_length(arguments, shape[1] if shape else 0, 0) if is_located else 0
     passed = read_passed(entry.module, entry.state, own, shape, inherited, past)
-    if passed.adapter_names is None:
-        passed = passed._replace(adapter_names=running.adapter_names)
     labels, shift_labels = arguments.get("labels"), arguments.get("shift_labels")
     return Given(labels, shift_labels, False, passed, collecting, step, in_generate=generation is not None)
 

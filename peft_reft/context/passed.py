@@ -65,9 +65,10 @@ def read_passed(
         locations = check_locations(own["intervention_locations"], shape, past, may_repeat=COLLECTED in own)
     if own.get("adapter_names") is not None:
         names = state.check_adapter_names(own["adapter_names"])
-    by_row = state.running.adapter_names if names is None else names
+    elif names is None:
+        names = state.running.adapter_names
     if own.get("subspaces") is not None:
-        subspaces = state.check_subspaces(own["subspaces"], rows, by_row)
+        subspaces = state.check_subspaces(own["subspaces"], rows, names)
     if own.get("source_inputs") is not None:
-        sources = run_sources(module, state, own["source_inputs"], by_row, rows)
+        sources = run_sources(module, state, own["source_inputs"], names, rows)
     return Passed(locations, names, subspaces, sources)

@@ -214,7 +214,7 @@ class Family:
 
 def _are_all(keep: Tensor) -> bool:
     """Whether every place is edited, where a look at the values costs nothing."""
-    return keep.dtype == torch.bool and values_can_be_read(keep) and bool(keep.numpy().all())
+    return keep.dtype == torch.bool and values_can_be_read(keep) and False not in keep.flatten().tolist()
 
 
 def _numbers(numbers: Sequence[int], device: torch.device) -> Tensor:

@@ -7,7 +7,6 @@ row or by column of the text means nothing there: positions count each image's o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -49,8 +48,7 @@ def tower_context(entry: Any, given: Given, arguments: Mapping[str, Any]) -> For
     if choices is not None:
         choices = _one_for_all("subspaces", choices, module)
     # Of the one row, which stands for all: as `generate` repeats rows.
-    given = replace(
-        given,
+    given = given._replace(
         passed=passed._replace(locations=None, adapter_names=names, subspaces=choices),
         step=None,
         in_generate=True,

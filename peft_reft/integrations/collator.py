@@ -6,7 +6,6 @@ Labels may be taken away between the collator and the model; locations that trav
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -133,7 +132,7 @@ class ReftDataCollator:
         marker = prompt_end_ids(self.config, tokenizer) if needed else ()
         prompts = tokens.prompts(self.config.turns, marker)
         if prompts.document is not None and prompts.num_documents is None:  # several turns of one document
-            prompts = replace(prompts, num_documents=int(prompts.document.max()) + 1)
+            prompts = prompts._replace(num_documents=int(prompts.document.max()) + 1)
         return locate(parse_positions(self.config.positions), prompts, self.config.share_weights)
 
     def _labels(self, batch: Mapping[str, Any]) -> Tensor | None:

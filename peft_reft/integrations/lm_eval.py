@@ -9,7 +9,6 @@ Shape letters: B rows, S columns, G position groups, P positions per group, V vo
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,7 +53,7 @@ def scoring_locations(
     context = column < contexts[:, None]
     prompts = Tokens(context, ids=ids, given=True).prompts(spec.turns, spec.prompt_end)
     answer = ~context & (column < lengths[:, None])
-    marks = mark(spec, replace(prompts, answer=answer, answer_order=column - contexts[:, None]), share_weights)
+    marks = mark(spec, prompts._replace(answer=answer, answer_order=column - contexts[:, None]), share_weights)
     places = torch.where(marks, column.unsqueeze(1), -1).sort(-1, descending=True).values
     return places[..., : max(1, int(marks.sum(-1).max()))]
 

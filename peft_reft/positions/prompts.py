@@ -10,8 +10,8 @@ Shape letters: B rows, S columns of the batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,7 @@ from torch import Tensor
 IGNORED = -100  # the label of a token that is not predicted, as in torch's cross entropy
 
 
-@dataclass(frozen=True)
-class Prompts:
+class Prompts(NamedTuple):
     """Each column's place in the prompt of its document.
 
     Attributes:
@@ -44,9 +43,8 @@ class Prompts:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Prompts:
         """The same function applied to every tensor."""
-        values: dict[str, Any] = {own.name: getattr(self, own.name) for own in fields(self)}
-        mapped: dict[str, Any] = {name: function(v) for name, v in values.items() if isinstance(v, Tensor)}
-        return replace(self, **mapped)
+        mapped: list[Any] = [function(value) if isinstance(value, Tensor) else value for value in self]
+        return Prompts(*mapped)
 
     def repeat(self, times: int) -> Prompts:
         """Each row `times` times in a row, as beam search and `num_return_sequences` expand a batch."""
@@ -61,7 +59,7 @@ class Prompts:
             return tensor if holds_for_all else F.pad(tensor, (0, count))
 
         column = torch.arange(total + count, device=self.inside.device).expand(rows, -1)
-        return replace(self.map(padded), answer=column >= total, answer_order=column - total)
+        return self.map(padded)._replace(answer=column >= total, answer_order=column - total)
 
 
 def generated(rows: int, columns: int, order: int | Tensor, device: torch.device) -> Prompts:
@@ -233,7 +231,7 @@ class Tokens:
         if closing is None or self.given or turns == "all" or not answers:
             return found
         # The tokens behind the marker would have been generated.
-        return replace(found, answer=self.valid & ~found.inside, answer_order=found.order - found.length)
+        return found._replace(answer=self.valid & ~found.inside, answer_order=found.order - found.length)
 
     def labels_cover_prompts(self) -> Tensor:
         """Bool [B, 1] or [B, S]: the document's labels begin with its second token, so that they show no prompt."""
