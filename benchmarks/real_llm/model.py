@@ -8,7 +8,7 @@ Any causal language model that transformers loads from a folder can stand in its
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -73,4 +73,8 @@ def loss_of_last_columns(logits: Tensor, labels: Tensor, vocab_size: int, **othe
 
 
 if __name__ == "__main__":
-    convert(Path(sys.argv[1]), Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("gguf", type=Path, help="the package's file of the weights")
+    parser.add_argument("folder", type=Path, help="of the model to be made")
+    arguments = parser.parse_args()
+    convert(arguments.gguf, arguments.folder)
