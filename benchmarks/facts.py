@@ -114,6 +114,37 @@ def long_answers(folder: Path) -> Fact:
     return Fact(words, reft, lora, "python -m benchmarks.smollm2.long_answers --model smollm2")
 
 
+def instructions(folder: Path) -> Fact:
+    """What examples of a thousand instructions taught SmolLM2, each method at its best rate on validation rows."""
+    folder = folder / "real-llm-instructions-cpu-64-steps"
+
+    def tested(cell: dict[str, Any]) -> float:
+        return float(cell["result"]["test"]["ultrafeedback_1k"]["answer"])
+
+    (base,) = cells_of(folder, "base model")
+
+    def of(name: str) -> tuple[str, int]:
+        rates: dict[float, list[dict[str, Any]]] = {}
+        for cell in cells_of(folder, name):
+            rates.setdefault(cell["lr"], []).append(cell)
+        validation = {
+            lr: statistics.mean(c["result"]["validation"]["answer"] for c in cells) for lr, cells in rates.items()
+        }
+        gains = [tested(base) - tested(cell) for cell in rates[min(validation, key=validation.__getitem__)]]
+        return f"{statistics.mean(gains):.3f} ± {statistics.stdev(gains):.3f}", len(gains)
+
+    (reft, seeds), (lora, others) = of("LoReFT r8 f7+l7"), of("LoRA r8 q,v")
+    steps, rows = base["setup"].split("; ")[1].split(" of ")[0].removesuffix(" rows").split(" x ")
+    words = f"SmolLM2, `f7+l7` r8, {int(steps) * int(rows)} instructions: nats per token of held-out answers below the"
+    settings = f"--cpu --tasks ultrafeedback_1k --steps {steps}"
+    return Fact(
+        f"{words} base model's, {min(seeds, others)} seeds",
+        reft,
+        lora,
+        f"python -m benchmarks.real_llm.run --model smollm2 --data data {settings}",
+    )
+
+
 def reward(folder: Path) -> Fact:
     """What GRPO taught a small model, by where the reward is decided; each method at its best rate, seed 0 left out."""
 
@@ -197,6 +228,7 @@ def facts(folder: Path = RESULTS) -> list[Fact]:
         accuracy(folder),
         five_examples(folder),
         long_answers(folder),
+        instructions(folder),
         reward(folder),
         *(of_overhead(folder, *row) for row in overhead),
         *(of_gpu(folder, *row) for row in gpu),
