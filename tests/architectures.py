@@ -311,6 +311,15 @@ class Batch:
     columns: int
     decoder_columns: int | None = None
 
+    @property
+    def decoder_valid(self) -> list[list[int]]:
+        """The columns of each row's tokens in the decoder."""
+        assert self.decoder_columns is not None
+        if "decoder_input_ids" in self.inputs or self.decoder_columns != self.columns:
+            return [list(range(self.decoder_columns))] * len(self.valid)
+        # The encoder's ids moved by one, behind a start token, without the last of each row.
+        return [[0, *(column + 1 for column in row[:-1])] for row in self.valid]
+
     def with_decoder_columns(self, columns: int) -> Batch:
         return replace(self, decoder_columns=columns)
 

@@ -167,7 +167,7 @@ def reference(
             count = hidden_columns(output)
             columns = [edited_columns(vectors_of(model_type, name, valid, count)) for valid in batch.valid]
         else:
-            columns = [edited_columns(list(range(batch.decoder_columns)))] * len(batch.valid)
+            columns = [edited_columns(valid) for valid in batch.decoder_valid]
         if cached and forwards > 1:
             if model_type != "xlnet" or forwards > 2:
                 return output

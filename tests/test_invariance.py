@@ -2,8 +2,10 @@
 
 import threading
 
+import architectures
 import pytest
 import torch
+import transformers
 from conftest import HIDDEN, batch, logits, reft_model, tiny_model
 
 from peft_reft.positions import IGNORED
@@ -85,6 +87,44 @@ def test_every_intervention_gives_a_row_the_same_logits_in_any_padded_batch(name
         got = logits(model, {**inputs, **ids})
         assert_rows(got, inputs["attention_mask"], rows_alone(model, inputs))
         assert_adapter_matters(model, {**inputs, **ids}, got)
+
+
+@pytest.mark.parametrize("positions", ["f2+l2", "l3", "all"])
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_a_decoder_that_classifies_its_encoders_input_counts_no_padding(name, positions):
+    model = reft_model(architectures.tiny_model(name, "sequence"), task_type="SEQ_CLS", positions=positions)
+    inputs = architectures.batch_for(model.get_base_model(), "sequence", LENGTHS).inputs
+    assert "decoder_input_ids" not in inputs  # the model makes them of its input
+    got = logits(model, inputs)
+    rows = [row[mask.bool()][None] for row, mask in zip(inputs["input_ids"], inputs["attention_mask"])]
+    alone = torch.cat([logits(model, {"input_ids": row, "attention_mask": torch.ones_like(row)}) for row in rows])
+    torch.testing.assert_close(got, alone, rtol=1e-4, atol=2e-5)
+    with model.disable_adapter():
+        assert (logits(model, inputs) - got).abs().amax(1).min() > 1e-4
+
+
+def test_classes_as_many_as_a_decoder_has_tokens_are_none_of_its_tokens():
+    config = architectures.tiny_config("bart")
+    config.num_labels, config.problem_type = max(LENGTHS), "multi_label_classification"
+    torch.manual_seed(0)
+    base = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    model = reft_model(base, task_type="SEQ_CLS", positions="l2")
+    inputs = architectures.batch_for(base, "sequence", LENGTHS).inputs
+    classes = torch.ones(len(LENGTHS), max(LENGTHS))
+    assert torch.equal(logits(model, inputs, labels=classes), logits(model, inputs))
+
+
+@pytest.mark.parametrize("name", ["xlm", "flaubert", "xlnet"])
+def test_padding_that_a_model_takes_under_a_name_of_its_own_is_padding(name):
+    model = reft_model(architectures.tiny_model(name, "sequence"), task_type="SEQ_CLS", positions="f1+l2").base_model
+    inputs = batch(*LENGTHS)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    own = {"input_mask": 1.0 - mask} if name == "xlnet" else {"lengths": mask.sum(1)}
+    got = model.model.transformer(ids, **own).last_hidden_state
+    expected = model.model.transformer(ids, attention_mask=mask.float()).last_hidden_state
+    torch.testing.assert_close(got[mask.bool()], expected[mask.bool()])
+    ignored = model.model.transformer(ids, attention_mask=torch.ones_like(mask).float()).last_hidden_state
+    assert (got - ignored)[mask.bool()].abs().max() > 1e-2
 
 
 def packed(lengths, seed=3):

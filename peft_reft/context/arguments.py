@@ -70,6 +70,16 @@ def token_device(arguments: Mapping[str, Any]) -> torch.device:
 # Padding and documents.
 
 
+def mask_of(arguments: Mapping[str, Any], columns: int) -> Any:
+    """The attention mask of a call, or what stands for one: XLM's `lengths` [B], XLNet's `input_mask` [B, S]."""
+    mask, lengths, padding = (arguments.get(name) for name in ("attention_mask", "lengths", "input_mask"))
+    if mask is None and isinstance(lengths, Tensor) and lengths.dim() == 1:
+        return torch.arange(columns, device=lengths.device) < lengths.unsqueeze(1)
+    if mask is None and isinstance(padding, Tensor):
+        return padding == 0
+    return mask
+
+
 def valid_columns(
     mask: Any, rows: int, columns: int, past: int | Tensor, device: torch.device
 ) -> tuple[Tensor, Tensor | None] | None:
@@ -157,6 +167,21 @@ def _of_pairs(seen: Tensor) -> tuple[Tensor, Tensor]:
         passed = torch.cat([passed[:, :-1], passed[:, -2:-1] & ~seen[:, -1:, -2]], dim=1)
     valid = seen.diagonal(dim1=-2, dim2=-1) & ~alone & ~everywhere & ~passed
     return valid, valid & ~(back & valid.unsqueeze(1)).any(-1)
+
+
+def of_moved_ids(valid: Tensor) -> Tensor:
+    """Which columns of a decoder are no padding, where its ids are its encoder's, moved by one behind a start token.
+
+    A row has as many tokens there as in the encoder: its last token falls off its end, and with padding behind it, too.
+
+    Args:
+        valid: bool [B, S], of the encoder.
+
+    >>> of_moved_ids(torch.tensor([[1, 1, 1], [1, 1, 0], [0, 1, 1]]).bool()).int().tolist()
+    [[1, 1, 1], [1, 1, 0], [1, 0, 1]]
+    """
+    moved = F.pad(valid[:, :-1], (1, 0), value=True)
+    return moved & (moved.cumsum(1) <= valid.sum(1, keepdim=True))
 
 
 def documents(arguments: Mapping[str, Any], valid: Tensor, shown: Tensor | None) -> tuple[Tensor | None, int | None]:
@@ -259,6 +284,8 @@ def aligned_labels(
     for given, shifted in ((labels, False), (shift_labels, True)):
         if not isinstance(given, Tensor) or given.shape[:2] != (rows, columns):
             continue
+        if is_decoder and given.is_floating_point():
+            continue  # classes: of tokens they would be whole numbers
         if given.dim() == 3:  # a label for each codebook of an audio model
             given = torch.where((given != IGNORED).any(-1), 0, IGNORED)
         if given.dim() == 2:

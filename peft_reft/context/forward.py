@@ -37,6 +37,8 @@ class Given(NamedTuple):
         collecting: where this call, the forward of a source, notes its hidden states down.
         step: which step of a running `generate` the call is, if it is one.
         in_generate: the call was made while `generate` runs.
+        moved_mask: the encoder's attention mask, where nothing was passed for the decoder, whose ids the model then
+            makes of the encoder's.
     """
 
     labels: Any = None
@@ -46,6 +48,7 @@ class Given(NamedTuple):
     collecting: Collected | None = None
     step: Step | None = None
     in_generate: bool = False
+    moved_mask: Any = None
 
 
 @dataclass(eq=False)

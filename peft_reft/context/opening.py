@@ -16,6 +16,8 @@ from peft_reft.context.arguments import (
     aligned_labels,
     documents,
     has_state,
+    mask_of,
+    of_moved_ids,
     past_length,
     repeats,
     token_device,
@@ -40,6 +42,7 @@ from peft_reft.context.within import (
 )
 from peft_reft.positions import PositionSpec, Prompts, Tokens, generated
 
+OF_DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask")
 Shape = tuple[int, int] | None  # rows and columns of a call's tokens; None if it has none
 
 
@@ -140,7 +143,10 @@ def _given(entry: Entrance, arguments: Mapping[str, Any], own: Mapping[str, Any]
     past = past_length(arguments, shape[1] if shape else 0, 0) if is_located else 0
     passed = read_passed(entry.module, entry.state, own, shape, inherited, past)
     labels, shift_labels = arguments.get("labels"), arguments.get("shift_labels")
-    return Given(labels, shift_labels, False, passed, collecting, step, in_generate=generation is not None)
+    makes_ids = entry.role == "router" and all(arguments.get(name) is None for name in OF_DECODER)
+    moved_mask = arguments.get("attention_mask") if makes_ids else None
+    in_generate = generation is not None
+    return Given(labels, shift_labels, False, passed, collecting, step, in_generate, moved_mask)
 
 
 def _predicts(
@@ -237,20 +243,25 @@ def _plain(
     if labels is None and continues:
         context.idle = True
         return context
-    device, mask = token_device(arguments), arguments.get("attention_mask")
+    device, mask = token_device(arguments), mask_of(arguments, columns)
     read = valid_columns(mask, rows, columns, past, device)
     if read is None:
         message = notices.UNREADABLE_MASK.format(mask=notices.describe(mask), rows=rows, columns=columns)
         notices.raise_or_warn(entry.state, entry.module, message, "unreadable mask")
         read = torch.ones(rows, columns, dtype=torch.bool, device=device), None
     valid, shown = read
+    moved_mask = context.given.moved_mask
+    if entry.role == "decoder" and mask is None and labels is None and moved_mask is not None:
+        of_encoder = valid_columns(moved_mask, rows, columns, 0, device)
+        if of_encoder is not None and moved_mask.shape[-1] == columns:
+            valid = of_moved_ids(of_encoder[0])
     if labels is None and isinstance(past, Tensor):  # a cache's length that one would have to wait for
         valid = valid & (past == 0)
     starts, num_documents = documents(arguments, valid, shown) if entry.role == "" else (None, None)
     ids = arguments.get("input_ids") if arguments.get("inputs_embeds") is None else None
     tokens = Tokens(valid, labels, starts, num_documents, ids)
     context.prompts_of = lambda spec: prompts_in(tokens, spec, entry.role, entry.state)
-    context.tokens, context.mask = tokens, mask
+    context.tokens, context.mask = tokens, arguments.get("attention_mask")
     return context
 
 
