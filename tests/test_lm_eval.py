@@ -40,11 +40,14 @@ REQUESTS = [
 ]
 
 
-def word_tokenizer():
+def word_tokenizer(line_feeds=False):
+    """One word, one token; with `line_feeds` each of them is one, too."""
     words = {"<pad>": PAD, "<eos>": EOS, "<unk>": 2, **{f"w{i}": i for i in range(3, 90)}, "user": 90, "assistant": 91}
     words |= {f"x{i}": i for i in range(92, 100)}
+    words |= {"\n": words.pop("x99")} if line_feeds else {}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    lines = [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split("\n", "isolated")]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(lines) if line_feeds else pre_tokenizers.Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     )
@@ -152,6 +155,31 @@ def test_what_generate_answers_has_the_score_that_generate_gave_it(positions, ll
         expected.append(sum(step[0].log_softmax(-1)[token].item() for step, token in zip(out.logits, answer)))
         assert tokenizer.encode(requests[-1][1]) == answer.tolist()
     torch.testing.assert_close(scores(evaluated(ReftLM, model), requests), torch.tensor(expected), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("positions", ["f1+l2", "l1", "all", "f1+d2"])
+def test_the_line_feed_that_ends_a_chat_s_prompt_is_edited_as_generate_edits_it(positions, llama):
+    """lm-eval moves white space at the end of a context to the continuation."""
+    tokenizer = word_tokenizer(line_feeds=True)
+    model = reft_model(llama, task_type="CAUSAL_LM", positions=positions)
+    context = "user w3 w4 w5 assistant\n"
+    inputs = tokenizer(context, return_tensors="pt")
+    out = model.generate(
+        **inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False, output_logits=True,
+        return_dict_in_generate=True, pad_token_id=PAD,
+    )  # fmt: skip
+    row, start = out.sequences, inputs["input_ids"].shape[1]
+    labels = torch.where(torch.arange(row.shape[1]) < start, -100, row)
+    with torch.no_grad():
+        predicted = model(row, labels=labels).logits[0, :-1].log_softmax(-1).gather(1, row[0, 1:, None])[:, 0]
+    generated = sum(step[0].log_softmax(-1)[token].item() for step, token in zip(out.logits, row[0, start:]))
+    assert predicted[start - 1 :].sum().item() == pytest.approx(generated, abs=1e-4)
+    words = " ".join(tokenizer.convert_ids_to_tokens(row[0, start:]))
+    # The second has the same tokens, but a prompt without the line feed.
+    requests = [(context, words), (context.rstrip(), f"\n{words}"), (context, "w9 w10 w11")]
+    found = scores(ReftLM(pretrained=model, tokenizer=tokenizer, batch_size=4, device="cpu"), requests)
+    assert found[0].item() == pytest.approx(predicted[start - 2 :].sum().item(), abs=1e-4)
+    assert abs(found[1] - found[0]) > 1e-3
 
 
 @pytest.mark.parametrize("turns", ["first", "last", "all"])

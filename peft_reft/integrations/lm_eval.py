@@ -23,7 +23,8 @@ from tqdm import tqdm
 from peft_reft.positions import PositionSpec, Tokens, mark
 from peft_reft.tuner.injection import reft_layers
 
-Request = tuple[Any, list[int], list[int]]  # what lm-eval caches the answer under, context, continuation
+Request = tuple[Any, list[int], list[int]]  # context and continuation as texts, or None; the two as tokens
+Row = tuple[tuple[int, ...], tuple[int, ...], int]  # context, continuation but for its last token, prompt's part of it
 
 
 def scoring_locations(
@@ -34,7 +35,7 @@ def scoring_locations(
     Args:
         spec, share_weights: of the adapter.
         ids: long [B, S], contexts and continuations, padded on the right.
-        contexts: long [B], tokens in each row's context.
+        contexts: long [B], tokens in each row's context, the prompt.
         lengths: long [B], tokens in each row, context included.
 
     Returns:
@@ -119,19 +120,19 @@ class ReftLM(HFLM):
         """Log-likelihood of each request's continuation, and whether it is what greedy decoding gives.
 
         lm-eval's own method lets requests of equal tokens share a row whatever their contexts are. Here they share
-        one if context and continuation, but for its last token, are equal.
+        one if prompt, context and continuation, but for its last token, are equal.
         """
         if self.backend != "causal":
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-        sharing: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+        sharing: dict[Row, list[int]] = {}
         for number, request in enumerate(requests):
-            sharing.setdefault(row_of(request), []).append(number)
+            sharing.setdefault(self._row_of(request), []).append(number)
         heads = sorted((requests[numbers[0]] for numbers in sharing.values()), key=lambda r: -len(r[1]) - len(r[2]))
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Scoring") as progress:
             for chunk in self._chunks(heads, override_bs):
                 for request, scores in zip(chunk, self._scores(chunk)):
-                    for number in sharing[row_of(request)]:
+                    for number in sharing[self._row_of(request)]:
                         cached_as, _, continuation = requests[number]
                         wanted = torch.tensor(continuation, device=scores.device)
                         greedy = bool((scores.argmax(-1) == wanted).all())
@@ -157,13 +158,27 @@ class ReftLM(HFLM):
         rows = [(context + continuation)[-(self.max_length + 1) : -1] for _, context, continuation in requests]
         lengths = [len(row) for row in rows]
         contexts = [length - len(continuation) + 1 for length, (_, _, continuation) in zip(lengths, requests)]
+        prompts = [context + self._moved(request) for context, request in zip(contexts, requests)]
         ids = pad_sequence([torch.tensor(row, device=self.device) for row in rows], batch_first=True)
-        logits = self._model_call(ids, contexts=contexts, lengths=lengths)
+        logits = self._model_call(ids, contexts=prompts, lengths=lengths)
         scores = F.log_softmax(logits, dim=-1, dtype=self.softmax_dtype)
         return [row[context - 1 : length] for row, context, length in zip(scores, contexts, lengths)]
 
+    def _moved(self, request: Request) -> int:
+        """How many of a continuation's first tokens are the end of the prompt.
 
-def row_of(request: Request) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What a request's row consists of: the context, and the continuation without its last token."""
-    _, context, continuation = request
-    return tuple(context), tuple(continuation[:-1])
+        lm-eval moves the white space at the end of a context to the continuation. A chat template's prompt ends in a
+        line feed, which is a token of its own: `generate` is given it, and the adapter was trained with it. A space
+        that makes one token with the word behind it is not one of the prompt's.
+        """
+        texts, context, continuation = request
+        if not texts or texts[0] == texts[0].rstrip():
+            return 0
+        prompt, row = self.tok_encode(texts[0]), context + continuation
+        return (
+            len(prompt) - len(context) if len(context) < len(prompt) < len(row) and row[: len(prompt)] == prompt else 0
+        )
+
+    def _row_of(self, request: Request) -> Row:
+        _, context, continuation = request
+        return tuple(context), tuple(continuation[:-1]), self._moved(request)
