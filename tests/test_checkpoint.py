@@ -409,6 +409,19 @@ def test_the_error_names_the_model_that_the_adapter_was_trained_on(saved):
         PeftModel.from_pretrained(tiny_model("llama", num_hidden_layers=2), saved[0])
 
 
+def test_a_head_for_another_number_of_classes_is_refused_with_the_way_out(tmp_path):
+    three = reft_model(tiny_model("bert", "classifier", num_labels=3), task_type="SEQ_CLS")
+    three.save_pretrained(tmp_path)
+    base = tiny_model("bert", "classifier")
+    before = fingerprint(base)
+    message = r"does not fit BertForSequenceClassification: .*classifier.*\[3, 32\].*\[2, 32\].*num_labels=N"
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert fingerprint(base) == before
+    with pytest.warns(UserWarning, match="not initialized from the model checkpoint"):  # PEFT's own way
+        PeftModel.from_pretrained(base, tmp_path, ignore_mismatched_sizes=True)
+
+
 # Copies.
 
 

@@ -66,9 +66,8 @@ def load_adapters(
                     model.load_adapter(folder, adapter_name=adapter)
                 else:
                     model = PeftModel.from_pretrained(model, folder, adapter_name=adapter)
-        except RuntimeError as error:  # tensors of other shapes than the model's own
-            hint = "; a classifier may need --num-labels" if "CLS" in str(config.get("task_type")) else ""
-            raise ValueError(f"The adapter in {str(folder)!r} does not fit {name!r}{hint}: {error}") from error
+        except RuntimeError as error:  # tensors that torch cannot copy into the model's
+            raise ValueError(f"The adapter in {str(folder)!r} does not fit {name!r}: {error}") from error
     source = first if (first / "tokenizer_config.json").is_file() else name
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,12 @@ from peft_reft.tuner.staging import wait_until_whole
 HALVES = (
     "Parts of this adapter's R keep their values ({parts}). Where the others are trained, they lie in parameters of "
     "their own, which transformers cannot load. Leave out is_trainable, and call model.set_adapter(name) afterwards."
+)
+
+OTHER_SIZE = re.compile(r"size mismatch for (.*?)\.?$", re.M)  # a line of torch's `load_state_dict`
+OF_OTHER_SIZE = (
+    "{sizes}. A classifier's head has a row for each class: give the base model's from_pretrained as many as the "
+    "adapter was trained with, num_labels=N (--num-labels N)"
 )
 
 ON_DISK = (
@@ -72,6 +79,11 @@ def load_by_peft(original: Any, model: Any, model_id: Any, adapter_name: str, *a
         if isinstance(error, KeyError) and isinstance(config, ReftConfig):  # PEFT looks such tensors up by name
             reason = f"its file lacks {error.args[0]}, of its modules_to_save or trainable_token_indices"
             raise ValueError(does_not_fit(model.get_base_model(), reason, config)) from error
+        if isinstance(error, RuntimeError) and isinstance(config, ReftConfig):
+            sizes = OTHER_SIZE.findall(str(error))  # of modules_to_save or trained tokens: the rest is compared before
+            if sizes:
+                reason = OF_OTHER_SIZE.format(sizes="; ".join(sizes))
+                raise ValueError(does_not_fit(model.get_base_model(), reason, config)) from error
         raise
 
 
