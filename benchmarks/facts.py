@@ -115,7 +115,7 @@ def long_answers(folder: Path) -> Fact:
 
 
 def instructions(folder: Path) -> Fact:
-    """What examples of a thousand instructions taught SmolLM2, each method at its best rate on validation rows."""
+    """What instructions taught SmolLM2, each method at its best rate on validation rows."""
     folder = folder / "real-llm-instructions-cpu-64-steps"
 
     def tested(cell: dict[str, Any]) -> float:
@@ -134,8 +134,8 @@ def instructions(folder: Path) -> Fact:
         return f"{statistics.mean(gains):.3f} ± {statistics.stdev(gains):.3f}", len(gains)
 
     (reft, seeds), (lora, others) = of("LoReFT r8 f7+l7"), of("LoRA r8 q,v")
-    steps, rows = base["setup"].split("; ")[1].split(" of ")[0].removesuffix(" rows").split(" x ")
-    words = f"SmolLM2, `f7+l7` r8, {int(steps) * int(rows)} instructions: nats per token of held-out answers below the"
+    steps = base["setup"].split("; ")[1].partition(" x ")[0]
+    words = f"SmolLM2, `f7+l7` r8, {steps} steps on instructions: nats per token of held-out answers below the"
     settings = f"--cpu --tasks ultrafeedback_1k --steps {steps}"
     return Fact(
         f"{words} base model's, {min(seeds, others)} seeds",
