@@ -159,6 +159,7 @@ def main() -> None:
         "--tasks", help=f"by commas; default openbookqa,ARC-Easy, or openbookqa with --cpu; {INSTRUCTIONS} alone"
     )
     parser.add_argument("--steps", type=int, default=None, help="of a training; default as in sizes.py")
+    parser.add_argument("--longest", type=int, default=None, help="tokens of a row at most; default as in sizes.py")
     parser.add_argument("--test", type=int, default=None, help="test rows of a task at most; default as in sizes.py")
     parser.add_argument("--methods", default=None, help="names of grid.py, separated by semicolons; default all")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
@@ -184,7 +185,7 @@ def main() -> None:
     from benchmarks.real_llm import cells, grid, report
     from benchmarks.study.store import Store
 
-    changed = {"tasks": tasks, "steps": options.steps, "test": options.test}
+    changed = {"tasks": tasks, "steps": options.steps, "longest": options.longest, "test": options.test}
     changed = {name: value for name, value in changed.items() if value is not None}
     setup = cells.Setup(options.model, options.data, **{**size.setup, **changed})
     names = options.methods.split(";") if options.methods else list(size.methods or grid.EVERYTHING)
