@@ -60,6 +60,7 @@ def test_the_card_s_code_loads_the_adapter(tmp_path, family, task, auto_class):
     model.save_pretrained(tmp_path / "adapter")
     code = loading_code(tmp_path / "adapter")
     assert code.startswith("import peft_reft")
+    assert ("num_labels=N" in code) is (task == "SEQ_CLS")  # which no file of an adapter's says
     names: dict[str, object] = {}
     exec(code.replace("path/to/this/directory", str(tmp_path / "adapter")), names)
     inputs = inputs_of(model)

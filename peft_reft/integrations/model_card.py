@@ -88,6 +88,7 @@ def first_heading(text: str) -> int:
 def section_of(info: AdapterInfo) -> str:
     """The section: what the adapter is, and how to load it."""
     base = info.base_model or "the-base-model"
+    classes = "  # num_labels=N, if it has other classes" if "CLS" in str(info.task_type) else ""
     model_class = AUTO_CLASSES.get(str(info.task_type), "AutoModel")
     mapping = info.config.get("auto_mapping") or {}
     if info.task_type is None and str(mapping.get("base_model_class", "")).isidentifier():
@@ -121,7 +122,7 @@ import peft_reft  # first
 from peft import PeftModel
 from transformers import {model_class}
 
-base = {model_class}.from_pretrained({json.dumps(base)})
+base = {model_class}.from_pretrained({json.dumps(base)}){classes}
 model = PeftModel.from_pretrained(base, "path/to/this/directory")
 ```
 {own}
