@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from peft_reft.blocks import Layout, ModelBlocks, device_and_dtype, own_name, present_names, refuse_unsound
@@ -58,6 +59,7 @@ class ReftModel(BaseTuner):
     prefix = PREFIX
     tuner_layer_cls = ReftLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # no table of architectures: see blocks/
+    peft_config: dict[str, PeftConfig]
     _state: ModelState
 
     @property
@@ -81,6 +83,7 @@ class ReftModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_adapter_name(adapter_name)
+        self.peft_config = self.peft_config  # which may be the model's: another tuner that is unloaded takes that off
         named: set[str] = set()
         if kwargs.get("state_dict") is not None:
             # PEFT reads a target's name off each key, as what stands before ".reft_"; there is CHILD in between.
@@ -271,11 +274,16 @@ class ReftModel(BaseTuner):
     def unmerge_adapter(self) -> None:
         """Nothing is to be done: nothing can have been merged."""
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Take an auxiliary wrapper (`modules_to_save`, trainable tokens) off again; blocks are never replaced."""
-        setattr(parent, child_name, new_module)
-
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
-        remove_reft(model)
-        return model
+        """Not PEFT's, which takes off what every tuner has put on: a LoRA of the same model stays, and works."""
+        if merge:
+            self._check_merge_allowed()
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, AuxiliaryTrainingWrapper):  # of `modules_to_save`, or of trainable tokens
+                parent, _, child = name.rpartition(".")
+                unwrapped = module.unload_and_optionally_merge_module(False, False, None)
+                setattr(self.model.get_submodule(parent), child, unwrapped)
+        remove_reft(self.model)
+        if not any(isinstance(module, BaseTunerLayer) for module in self.model.modules()):
+            self.model.__dict__.pop("peft_config", None)
+        return self.model

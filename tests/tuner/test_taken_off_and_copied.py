@@ -10,6 +10,7 @@ import torch
 from conftest import batch, logits, randomize, reft_model, tiny_model
 from edit_spy import edited_columns
 from model_state import assert_as_before, state_of
+from peft import LoraConfig, PeftConfig, get_peft_model
 from torch.nn.modules.module import register_module_forward_hook
 
 from peft_reft import ReftConfig
@@ -102,6 +103,53 @@ def test_deleting_the_last_native_adapter_leaves_the_base_models_logits_and_weig
     model.delete_adapter("default")
     assert sorted(model.state_dict()) == before
     assert torch.equal(logits(model, batch(6, 4)), expected)
+
+
+LORA = {"target_modules": ["q_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+
+
+def with_lora(how):
+    """A model with a LoRA, as it is used, and what ReFT is put on next."""
+    torch.manual_seed(0)
+    if how == "native":
+        model = tiny_model("llama")
+        model.add_adapter(LoraConfig(**LORA))
+        return model, model
+    model = get_peft_model(tiny_model("llama"), LoraConfig(**LORA)).eval()
+    return model, model if how == "around" else model.get_base_model()
+
+
+@pytest.mark.parametrize("how", ["native", "around", "same base", "lora second"])
+def test_unload_leaves_a_lora_of_the_same_model_at_work(how):
+    lora, below = with_lora(how)
+    inputs, base = batch(6, 4), tiny_model("llama")
+    expected = logits(lora, inputs)
+    assert (expected - logits(base, inputs)).abs().max() > 1e-3
+    if how == "lora second":
+        model, loras = reft_model(base, **CONFIG), lora.state_dict()
+        lora = get_peft_model(base, LoraConfig(**LORA), adapter_name="second").eval()
+        lora.load_state_dict({key.replace("default", "second"): tensor for key, tensor in loras.items()}, strict=False)
+    else:
+        model = reft_model(below, adapter="reft_one", **CONFIG)
+        base = below
+    assert (logits(lora, inputs) - expected).abs().max() > 1e-3
+    assert model.unload() is base
+    torch.testing.assert_close(logits(lora, inputs), expected)
+    assert not any("reft" in name for name in lora.state_dict())
+
+
+@pytest.mark.parametrize("method", ["unload", "merge_and_unload"])
+def test_a_model_works_on_when_a_lora_below_it_is_taken_off(method, tmp_path):
+    lora, below = with_lora("same base")
+    model, inputs = reft_model(below, **CONFIG), batch(6, 4)
+    with_both = logits(model, inputs)
+    getattr(lora, method)()
+    expected = with_both if method == "merge_and_unload" else logits(reft_model(tiny_model("llama"), **CONFIG), inputs)
+    torch.testing.assert_close(logits(model, inputs), expected, rtol=1e-4, atol=1e-4)
+    model.generate(**inputs, max_new_tokens=2)
+    model.save_pretrained(tmp_path)
+    model.train()(**labelled(batch(6, 6)["input_ids"])).loss.backward()
+    assert PeftConfig.from_pretrained(tmp_path).positions == CONFIG["positions"]
 
 
 def test_of_two_tuners_each_knows_the_adapters_that_the_other_put_on():
