@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from huggingface_hub.constants import REPOCARD_NAME
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
+from peft_reft.blocks import own_name
 from peft_reft.tuner.config import ReftConfig
 from peft_reft.tuner.injection import reft_layers
+from peft_reft.tuner.keys import PEFT_PREFIX, blocks_of, is_intervention
 from peft_reft.tuner.staging import staged
 
 
@@ -43,6 +46,8 @@ def save_whole_files(
                 f"The adapter {name!r} is no longer in the model, so that it would be saved without weights: unload() "
                 "gives the base model back. Save an adapter before."
             )
+        if kwargs.get("state_dict"):  # transformers passes an empty one beside a checkpoint of DeepSpeed's
+            check_state_dict(kwargs["state_dict"], model, name)
     folders = {"" if name == "default" else name for name in names}
     with staged(save_directory) as stage:
         # A card that is there already is kept, with sections that are written anew.
@@ -56,3 +61,23 @@ def save_whole_files(
     other = WEIGHTS_NAME if passed.get("safe_serialization", True) else SAFETENSORS_WEIGHTS_NAME
     for folder in folders:
         Path(save_directory, folder, other).unlink(missing_ok=True)
+
+
+def check_state_dict(state_dict: Mapping[str, Any], model: PeftModel, adapter_name: str) -> None:
+    """Raise if what was passed to be saved in place of the model's own weights lacks those of a ReFT adapter.
+
+    PEFT would write what is there over an adapter that was good.
+    """
+    config = model.peft_config.get(adapter_name)
+    if not isinstance(config, ReftConfig):
+        return
+    names = (own_name(key) for key in state_dict if is_intervention(key, adapter_name))
+    found = len(blocks_of(name for name in names if name.startswith(PEFT_PREFIX)))
+    wanted = 1 if config.share_layers else len(reft_layers(model, adapter_name))
+    if found < wanted:
+        raise ValueError(
+            f"The state_dict that save_pretrained was passed holds weights of {found} of the {wanted} blocks of the "
+            f"ReFT adapter {adapter_name!r}, whose names begin with {PEFT_PREFIX!r}, so that what it saves could not "
+            "be loaded. Pass the state dict of this model, without a wrapper around it, as "
+            "accelerator.get_state_dict(model) gives it, or none."
+        )

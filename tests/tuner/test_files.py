@@ -188,6 +188,31 @@ def test_an_adapter_that_was_unloaded_is_not_saved_over_a_good_one(tmp_path):
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("share_layers", [False, True])
+def test_a_state_dict_without_the_adapter_is_not_saved_over_a_good_one(share_layers, tmp_path):
+    model = reft_model(tiny_model("llama"), share_layers=share_layers)
+    own = model.state_dict()
+    model.save_pretrained(tmp_path)
+    before = contents(tmp_path)
+    without = {name: tensor for name, tensor in own.items() if "reft" not in name}
+    for given in (without, {f"module.{name}": tensor for name, tensor in own.items()}):
+        with pytest.raises(ValueError, match=r"holds weights of 0 of the \d blocks of the ReFT adapter 'default'"):
+            model.save_pretrained(tmp_path, state_dict=given)
+        model.save_pretrained(tmp_path / "elsewhere", state_dict=given, is_main_process=False)  # which writes nothing
+    assert contents(tmp_path) == before
+    if not share_layers:
+        some = {name: tensor for name, tensor in own.items() if "layers.1." not in name}
+        with pytest.raises(ValueError, match="2 of the 3 blocks"):
+            model.save_pretrained(tmp_path, state_dict=some)
+    model.save_pretrained(tmp_path / "own", state_dict={f"_orig_mod.{name}": tensor for name, tensor in own.items()})
+    model.save_pretrained(tmp_path / "adapter", state_dict={n: t for n, t in own.items() if "reft" in n})
+    expected = load_file(tmp_path / "adapter_model.safetensors")
+    for folder in ("own", "adapter"):
+        found = load_file(tmp_path / folder / "adapter_model.safetensors")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
 def test_who_is_not_the_main_process_writes_nothing(tmp_path):
     reft_model(tiny_model("llama")).save_pretrained(tmp_path / "new", is_main_process=False)
     assert contents(tmp_path) == {}
