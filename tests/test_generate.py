@@ -366,6 +366,17 @@ def test_continuous_batching_gives_each_request_its_own_positions(positions, max
     assert base != alone
 
 
+@pytest.mark.parametrize("name", ["adapter_names", "intervention_locations", "subspaces", "source_inputs"])
+def test_continuous_batching_refuses_what_it_would_pass_over(name):
+    model = family(positions="f1")
+    given = {"adapter_names": ["default"], "subspaces": ["one"], "source_inputs": {}}.get(name, torch.tensor([[0]]))
+    for whole in (model, model.get_base_model()):
+        with pytest.raises(ValueError, match=f"generate_batch was passed {name}, .* Use generate; or set_adapter"):
+            whole.generate_batch([[5, 6, 7]], **{name: given})
+    assert model.generate_batch([], **{name: None}) == {}
+    assert "generate_batch" not in vars(model.unload())
+
+
 @pytest.mark.parametrize("where", ["in the generation config", "nowhere"])
 def test_continuous_batching_without_a_config_of_its_own(where):
     model, prompts = family(positions="f2+l2"), [[5, 6, 7, 8], [9, 10, 11], [5, 6, 7, 8, 9, 10]]

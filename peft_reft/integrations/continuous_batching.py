@@ -15,15 +15,17 @@ import torch
 from torch import nn
 
 from peft_reft.context.method import MethodEntry
+from peft_reft.context.passed import take_own
 from peft_reft.context.state import ModelState
 from peft_reft.positions import Prompts
 from peft_reft.tuner.neighbours import METHODS
 
 
 def register() -> None:
-    """Stand in for the method that makes a manager, on every model with an adapter."""
-    if BatchingEntry not in METHODS:
-        METHODS.append(BatchingEntry)
+    """Stand in for the methods that make a manager and run requests, on every model with an adapter."""
+    for entry in (BatchingEntry, RequestsEntry):
+        if entry not in METHODS:
+            METHODS.append(entry)
 
 
 class BatchingEntry(MethodEntry):
@@ -108,6 +110,22 @@ class BatchingEntry(MethodEntry):
             )
             for request in batch.requests_in_batch
         ]
+
+
+class RequestsEntry(MethodEntry):
+    """Stands in for `generate_batch`, which passes over what it does not know: also over what is ours."""
+
+    name = "generate_batch"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        names = [name for name, value in take_own(kwargs).items() if value is not None]
+        if names:
+            raise ValueError(
+                f"generate_batch was passed {' and '.join(names)}, which continuous batching has no place for: all of "
+                "its requests are edited by the model's active adapters. Use generate; or set_adapter, set_subspaces, "
+                "and a call for each."
+            )
+        return self.original(*args, **kwargs)
 
 
 def paged_prompts(requests: Sequence[tuple[int, int, int]], columns: int, device: torch.device) -> Prompts:
