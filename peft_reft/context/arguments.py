@@ -112,7 +112,8 @@ def valid_columns(
         mask = mask.unsqueeze(1)
     if mask.dim() != 4 or mask.shape[-2] not in (1, columns):
         return None
-    seen = _visible(mask[:, 0])
+    # Of whole numbers, or of floats that attention adds to its scores, which may hold biases as well.
+    seen = mask[:, 0] > HIDDEN if mask.is_floating_point() else mask[:, 0] != 0
     if mask.shape[-2] != columns:
         return _of_columns(seen[:, 0], rows, columns, past)
     offset = int(past) if not isinstance(past, Tensor) else 0
@@ -123,6 +124,8 @@ def valid_columns(
 
 def _of_columns(mask: Tensor, rows: int, columns: int, past: int | Tensor) -> tuple[Tensor, None] | None:
     """From a mask [B, W] of the whole row (or a cache, which may be wider), or of this forward's columns alone."""
+    if mask.shape[0] != rows:  # one row, which holds for all
+        mask = mask.expand(rows, -1)
     width = mask.shape[1]
     if isinstance(past, Tensor):
         if width < columns:
@@ -130,16 +133,8 @@ def _of_columns(mask: Tensor, rows: int, columns: int, past: int | Tensor) -> tu
         column = past + torch.arange(columns, device=mask.device)
         return mask.gather(1, column.clamp(max=width - 1).expand(rows, columns)), None
     if width == columns:
-        return (mask if mask.shape[0] == rows else mask.expand(rows, columns)), None
-    return (mask[:, past : past + columns].expand(rows, columns), None) if width >= past + columns else None
-
-
-def _visible(mask: Tensor) -> Tensor:
-    """Bool, True where a token may look, from a mask of whole numbers, or of floats that attention adds to its scores.
-
-    Such a mask may hold biases as well.
-    """
-    return mask > HIDDEN if mask.is_floating_point() else mask != 0
+        return mask, None
+    return (mask[:, past : past + columns], None) if width >= past + columns else None
 
 
 def _of_pairs(seen: Tensor) -> tuple[Tensor, Tensor]:

@@ -68,6 +68,15 @@ def test_a_mask_of_any_number_type_is_read(side):
         assert found == (LEFT if side == "left" else RIGHT), dtype
 
 
+def test_a_mask_of_one_row_holds_for_all():
+    """Also behind a cache whose length one would have to wait for."""
+    mask, on_cpu = torch.tensor([[0, 1, 1, 1, 1, 1]]), torch.device("cpu")
+    for past, expected in ((0, [0, 1, 1]), (1, [1, 1, 1]), (torch.tensor(0), [0, 1, 1]), (torch.tensor(1), [1, 1, 1])):
+        valid, _ = valid_columns(mask, 2, 3, past, on_cpu)
+        assert valid.tolist() == [[bool(one) for one in expected]] * 2
+    assert valid_columns(mask, 2, 6, 0, on_cpu)[0].tolist() == [[False] + [True] * 5] * 2
+
+
 # 4-D.
 
 
