@@ -38,14 +38,15 @@ def choice_of(entry: Any) -> Choice:
     if isinstance(entry, Mapping) and all(isinstance(name, str) for name in entry):
         # A data set gives every row the same names, None where a row has none.
         strengths = {name: value for name, value in entry.items() if value is not None}
-        if all(_is_strength(value) for value in strengths.values()):
+        if all(is_finite(value) for value in strengths.values()):
             return {name: float(value) for name, value in strengths.items()}
     elif isinstance(entry, (list, tuple, set)) and all(isinstance(name, str) for name in entry):
         return dict.fromkeys(entry, 1.0)
     raise ValueError(f"subspaces holds {entry!r}, which is not {ENTRY}. {FINITE}")
 
 
-def _is_strength(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
+    """Whether a value is a finite number; True and False are none here."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 

@@ -7,9 +7,8 @@ from typing import Any
 from torch import nn
 
 from peft_reft.blocks import own_name
-from peft_reft.context.subspaces import choice_of
+from peft_reft.context.subspaces import choice_of, is_finite
 from peft_reft.tuner.injection import base_model_of, reft_layers
-from peft_reft.tuner.sizes import is_finite
 
 
 def get_interventions(model: nn.Module, adapter_name: str | None = None) -> dict[str, nn.ModuleList]:

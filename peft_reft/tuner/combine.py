@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_reft.context.subspaces import is_finite
 from peft_reft.interventions import Intervention
 from peft_reft.tuner.config import ReftConfig
 from peft_reft.tuner.layer import ReftLayer, intervention_of
-from peft_reft.tuner.sizes import check_rank, is_finite
+from peft_reft.tuner.sizes import check_rank
 
 MUST_AGREE = ("positions", "share_weights", "share_layers", "turns", "prompt_end")  # among edits that are summed
 CANNOT_BE_SUMMED = ("act_fn", "modules_to_save", "trainable_token_indices")

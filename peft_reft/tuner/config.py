@@ -13,10 +13,11 @@ from peft.utils.peft_types import PeftType
 from transformers import AutoTokenizer
 from transformers.activations import ACT2FN
 
+from peft_reft.context.subspaces import is_finite
 from peft_reft.interventions import intervention_names, nearest_name, takes_source
 from peft_reft.positions import GRAMMAR, PositionSpec, parse_positions
 from peft_reft.tuner.neighbours import AFTER_SAVING
-from peft_reft.tuner.sizes import check_config_sizes, check_ids, check_rank, is_finite, is_integer, shown
+from peft_reft.tuner.sizes import check_config_sizes, check_ids, check_rank, is_integer, shown
 from peft_reft.tuner.staging import staged
 from peft_reft.tuner.subspaces import check_subspaces, from_pairs
 

@@ -6,7 +6,6 @@ that an adapter is made for are in fit.py.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -36,11 +35,6 @@ def printable(text: str) -> str:
 def is_integer(value: object) -> bool:
     """Whether a value is an integer; True and False are none here."""
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_finite(value: object) -> bool:
-    """Whether a value is a finite number; True and False are none here."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def check_rank(name: str, rank: Any) -> None:
