@@ -5,16 +5,14 @@ They are looked at after they have run, which waits for the device; after a few 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from peft_reft.context.forward import ForwardContext
-from peft_reft.context.opening import prompts_in
 from peft_reft.context.state import ModelState
 from peft_reft.context.tower import TOWER
-from peft_reft.positions import IGNORED, PositionSpec
+from peft_reft.positions import IGNORED, Tokens
 
 FORWARDS_LOOKED_AT = 3  # training forwards that are looked at, which waits for the device
 NOTHING_EDITED = (
@@ -44,39 +42,35 @@ def look_at_training(context: ForwardContext) -> None:
     state = context.state
     if state.training_forwards is None or context.idle or context.given.step is not None or context.role == "router":
         return
+    state.has_edited = state.has_edited or context.edits_something()
     if context.role == TOWER:
-        state.has_edited = state.has_edited or context.edits_something()
         return
-    covered = {} if context.role else rows_with_covered_prompts(context)
     state.training_forwards += 1
     if context.given.passed.subspaces is None:
         warn_of_subspaces_together(state)
-    for spec, of_rows in covered.items():
-        if (spec.depends_on_the_end or spec.count("f") > 1) and of_rows.any():
-            rows = ", ".join(map(str, of_rows.nonzero().flatten().tolist()[:8]))
-            state.warn_once(LABELS_COVER_PROMPTS.format(rows=rows, positions=spec), "labels cover prompts")
-    state.has_edited = state.has_edited or context.edits_something()
+    if not context.role and context.tokens is not None and context.tokens.labels is not None:
+        warn_of_covered_prompts(context.tokens, context.tokens.labels, state)
     if state.training_forwards >= FORWARDS_LOOKED_AT:
         state.training_forwards = None
         if not state.has_edited:
             state.warn_once(NOTHING_EDITED)
 
 
-def rows_with_covered_prompts(context: ForwardContext) -> dict[PositionSpec, Tensor]:
-    """By spec, bool [B]: the rows whose labels leave a prompt of one token."""
-    tokens = context.tokens
-    covered: dict[PositionSpec, Tensor] = {}
-    if tokens is None or tokens.labels is None:
-        return covered
-    for spec in context.state.active_specs():
-        first = replace(spec, turns=None) if spec.turns == "all" else spec
-        prompts = prompts_in(tokens, first, context.role, context.state)
+def warn_of_covered_prompts(tokens: Tokens, labels: Tensor, state: ModelState) -> None:
+    """Say so if labels leave rows a prompt of one token, and that changes what is edited."""
+    for spec in state.active_specs():
+        if not spec.depends_on_the_end and spec.count("f") <= 1:
+            continue
+        turns = None if spec.turns == "all" else spec.turns
+        prompts = tokens.prompts(turns, spec.prompt_end, spec.edits_answers)
         # The first token has a label (which TRL takes away in packed documents), and no other is the prompt's.
-        has_label = (tokens.labels != IGNORED) | (prompts.document is not None)
+        has_label = (labels != IGNORED) | (prompts.document is not None)
         starts = tokens.valid & (prompts.order == 0) & has_label
         alone = tokens.valid & (prompts.order == 1) & (prompts.length <= 1)
-        covered[spec] = starts.any(1) & alone.any(1)
-    return covered
+        covered = starts.any(1) & alone.any(1)
+        if covered.any():
+            rows = ", ".join(map(str, covered.nonzero().flatten().tolist()[:8]))
+            state.warn_once(LABELS_COVER_PROMPTS.format(rows=rows, positions=spec), "labels cover prompts")
 
 
 def warn_of_subspaces_together(state: ModelState) -> None:
