@@ -169,7 +169,9 @@ class GenerateEntry(MethodEntry):
             raise ValueError(names_of_rows(len(names), generation.shape[0]))
         running.generation = generation
         self.state.unlabelled = False
-        attach_prepare_entry(self.module, self.state)
+        # PEFT's prompt learning puts a method of its own in the entry's place while it generates, by which it adds soft
+        # prompts to the step: then an entry stands around that.
+        attach_method_entry(PrepareEntry, self.module, self.state)
         try:
             output = self.original(*args, **kwargs)
         finally:
@@ -291,13 +293,7 @@ class PrepareEntry(MethodEntry):
         return inputs
 
 
-def attach_prepare_entry(module: nn.Module, state: ModelState) -> None:
-    """Have each step of a module's `generate` say which one it is.
-
-    PEFT's prompt learning puts a method of its own in the entry's place while it generates, which adds soft prompts to
-    the step: the entry then stands around that.
-    """
-    if hasattr(type(module), PrepareEntry.name) and not isinstance(
-        module.__dict__.get(PrepareEntry.name), PrepareEntry
-    ):
-        PrepareEntry(module, state).attach()
+def attach_method_entry(entry: type[MethodEntry], module: nn.Module, state: ModelState) -> None:
+    """Put an entry in place of a method, if the module has that, unless one is there."""
+    if hasattr(type(module), entry.name) and not isinstance(module.__dict__.get(entry.name), entry):
+        entry(module, state).attach()

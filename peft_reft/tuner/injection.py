@@ -15,7 +15,7 @@ from torch import nn
 from peft_reft.blocks import paths_around, takes_no_text
 from peft_reft.context.block import CHILD, keep_called
 from peft_reft.context.entry import ForwardEntry
-from peft_reft.context.generate import DecoderPromptEntry, GenerateEntry, PrepareEntry
+from peft_reft.context.generate import DecoderPromptEntry, GenerateEntry, PrepareEntry, attach_method_entry
 from peft_reft.context.method import MethodEntry
 from peft_reft.context.outermost import attach_entry, detach_entries
 from peft_reft.context.replay import unwrap_checkpoints
@@ -116,8 +116,7 @@ def _attach_method_entries(module: nn.Module, state: ModelState) -> None:
         return
     entries: list[type[MethodEntry]] = [GenerateEntry, DecoderPromptEntry, PrepareEntry, *METHODS]
     for entry in entries:
-        if hasattr(type(module), entry.name) and not isinstance(module.__dict__.get(entry.name), entry):
-            entry(module, state).attach()
+        attach_method_entry(entry, module, state)
 
 
 def towers_among(model: nn.Module, paths: Iterable[str], roles: Mapping[nn.Module, str]) -> list[str]:
