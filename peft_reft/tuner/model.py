@@ -147,8 +147,6 @@ class ReftModel(BaseTuner):
         layer.add_adapter(adapter_name, peft_config, r, found.prompt_end, found.shared)
         if peft_config.share_layers:
             found.shared = layer
-        if adapter_name not in self.active_adapters:
-            layer.reft_interventions[adapter_name].requires_grad_(False)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's: the adapters that are active, whose edits are summed.
