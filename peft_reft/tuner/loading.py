@@ -75,7 +75,10 @@ def load_by_peft(original: Any, model: Any, model_id: Any, adapter_name: str, *a
     except BaseException as error:
         config = model.peft_config.get(adapter_name)
         if is_new and isinstance(config, ReftConfig):
-            _remove(model, adapter_name)
+            if list(model.peft_config) == [adapter_name]:
+                model.base_model.unload()
+            else:
+                model.delete_adapter(adapter_name)
         if isinstance(error, KeyError) and isinstance(config, ReftConfig):  # PEFT looks such tensors up by name
             reason = f"its file lacks {error.args[0]}, of its modules_to_save or trainable_token_indices"
             raise ValueError(does_not_fit(model.get_base_model(), reason, config)) from error
@@ -107,13 +110,6 @@ def _without_weights(model: nn.Module, adapter_name: str) -> list[str]:
         if parameters and not any(not p.is_meta and bool(p.detach().any()) for p in parameters):
             found.append(block)
     return found
-
-
-def _remove(model: Any, adapter_name: str) -> None:
-    if list(model.peft_config) == [adapter_name]:
-        model.base_model.unload()
-    else:
-        model.delete_adapter(adapter_name)
 
 
 def load_by_transformers(
