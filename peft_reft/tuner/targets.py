@@ -26,7 +26,7 @@ def choose_targets(config: ReftConfig, model: nn.Module, blocks: ModelBlocks) ->
     # Another tuner's layer, such as LoRA's, can be edited like the module that it replaced; what is in it cannot.
     inside_layers = tuple(f"{name}." for name, module in modules if isinstance(module, BaseTunerLayer))
     names = [name for name, module in modules if name and not isinstance(module, ReftLayer)]
-    names = [name for name in names if not name.startswith(inside_layers)] if inside_layers else names
+    names = [name for name in names if not name.startswith(inside_layers)]
     stacks = blocks.stacks() if config.target_modules is None else [names]
     # PEFT's rules for names, but not for block numbers: it looks for those inside of blocks only.
     rules = SimpleNamespace(
