@@ -307,11 +307,9 @@ def check_locations(
     """
     is_whole = isinstance(locations, Tensor) and not locations.is_floating_point() and locations.dtype != torch.bool
     if not is_whole or locations.dim() not in (2, 3):
-        what = (
-            f"a {locations.dtype} tensor of shape {tuple(locations.shape)}"
-            if isinstance(locations, Tensor)
-            else f"{locations!r}"
-        )
+        what = repr(locations)
+        if isinstance(locations, Tensor):
+            what = f"a {locations.dtype} tensor of shape {tuple(locations.shape)}"
         raise ValueError(f"intervention_locations is {what}. {LOCATIONS_RULE}")
     if shape is not None:
         rows, columns = shape
