@@ -248,8 +248,6 @@ def has_state(arguments: Mapping[str, Any]) -> bool:
     if arguments.get("state") is not None:
         return True
     cache = cache_of(arguments)
-    if cache is None or isinstance(cache, (tuple, list)):
-        return False
     if hasattr(cache, "seqlen_offset"):
         return bool(cache.seqlen_offset)
     for layer in getattr(cache, "layers", ()):
