@@ -104,7 +104,7 @@ def rebuild_entries(model: nn.Module, state: ModelState) -> None:
             depth=len(path.split(".")) if path else 0,
             causal=role == "" and causal[path],
             layers=own,
-            blocks=[name[len(path) + 1 :] if path else name for name in below],
+            blocks=[name.removeprefix(f"{path}.") for name in below],
         )
         attach_entry(entry)
         if (takes_tokens or not path) and path not in towers:
