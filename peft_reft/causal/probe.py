@@ -57,8 +57,9 @@ class Probe:
         found = {}
         for block, layer in self.layers.items():
             key = (layer.number, NAME)
-            if key in collected.states:
-                found[block] = (collected.states[key].flatten(1, 2), collected.keep[key].flatten(1))
+            if key in collected.found:
+                states, keep = collected.found[key]
+                found[block] = (states.flatten(1, 2), keep.flatten(1))
         return found
 
     def restored(self, inputs: Mapping[str, Any], block: str, columns: Sequence[int], states: Tensor) -> Any:
@@ -71,7 +72,7 @@ class Probe:
         layer = self.layers[block]
         key = (layer.number, NAME)
         keep = torch.ones(len(columns), 1, 1, dtype=torch.bool, device=states.device)
-        sources = Collected({key: states[:, None, None]}, {key: keep})
+        sources = Collected({key: (states[:, None, None], keep)})
         rows = {
             name: value.expand(len(columns), *value.shape[1:]) if _is_a_row(value) else value
             for name, value in inputs.items()

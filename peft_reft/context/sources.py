@@ -39,16 +39,15 @@ WITHIN = ("source_inputs", "subspaces", "adapter_names")  # which a source canno
 
 @dataclass(eq=False)
 class Collected:
-    """The hidden states of a source at its places, by number of the layer and adapter.
+    """The hidden states of a source at its places.
 
     Attributes:
-        states: [B, G, P, d], of the rows that have the adapter.
-        keep: bool [B, G, P], the places that there are.
+        found: by number of the layer and adapter, of the rows that have the adapter: the states [B, G, P, d], and the
+            places that there are, bool [B, G, P].
         rows: how many rows the source has; 0 if nothing was collected.
     """
 
-    states: dict[tuple[int, str], Tensor] = field(default_factory=dict)
-    keep: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    found: dict[tuple[int, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
     rows: int = 0
 
 
@@ -151,14 +150,13 @@ class Collector:
     def add(self, out: Tensor, h: Tensor, block: int) -> Tensor:
         """`out` as it is."""
         key = (block, self.name)
-        if key in self.collected.states:
+        if key in self.collected.found:
             raise ValueError(
                 "A block ran several times in the forward of a source, so that it is unknown which of its hidden "
                 "states is meant. Target a module that runs once."
             )
         rows = torch.tensor(self.rows, device=h.device)[:, None, None]
-        self.collected.states[key] = h.detach()[rows, self.columns.to(h.device)]
-        self.collected.keep[key] = self.keep.to(h.device)
+        self.collected.found[key] = h.detach()[rows, self.columns.to(h.device)], self.keep.to(h.device)
         return out
 
 
@@ -226,12 +224,12 @@ class Exchange:
             ValueError: if they do not pair with the call's places.
         """
         key = (number, self.family.names[0])
-        if key not in collected.states:
+        if key not in collected.found:
             raise ValueError(
                 f"Edited block number {number} (from 0) did not run in the forward of the source. Give it inputs of "
                 "the same kind as the call's, or leave that block out with layers_to_transform."
             )
-        states, keep = collected.states[key], collected.keep[key]
+        states, keep = collected.found[key]
         times = repeats(len(states), shape[0])
         if times is None:
             raise ValueError(f"source_inputs have {len(states)} rows, but the call has {shape[0]}. Pass one per row.")
