@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from peft_reft.context import notices
 from peft_reft.context.arguments import PASTS, cache_of, has_past, past_length, token_shape, valid_columns
 from peft_reft.context.method import MethodEntry
-from peft_reft.context.passed import NOTHING, STEP, Passed, read_passed, take_own
+from peft_reft.context.passed import NOTHING, STEP, read_passed, take_own
 from peft_reft.context.state import ModelState, names_of_rows
 from peft_reft.positions import Tokens, mark
 
@@ -160,11 +160,10 @@ class GenerateEntry(MethodEntry):
         generation = self._generation({**dict(zip(parameters, args)), **kwargs}, own.get("intervention_locations"))
         running = self.state.running
         outer = running.generation
-        inherited = NOTHING if outer is None else outer.passed
-        if outer is not None and outer.started:  # it does more than pass the call on to a part
-            inherited = Passed(adapter_names=inherited.adapter_names)
+        # One that has started does more than pass the call on to a part.
+        inherited = NOTHING if outer is None or outer.started else outer.passed
         generation.passed = read_passed(self.module, self.state, own, generation.shape, inherited)
-        names = generation.passed.adapter_names
+        names, outer_names = generation.passed.adapter_names, running.adapter_names
         if names is not None and outer is None and generation.shape is not None and generation.shape[0] != len(names):
             raise ValueError(names_of_rows(len(names), generation.shape[0]))
         running.generation = generation
@@ -173,9 +172,10 @@ class GenerateEntry(MethodEntry):
         # prompts to the step: then an entry stands around that.
         attach_method_entry(PrepareEntry, self.module, self.state)
         try:
+            running.adapter_names = names
             output = self.original(*args, **kwargs)
         finally:
-            running.generation = outer
+            running.generation, running.adapter_names = outer, outer_names
         if outer is not None:
             outer.passed_on = outer.passed_on or generation.started or generation.passed_on
         elif not (generation.started or generation.passed_on):

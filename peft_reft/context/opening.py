@@ -29,7 +29,7 @@ from peft_reft.context.forward import ForwardContext, Given
 from peft_reft.context.generate import Step
 from peft_reft.context.labels import look_at_labels
 from peft_reft.context.method import MethodEntry
-from peft_reft.context.passed import NOTHING, STEP, Passed, read_passed
+from peft_reft.context.passed import NOTHING, STEP, read_passed
 from peft_reft.context.sources import COLLECTED, Collected
 from peft_reft.context.state import ModelState
 from peft_reft.context.tower import TOWER, tower_context
@@ -136,7 +136,7 @@ def _given(entry: Entrance, arguments: Mapping[str, Any], own: Mapping[str, Any]
     collecting: Collected | None = own.get(COLLECTED)
     inherited = NOTHING if generation is None else generation.passed
     if step is None and entry.role not in ("encoder", TOWER):  # which `generate` runs without making a step of it
-        inherited = Passed(adapter_names=inherited.adapter_names)  # a call of its own, made meanwhile
+        inherited = NOTHING  # a call of its own, made meanwhile
     elif entry.role not in ("encoder", "router"):
         inherited = inherited._replace(locations=None)  # those are cut to the step's columns
     is_located = own.get("intervention_locations") is not None

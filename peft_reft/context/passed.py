@@ -53,20 +53,19 @@ def read_passed(
         module: what is called.
         own: our arguments by name, as they were passed.
         shape: rows and columns of the call's tokens, if it has tokens.
-        inherited: what holds where nothing was passed.
+        inherited: what holds where nothing was passed; adapter names are those of the thread.
         past: columns before those.
 
     Raises:
         ValueError: for what does not fit the call or the model's adapters.
     """
-    locations, names, subspaces, sources = inherited
+    locations, _, subspaces, sources = inherited
+    names = state.running.adapter_names  # of the innermost scope, be it PEFT's or a `generate`
     rows = None if shape is None else shape[0]
     if own.get("intervention_locations") is not None:
         locations = check_locations(own["intervention_locations"], shape, past, may_repeat=COLLECTED in own)
     if own.get("adapter_names") is not None:
         names = state.check_adapter_names(own["adapter_names"])
-    elif names is None:
-        names = state.running.adapter_names
     if own.get("subspaces") is not None:
         subspaces = state.check_subspaces(own["subspaces"], rows, names)
     if own.get("source_inputs") is not None:

@@ -26,7 +26,8 @@ class Running(threading.local):
     Attributes:
         context: the `ForwardContext` of the innermost call that knows about tokens; None outside of any.
         generation: the `Generation` of the innermost call of `generate`.
-        adapter_names: the adapter of each row, as PEFT's `forward` and `generate` hand it over.
+        adapter_names: the adapter of each row, by the innermost scope that names them: PEFT's around its `forward` and
+            `generate`, or the `generate` that they were passed to.
         replica: the replica of a module that nn.DataParallel is about to run.
     """
 

@@ -284,6 +284,32 @@ def test_sampled_sequences_of_a_row_all_have_its_own_adapter():
     torch.testing.assert_close(got.logits[0], expected.repeat_interleave(3, dim=0), **CLOSE)
 
 
+@pytest.mark.parametrize("through", ["peft", "base"])
+@pytest.mark.parametrize("around", ["peft", "base"])
+def test_a_call_made_while_generate_runs_has_the_names_that_it_was_passed(around, through):
+    """As of a logits processor that asks another adapter; without names of its own it has those of `generate`."""
+    settings = {"positions": "all", "task_type": "CAUSAL_LM"}
+    model = adapters_of(ReftConfig(**settings), ReftConfig(**settings)).model
+    callers = {"peft": model, "base": model.get_base_model()}
+    inputs, found = batch(5, 5), []
+
+    def ask(ids, scores):
+        for own in ({"adapter_names": ["two"] * 2}, {}):
+            found.append(callers[through](**inputs, **own).logits)
+        return scores
+
+    with torch.no_grad():
+        one, two = (model(**inputs, adapter_names=[name] * 2).logits for name in ("one", "two"))
+        callers[around].generate(
+            **inputs, adapter_names=["one"] * 2, max_new_tokens=2, min_new_tokens=2, logits_processor=[ask]
+        )
+        assert model.base_model._current_state.running.adapter_names is None
+    assert not torch.allclose(one, two, **CLOSE)
+    assert len(found) == 4
+    for got, expected in zip(found, (two, one) * 2):
+        torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("through", ["PeftModel", "base model"])
 @pytest.mark.parametrize("names", [["one"], ["one", "two"], ["one"] * 8])
 def test_names_that_are_not_one_per_row_are_refused(names, through):
