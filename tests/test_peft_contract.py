@@ -313,7 +313,9 @@ def test_of_rank_patterns_the_first_that_matches_counts_and_still_does_when_load
 
 
 def test_all_linear_targets_every_linear_layer_but_the_head(inputs):
-    model = reft_model(tiny_model("llama"), target_modules="all-linear", **CAUSAL)
+    with pytest.warns(UserWarning, match="edits the outputs of linear layers") as caught:
+        model = reft_model(tiny_model("llama"), target_modules="all-linear", **CAUSAL)
+    assert max(len(str(w.message)) for w in caught) < 600  # PEFT has put the names of all layers into the config
     assert len(get_interventions(model)) == 7 * BLOCKS and "lm_head" not in get_interventions(model)
     assert not torch.allclose(logits(model, inputs), logits(tiny_model("llama"), inputs), atol=1e-2)
     model.add_adapter("b", ReftConfig(target_modules="all-linear", **CAUSAL))  # finds no linear layers of the first
@@ -789,7 +791,12 @@ def test_the_base_model_alone_may_be_asked_for_by_row(inputs):
 
 
 @pytest.mark.parametrize(
-    "names, message", [(["a", "x", "b"], r"non-existing adapter\(s\): x\."), (["a", "b"], "got 2 and 3 respectively")]
+    "names, message",
+    [
+        (["a", "x", "b"], r"non-existing adapter\(s\): x\."),
+        (["a", "b"], "got 2 and 3 respectively"),
+        ("aba", r"adapter_names='aba' is one name\. Pass a list"),  # three names to Python, one for each row
+    ],
 )
 def test_names_that_do_not_fit_the_batch_or_the_model_are_refused(names, message, inputs):
     model = two_adapters()

@@ -118,8 +118,13 @@ class ModelState:
         """The adapters of a batch's rows, "__base__" for none.
 
         Raises:
-            ValueError: for a name that is no ReFT adapter of this model.
+            ValueError: for a name that is no ReFT adapter of this model, or a text in place of a list.
         """
+        if isinstance(names, str):
+            raise ValueError(
+                f"adapter_names={names!r} is one name. Pass a list with a name for each row of the batch, or call "
+                f"model.set_adapter({names!r}) for all rows."
+            )
         wanted = {str(name) for name in names} - {BASE}
         unknown = sorted(n for n in wanted if not any(n in layer.reft_interventions for layer in self.layers))
         if unknown:

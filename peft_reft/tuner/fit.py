@@ -17,7 +17,7 @@ from peft_reft.positions.notation import parse_positions
 from peft_reft.tuner.config import ReftConfig
 from peft_reft.tuner.injection import reft_layers
 from peft_reft.tuner.private import get_input_embeddings_name
-from peft_reft.tuner.sizes import check_ids
+from peft_reft.tuner.sizes import check_ids, shown
 
 MOST_UNSTATED = 2**20  # tokens that a term of positions may count in a model that does not say how many it takes
 MOST_PARAMETERS = 2**27  # of an adapter; a larger base model may have an adapter of its own size
@@ -34,7 +34,7 @@ UNMATCHED_SAVED = (
     "beside the edits. Each is the end of a module's name."
 )
 LINEAR_LAYERS = (
-    "A ReFT adapter with target_modules={targets!r} edits the outputs of linear layers ({names}), as LoRA does with "
+    "A ReFT adapter with target_modules={targets} edits the outputs of linear layers ({names}), as LoRA does with "
     "their weights. ReFT edits the hidden state after each block: leave target_modules out. Name such modules only if "
     "their output is what you want to edit."
 )
@@ -62,7 +62,7 @@ def check_fit(config: ReftConfig, model: nn.Module, targets: Mapping[str, tuple[
         if block_number(around) is not None and _is_linear_layer(modules[name]):
             projections.add(last)
     if projections:
-        warnings.warn(LINEAR_LAYERS.format(targets=config.target_modules, names=", ".join(sorted(projections))))
+        warnings.warn(LINEAR_LAYERS.format(targets=shown(config.target_modules), names=", ".join(sorted(projections))))
 
 
 def check_shapes(config: ReftConfig, targets: Mapping[str, tuple[int, int]]) -> None:
