@@ -172,8 +172,12 @@ def predicts_tokens(module: Any) -> bool:
 
 
 def is_causal_lm(model: nn.Module, config: PeftConfig) -> bool:
-    """Whether labels of the shape of `input_ids` are next-token targets, so that they show where the prompt ends."""
-    if config.task_type is not None:
+    """Whether labels of the shape of `input_ids` are next-token targets, so that they show where the prompt ends.
+
+    They are what the model takes them for, also if its adapter is said to be for another task, such as SEQ_2_SEQ_LM
+    for a Llama. Where features are extracted there are none.
+    """
+    if config.task_type in (TaskType.CAUSAL_LM, TaskType.FEATURE_EXTRACTION):
         return config.task_type == TaskType.CAUSAL_LM
     return predicts_tokens(model)
 

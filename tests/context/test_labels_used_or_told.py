@@ -211,6 +211,22 @@ def test_labels_of_classes_are_no_tokens_and_not_a_word_is_said(task_type, train
     assert edited_columns(model, Classifies(), "lm.model.layers.0", **arguments) == [[0, 9]] * 2
 
 
+@pytest.mark.parametrize("task_type", ["SEQ_2_SEQ_LM", "TOKEN_CLS", None])
+def test_labels_are_what_the_model_takes_them_for_whatever_the_task_is_said_to_be(task_type):
+    ids, labels = rows()
+    model = reft_model(tiny_model("llama"), positions="f1+l1", task_type=task_type)
+    assert_right(model, tiny_model("llama"), [[0, PROMPT - 1]] * 2, input_ids=ids, labels=labels)
+    classes = transformers.LlamaForTokenClassification._from_config(tiny_model("llama").config).eval()
+    clean = copy.deepcopy(classes)
+    model = reft_model(classes, positions="f1+l1", task_type="TOKEN_CLS")
+    assert_right(model, clean, [[0, 9]] * 2, input_ids=ids, labels=labels.clamp(max=1))
+
+
+def test_features_are_extracted_in_training_without_a_word():
+    model = reft_model(tiny_model("llama"), positions="f1+l1", task_type="FEATURE_EXTRACTION").train()
+    assert warnings_of(lambda: model(rows()[0])) == []
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("head", ["classifier", "masked"])
 def test_labels_of_encoders_do_not_end_a_prompt(head, training):
