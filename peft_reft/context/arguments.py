@@ -20,14 +20,17 @@ from peft_reft.positions import IGNORED, align_shift_labels, document_starts
 HIDDEN = -9000.0  # an additive mask below this hides a token: libraries use -10000 or less (-9984 in bfloat16)
 CACHES = ("past_key_values", "cache", "cache_params")  # transformers 5.24 calls each of them `cache`
 PASTS = (*CACHES, "mems", "state", "past_buckets_states")  # what a forward is given of the columns before
+PADDING = ("input_mask", "decoder_padding_mask")  # masks of what is padding, by names of their own
 LOCATIONS_RULE = "Pass a LongTensor [B, P] or [B, G, P] of columns of the padded row, -1 = unused."
 
 
-def token_shape(arguments: Mapping[str, Any], ids_per_row: int = 1) -> tuple[int, int] | None:
+def token_shape(arguments: Mapping[str, Any], ids_per_row: int = 1, has_choices: bool = True) -> tuple[int, int] | None:
     """Rows and columns of a call's tokens; None if it has none, or not as one row per sequence.
 
     Args:
         ids_per_row: how many rows of `input_ids` make one row (audio models have one for each codebook).
+        has_choices: ids [B, C, S] may be those of a row's choices. Otherwise, or where a mask [B, S] shows it, ids of
+            three dimensions are [B, S, C], a token's ids in C codebooks.
     """
     embeds = arguments.get("inputs_embeds")
     if isinstance(embeds, Tensor) and embeds.dim() == 3:
@@ -35,15 +38,19 @@ def token_shape(arguments: Mapping[str, Any], ids_per_row: int = 1) -> tuple[int
     ids = arguments.get("input_ids")
     if isinstance(ids, Tensor) and ids.dim() == 2:
         return ids.shape[0] // ids_per_row, ids.shape[1]
+    if isinstance(ids, Tensor) and ids.dim() == 3:
+        mask = arguments.get("attention_mask")
+        if not has_choices or (isinstance(mask, Tensor) and mask.dim() == 2):
+            return ids.shape[0], ids.shape[1]
     return None
 
 
 def with_ids(arguments: Mapping[str, Any], main_input: Any) -> Mapping[str, Any]:
-    """The arguments of a decoder, its ids under their usual name.
+    """The arguments of an encoder or a decoder, its ids under their usual name.
 
     Args:
-        main_input: what transformers declares to be the name of its main input: a decoder beside an encoder of sounds
-            may take its ids under the name of those.
+        main_input: what transformers declares to be the name of its main input: a side for text, beside one for
+            sounds, may take its ids under the name of those.
     """
     ids = arguments.get(main_input)
     if arguments.get("input_ids") is not None or not isinstance(ids, Tensor) or ids.is_floating_point():
@@ -71,8 +78,13 @@ def token_device(arguments: Mapping[str, Any]) -> torch.device:
 
 
 def mask_of(arguments: Mapping[str, Any], columns: int) -> Any:
-    """The attention mask of a call, or what stands for one: XLM's `lengths` [B], XLNet's `input_mask` [B, S]."""
-    mask, lengths, padding = (arguments.get(name) for name in ("attention_mask", "lengths", "input_mask"))
+    """The attention mask of a call, or what stands for one.
+
+    XLM has `lengths` [B]; XLNet's `input_mask` and the `decoder_padding_mask` of FSMT's decoder [B, S] are not 0 where
+    there is padding.
+    """
+    mask, lengths = arguments.get("attention_mask"), arguments.get("lengths")
+    padding = next((arguments[name] for name in PADDING if arguments.get(name) is not None), None)
     if mask is None and isinstance(lengths, Tensor) and lengths.dim() == 1:
         return torch.arange(columns, device=lengths.device) < lengths.unsqueeze(1)
     if mask is None and isinstance(padding, Tensor):
@@ -275,6 +287,9 @@ def aligned_labels(
     if is_decoder:
         labels, shift_labels = shift_labels, labels
     for given, shifted in ((labels, False), (shift_labels, True)):
+        if is_decoder and isinstance(given, Tensor) and given.dim() == 2 and given.shape[0] != rows:
+            times = repeats(rows, given.shape[0])  # a row of labels for each codebook, one after the other
+            given = given if times is None else given.unflatten(0, (rows, times)).movedim(1, 2)
         if not isinstance(given, Tensor) or given.shape[:2] != (rows, columns):
             continue
         if is_decoder and given.is_floating_point():

@@ -69,7 +69,7 @@ class Generation:
                 "input_ids": inputs.get("decoder_input_ids"),
                 "inputs_embeds": inputs.get("decoder_inputs_embeds"),
             }
-        shape = token_shape(inputs, 1 if is_decoder else self.state.ids_per_row)
+        shape = token_shape(inputs, 1 if is_decoder else self.state.ids_per_row, has_choices=False)
         if shape is None or not isinstance(ids, Tensor):
             return None
         # transformers 5.16 calls no chunk the first.

@@ -90,9 +90,9 @@ def open_context(
     if entry.role == TOWER:
         given = _given(entry, arguments, own, None) if outer is None else outer.given
         return tower_context(entry, given, arguments)
-    if entry.role == "decoder":
+    if entry.role in ("encoder", "decoder"):
         arguments = with_ids(arguments, getattr(entry.module, "main_input_name", None))
-    shape = token_shape(arguments, entry.state.ids_per_row)
+    shape = token_shape(arguments, entry.state.ids_per_row, has_choices=entry.role != "decoder" and STEP not in own)
     given = _given(entry, arguments, own, shape) if outer is None else outer.given
     same_shape = outer is not None and shape in (None, (outer.rows, outer.columns))
     is_new = outer is None or outer.role != entry.role or not same_shape
@@ -259,6 +259,7 @@ def _plain(
         valid = valid & (past == 0)
     starts, num_documents = documents(arguments, valid, shown) if entry.role == "" else (None, None)
     ids = arguments.get("input_ids") if arguments.get("inputs_embeds") is None else None
+    ids = ids if ids is None or ids.dim() == 2 else None
     tokens = Tokens(valid, labels, starts, num_documents, ids)
     context.prompts_of = lambda spec: prompts_in(tokens, spec, entry.role, entry.state)
     context.tokens, context.mask = tokens, arguments.get("attention_mask")
