@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import reference
@@ -268,6 +269,18 @@ def test_a_marker_ends_the_prompt_where_there_are_no_labels():
     data = [{"input_ids": [5, 7, 8, 6, 9]}, {"input_ids": [7, 8, 5, 5, 5]}]
     got = ReftDataCollator(default_data_collator, ReftConfig(positions="l1", prompt_end=[7, 8]))(data)
     assert got["intervention_locations"].tolist() == [[[2]], [[1]]]
+
+
+def test_labels_of_several_answers_are_told_where_no_turns_are_chosen():
+    labels = torch.tensor([-100, -100, 5, -100, -100, 8, 9])
+    data = [{"input_ids": torch.arange(3, 10), "labels": labels}]
+    with pytest.warns(UserWarning, match=r"several answers.*positions=f1\+l1.*turns=\"all\""):
+        got = ReftDataCollator(default_data_collator, ReftConfig(positions="f1+l1"))(data)
+    assert got["intervention_locations"].flatten().tolist() == [0, 1]
+    data[0]["labels"] = labels.masked_fill(torch.arange(7) > 4, -100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        ReftDataCollator(default_data_collator, ReftConfig(positions="f1+l1"))(data)
 
 
 @pytest.mark.parametrize(("turns", "named"), [("first", [1]), ("last", [6]), ("all", [1, 4, 6])])

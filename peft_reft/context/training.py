@@ -29,6 +29,12 @@ LABELS_COVER_PROMPTS = (
     "and `bfd_split`) leaves pieces without a prompt: use packing_strategy='bfd'. A ReFT adapter works only at the "
     "places that it was trained for."
 )
+SEVERAL_ANSWERS = (
+    "Labels of a training batch show several answers. With turns=None, positions={positions} are trained in the prompt "
+    "of the first alone, while `generate` edits the end of all that it is given, earlier answers included. Say whose "
+    'prompts are meant: ReftConfig(turns="all", prompt_end=chat_prompt_end(tokenizer)) trains every answer behind the '
+    'edit that `generate` makes before it; turns="first" or turns="last" trains the edits of one.'
+)
 SUBSPACES_TOGETHER = (
     "A training forward of a ReFT model got no `subspaces`, so that every row trains all of {names}. To train them "
     "apart, give the data set a column `subspaces`, wrap the trainer's collator in peft_reft.ReftDataCollator("
@@ -50,6 +56,7 @@ def look_at_training(context: ForwardContext) -> None:
         warn_of_subspaces_together(state)
     if not context.role and context.tokens is not None and context.tokens.labels is not None:
         warn_of_covered_prompts(context.tokens, context.tokens.labels, state)
+        warn_of_several_answers(context.tokens, state)
     if state.training_forwards >= FORWARDS_LOOKED_AT:
         state.training_forwards = None
         if not state.has_edited:
@@ -71,6 +78,15 @@ def warn_of_covered_prompts(tokens: Tokens, labels: Tensor, state: ModelState) -
         if covered.any():
             rows = ", ".join(map(str, covered.nonzero().flatten().tolist()[:8]))
             state.warn_once(LABELS_COVER_PROMPTS.format(rows=rows, positions=spec), "labels cover prompts")
+
+
+def warn_of_several_answers(tokens: Tokens, state: ModelState) -> None:
+    """Say so if labels show several answers in a document, and nothing says whose prompts are edited."""
+    for spec in state.active_specs():
+        if spec.turns is not None or not spec.depends_on_the_end:
+            continue
+        if tokens.labels_show_later_prompts(spec.prompt_end):
+            state.warn_once(SEVERAL_ANSWERS.format(positions=spec), "several answers")
 
 
 def warn_of_subspaces_together(state: ModelState) -> None:

@@ -5,6 +5,7 @@ Labels may be taken away between the collator and the model; locations that trav
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from peft_reft.context.arguments import valid_columns
 from peft_reft.context.notices import UNALIGNED_LABELS, UNREADABLE_MASK, describe
 from peft_reft.context.subspaces import read_choices
+from peft_reft.context.training import SEVERAL_ANSWERS
 from peft_reft.positions import IGNORED, Tokens, align_shift_labels, document_starts, locate, parse_positions
 from peft_reft.tuner.config import ReftConfig, prompt_end_ids
 
@@ -130,10 +132,13 @@ class ReftDataCollator:
         tokenizer = getattr(self.inner_collator, "tokenizer", None)
         needed = tokens.labels is None or bool(tokens.labels_cover_prompts().any())
         marker = prompt_end_ids(self.config, tokenizer) if needed else ()
+        spec = parse_positions(self.config.positions)
+        if self.config.turns is None and spec.depends_on_the_end and tokens.labels_show_later_prompts(marker):
+            warnings.warn(SEVERAL_ANSWERS.format(positions=spec), stacklevel=4)
         prompts = tokens.prompts(self.config.turns, marker)
         if prompts.document is not None and prompts.num_documents is None:  # several turns of one document
             prompts = prompts._replace(num_documents=int(prompts.document.max()) + 1)
-        return locate(parse_positions(self.config.positions), prompts, self.config.share_weights)
+        return locate(spec, prompts, self.config.share_weights)
 
     def _labels(self, batch: Mapping[str, Any]) -> Tensor | None:
         """Labels that tell where the prompt ends: those of a causal language model."""

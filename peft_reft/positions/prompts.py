@@ -237,6 +237,13 @@ class Tokens:
         """Bool [B, 1] or [B, S]: the document's labels begin with its second token, so that they show no prompt."""
         return find_prompts(self.valid, self.labels, self.starts, self.num_documents).length <= 1
 
+    def labels_show_later_prompts(self, prompt_end: Sequence[int] = ()) -> bool:
+        """Whether a document's labels show prompts behind the one that counts where no turns are chosen."""
+        if self.labels is None:
+            return False
+        chosen, every = (self.prompts(turns, prompt_end, answers=False) for turns in (None, "all"))
+        return bool((every.inside & ~chosen.inside).any())
+
     def _labels_behind(self, prompt_end: Sequence[int], turns: str) -> Tensor:
         """The labels; where they cover the prompt too, only those behind the marker, if there is one."""
         assert self.labels is not None

@@ -338,6 +338,42 @@ def test_labels_that_cover_the_prompt_say_nothing_where_the_marker_ends_it():
     assert edited_columns(model, tiny_model("llama"), **inputs) == [[0, 4]] * 2
 
 
+# Labels that show several answers.
+
+
+def of_two_turns():
+    inputs = batch(10, 10)
+    shown = (inputs["attention_mask"] == 1) & torch.tensor([column in (4, 5, 8, 9) for column in range(10)])
+    return {**inputs, "labels": inputs["input_ids"].masked_fill(~shown, -100)}
+
+
+@pytest.mark.parametrize("settings", [{"positions": "l1"}, {"positions": "all"}, {"prompt_end": [7, 8]}])
+def test_labels_of_several_answers_warn_once_where_no_turns_are_chosen(settings):
+    """Training edits the first answer's prompt, `generate` the end of all that it is given."""
+    inputs = of_two_turns()
+    inputs["labels"][1, 8:] = -100  # one answer
+    model = reft_model(tiny_model("llama"), **{"positions": "f1+l1", **settings}, task_type="CAUSAL_LM").train()
+    told = warnings_of(lambda: [model(**inputs).loss.backward() for _ in range(4)])
+    assert len(told) == 1
+    assert "show several answers" in told[0]
+    assert 'turns="all", prompt_end=chat_prompt_end(tokenizer)' in told[0]
+
+
+@pytest.mark.parametrize("settings", [{"turns": "first"}, {"turns": "last"}, {"turns": "all"}, {"positions": "f2"}])
+def test_labels_of_several_answers_say_nothing_where_turns_are_chosen_or_make_no_difference(settings):
+    model = reft_model(tiny_model("llama"), **{"positions": "f1+l1", **settings}, task_type="CAUSAL_LM").train()
+    assert warnings_of(lambda: model(**of_two_turns()).loss.backward()) == []
+
+
+def test_packed_documents_of_one_answer_each_are_no_several_answers():
+    model = reft_model(tiny_model("llama"), positions="f1+l1", task_type="CAUSAL_LM").train()
+    ids = batch(10)["input_ids"]
+    labels = ids.masked_fill(torch.tensor([column not in (3, 4, 8, 9) for column in range(10)]), -100)
+    documents = {"position_ids": torch.arange(5).repeat(2)[None]}
+    assert warnings_of(lambda: model(input_ids=ids, labels=labels, **documents).loss.backward()) == []
+    assert edited_columns(model, tiny_model("llama"), input_ids=ids, labels=labels, **documents) == [[0, 2, 5, 7]]
+
+
 def test_labels_that_show_a_prompt_say_nothing():
     model = reft_model(tiny_model("llama"), positions="f1+l1", task_type="CAUSAL_LM").train()
     ids, labels = rows()
