@@ -20,6 +20,7 @@ NOTHING_EDITED = (
     "nothing: the positions name no token of these prompts. Look at a batch's intervention_locations (-1 = unused), "
     "and at the lengths of its prompts."
 )
+PROMPTS_OF_LABELS = "prompts of labels"  # the key of all warnings of what labels make of prompts: the first says enough
 LABELS_COVER_PROMPTS = (
     "The labels of row(s) {rows} begin with their second token, so that the prompt is one token long: the adapter is "
     "trained to edit that token, while `generate` will edit {positions} of the real prompt. Keep the prompt out of "
@@ -77,7 +78,7 @@ def warn_of_covered_prompts(tokens: Tokens, labels: Tensor, state: ModelState) -
         covered = starts.any(1) & alone.any(1)
         if covered.any():
             rows = ", ".join(map(str, covered.nonzero().flatten().tolist()[:8]))
-            state.warn_once(LABELS_COVER_PROMPTS.format(rows=rows, positions=spec), "labels cover prompts")
+            state.warn_once(LABELS_COVER_PROMPTS.format(rows=rows, positions=spec), PROMPTS_OF_LABELS)
 
 
 def warn_of_several_answers(tokens: Tokens, state: ModelState) -> None:
@@ -86,7 +87,7 @@ def warn_of_several_answers(tokens: Tokens, state: ModelState) -> None:
         if spec.turns is not None or not spec.depends_on_the_end:
             continue
         if tokens.labels_show_later_prompts(spec.prompt_end):
-            state.warn_once(SEVERAL_ANSWERS.format(positions=spec), "several answers")
+            state.warn_once(SEVERAL_ANSWERS.format(positions=spec), PROMPTS_OF_LABELS)
 
 
 def warn_of_subspaces_together(state: ModelState) -> None:

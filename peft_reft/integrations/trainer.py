@@ -16,6 +16,7 @@ from torch import nn
 from transformers.trainer_callback import CallbackHandler, TrainerCallback
 
 from peft_reft.context.notices import unlabelled_forward
+from peft_reft.context.training import PROMPTS_OF_LABELS
 from peft_reft.integrations.active import positions_that_need_the_end, trained_parameters
 from peft_reft.interventions import Intervention
 from peft_reft.tuner.injection import reft_layers, state_of
@@ -67,7 +68,7 @@ class ReftNotices(TrainerCallback):
             and getattr(args, "packing", False)
             and args.packing_strategy == "wrapped"
         ):
-            running.warn_once(CUT_ANYWHERE, "labels cover prompts")  # as what a row of it may set off
+            running.warn_once(CUT_ANYWHERE, PROMPTS_OF_LABELS)  # as what a row of it may set off
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs.get("model")
