@@ -84,12 +84,12 @@ def mask_of(arguments: Mapping[str, Any], columns: int) -> Any:
     there is padding.
     """
     mask, lengths = arguments.get("attention_mask"), arguments.get("lengths")
-    padding = next((arguments[name] for name in PADDING if arguments.get(name) is not None), None)
-    if mask is None and isinstance(lengths, Tensor) and lengths.dim() == 1:
+    if mask is not None:
+        return mask
+    if isinstance(lengths, Tensor) and lengths.dim() == 1:
         return torch.arange(columns, device=lengths.device) < lengths.unsqueeze(1)
-    if mask is None and isinstance(padding, Tensor):
-        return padding == 0
-    return mask
+    padding = next((arguments[name] for name in PADDING if arguments.get(name) is not None), None)
+    return padding == 0 if isinstance(padding, Tensor) else None
 
 
 def valid_columns(

@@ -241,7 +241,7 @@ class Tokens:
         """Whether a document's labels show prompts behind the one that counts where no turns are chosen."""
         if self.labels is None:
             return False
-        chosen, every = (self.prompts(turns, prompt_end, answers=False) for turns in (None, "all"))
+        chosen, every = (self.prompts(turns, prompt_end) for turns in (None, "all"))
         return bool((every.inside & ~chosen.inside).any())
 
     def _labels_behind(self, prompt_end: Sequence[int], turns: str) -> Tensor:
